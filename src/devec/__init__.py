@@ -1,0 +1,76 @@
+"""devec: adapter algebra for LoRA, on the low-rank factors.
+
+    import devec
+
+    a = devec.Adapter.from_pretrained("anime")
+    b = devec.Adapter.from_pretrained("pixel")
+    parts = devec.decompose([a, b])
+    parts.unique["anime"].save_pretrained("out/anime-unique")
+
+The public names are loaded on first use, so that the command line answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from devec._version import __version__
+
+if TYPE_CHECKING:
+    from devec.adapter import Adapter, cosine, distance, inner, save_adapters
+    from devec.combine import combine
+    from devec.compress import Compression, compress
+    from devec.decompose import Decomposition, decompose
+    from devec.delta import Delta
+    from devec.errors import DevecError, DevecWarning
+    from devec.overlap import Overlap, overlap
+
+_HOME = {
+    "Adapter": "adapter",
+    "Compression": "compress",
+    "Decomposition": "decompose",
+    "Delta": "delta",
+    "DevecError": "errors",
+    "DevecWarning": "errors",
+    "Overlap": "overlap",
+    "combine": "combine",
+    "compress": "compress",
+    "cosine": "adapter",
+    "decompose": "decompose",
+    "distance": "adapter",
+    "inner": "adapter",
+    "overlap": "overlap",
+    "save_adapters": "adapter",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+class _Package(ModuleType):
+    """A package whose functions are not shadowed by the modules of the same name.
+
+    Importing ``devec.decompose`` makes Python set the attribute ``decompose`` of the package to the
+    module; users mean the function by it.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name, and with the first of them the formats that `Adapter` reads."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'devec' has no attribute {name!r}")
+    import_module("devec.formats")
+    return getattr(import_module(f"devec.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

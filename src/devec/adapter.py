@@ -1,0 +1,379 @@
+"""Adapters as values: module name → delta, with what is needed to write them back.
+
+An adapter is a vector: it can be added, scaled, negated, measured and compared. How it is stored
+is the business of its `Layout`, which a format made when it read the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.errors import FormatError, IncompatibleError, listed, located
+from devec.output import Writer, write_all
+
+# Two adapters are equal in effect when they differ by less than this fraction of their norm:
+# a few units of float32 roundoff, the precision factors are combined in.
+EFFECT_RTOL = 1e-6
+
+Reader = Callable[[Path, str], "Adapter | None"]
+
+# Filled by `devec.formats`, in order of precedence; a reader returns None for what is not its own.
+READERS: list[Reader] = []
+
+
+class Layout(Protocol):
+    """How an adapter was stored and is to be written; the algebra never looks inside."""
+
+    def merged(self, others: Sequence[Layout]) -> Layout:
+        """The layout of a combination of adapters, or `IncompatibleError`."""
+
+    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
+        """A function that writes the adapter at a path; refusals are raised before it runs."""
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to say of the files, as JSON values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter as an element of a vector space.
+
+    Attributes:
+        name: What the adapter is called in reports and output names.
+        modules: Module name → delta. Names are opaque: only equality matters.
+        layout: How the adapter is stored; None for one that was made in memory.
+        carried: Tensors that are not deltas (whole trained modules or biases), by key. No linear
+            combination of them is right, so they stay with one adapter or are refused.
+        provenance: Where the adapter came from, for the files written.
+        source: The file or directory it was read from, for messages; empty if none.
+        sha256: Digest of the weights file it was read from; empty if none.
+    """
+
+    name: str
+    modules: Mapping[str, Delta]
+    layout: Layout | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Any] | None = None
+    source: str = ""
+    sha256: str = ""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, name: str | None = None) -> Adapter:
+        """Read an adapter.
+
+        Args:
+            path: A PEFT adapter directory.
+            name: What to call it; the directory's name by default.
+
+        Returns:
+            The adapter, its tensors as stored.
+
+        Raises:
+            FormatError: If there is no readable adapter at the path.
+            UnsupportedError: If the adapter is not a sum of low-rank deltas; the message says why.
+        """
+        path = Path(path)
+        if not str(path).strip() or not path.exists():
+            raise FormatError(f"no such file or directory: {str(path)!r}")
+        resolved = path.resolve()
+        name = name or (resolved.stem if path.is_file() else resolved.name)
+        for read in READERS:
+            adapter = read(path, name)
+            if adapter is not None:
+                return adapter
+        raise FormatError(f"{path} is not an adapter: expected a PEFT adapter directory")
+
+    def save_pretrained(
+        self, path: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> None:
+        """Write the adapter in the format it came in, atomically.
+
+        Args:
+            path: Where to write.
+            dtype: Storage precision; by default that of the input.
+            overwrite: Whether an existing output may be replaced.
+
+        Raises:
+            OutputError: If the output exists and may not be replaced, or cannot be written.
+        """
+        save_adapters({path: self}, dtype=dtype, overwrite=overwrite)
+
+    @property
+    def label(self) -> str:
+        """The name, with the source where it is known, for messages."""
+        return f"{self.name!r} ({self.source})" if self.source else repr(self.name)
+
+    def map(self, change: Callable[[str, Delta], Delta], **changes: Any) -> Adapter:  # noqa: ANN401
+        """A new adapter with every delta replaced.
+
+        Args:
+            change: From module name and delta to the new delta.
+            **changes: Other attributes to replace.
+
+        Returns:
+            The new adapter.
+        """
+        modules: dict[str, Delta] = {}
+        for module, delta in self.modules.items():
+            with located(f"module {module!r} of {self.label}"):
+                modules[module] = change(module, delta)
+        return dataclasses.replace(self, modules=modules, **changes)
+
+    def __add__(self, other: Adapter) -> Adapter:
+        return linear_combination([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return linear_combination([self, other], [1.0, -1.0])
+
+    def __mul__(self, weight: float) -> Adapter:
+        return linear_combination([self], [float(weight)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, weight: float) -> Adapter:
+        return self * (1 / weight)
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def __eq__(self, other: object) -> bool:
+        """Equality of effect: the distance is rounding, and carried tensors are identical."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        scale = max(self.norm(), other.norm())
+        return _same_tensors(self.carried, other.carried) and (
+            distance(self, other) <= EFFECT_RTOL * scale
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
+
+    def norm(self) -> float:
+        """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
+        return math.hypot(*(delta.norm() for delta in self.modules.values()))
+
+
+def inner(a: Adapter, b: Adapter) -> float:
+    """Frobenius inner product of two adapters, over the modules that both have.
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        Σ ⟨ΔW_a, ΔW_b⟩, exact to rounding.
+
+    Raises:
+        IncompatibleError: If a module has different shapes in the two.
+    """
+    require_same_base([a, b])
+    return math.fsum(
+        delta.inner(b.modules[module]) for module, delta in a.modules.items() if module in b.modules
+    )
+
+
+def cosine(a: Adapter, b: Adapter) -> float:
+    """Cosine of the angle between two adapters as vectors, ⟨a, b⟩/(‖a‖·‖b‖).
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        The cosine in [-1, 1]; nan if either adapter is zero.
+    """
+    scale = a.norm() * b.norm()
+    return inner(a, b) / scale if scale else math.nan
+
+
+def distance(a: Adapter, b: Adapter) -> float:
+    """Frobenius distance ‖a - b‖ of two adapters' effects, however each is factored.
+
+    Computed from the factors of the difference, not from ‖a‖² - 2⟨a, b⟩ + ‖b‖², so that nearly
+    equal adapters keep their accuracy.
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        The distance; 0 to rounding if and only if the two change every module alike.
+
+    Raises:
+        IncompatibleError: If a module has different shapes in the two.
+    """
+    require_same_base([a, b])
+    norms = [delta.norm() for m, delta in b.modules.items() if m not in a.modules]
+    for module, delta in a.modules.items():
+        other = b.modules.get(module)
+        norms.append(delta.norm() if other is None else (delta - other).norm())
+    return math.hypot(*norms)
+
+
+def linear_combination(
+    adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None = None
+) -> Adapter:
+    """Σ w_i · adapter_i, exact: ranks add where several adapters change a module.
+
+    Args:
+        adapters: Adapters of one base model, at least one.
+        weights: One finite weight for each.
+        carried_from: Name of the adapter whose carried tensors the result keeps, or ``"none"`` to
+            leave all of them out. None refuses if there are any, since full tensors do not add.
+
+    Returns:
+        The combination, named and stored like the first adapter.
+
+    Raises:
+        IncompatibleError: If the adapters do not fit together or carry tensors.
+    """
+    require_same_base(adapters)
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise IncompatibleError(f"weights must be finite numbers, got {weight}")
+    terms: dict[str, Delta] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module, delta in adapter.modules.items():
+            term = delta if weight == 1 else weight * delta
+            terms[module] = terms[module] + term if module in terms else term
+    first = adapters[0]
+    return dataclasses.replace(
+        first,
+        modules=terms,
+        layout=merged_layout(adapters),
+        carried=_carried(adapters, weights, carried_from),
+        provenance=provenance("combine", adapters, weights=list(weights)),
+    )
+
+
+def save_adapters(
+    adapters: Mapping[str | Path, Adapter],
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    obsolete: Sequence[str | Path] = (),
+) -> None:
+    """Write several adapters, all or none, each in the format it came in.
+
+    Args:
+        adapters: Path → adapter.
+        dtype: Storage precision; by default that of each adapter's input.
+        overwrite: Whether outputs that exist may be replaced.
+        obsolete: Outputs of an earlier run that are to go, if they may be replaced.
+
+    Raises:
+        IncompatibleError: If an adapter was made in memory and has no layout.
+        OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
+            changed then.
+    """
+    writers: dict[Path, Writer] = {}
+    for path, adapter in adapters.items():
+        if adapter.layout is None:
+            raise IncompatibleError(
+                f"adapter {adapter.name!r} was made in memory and has no file layout; give it one "
+                "with dataclasses.replace(adapter, layout=other.layout)"
+            )
+        with located(f"adapter {adapter.name!r}"):
+            writers[Path(path)] = adapter.layout.writer(adapter, dtype)
+    write_all(writers, overwrite=overwrite, obsolete=[Path(p) for p in obsolete])
+
+
+def require_same_base(adapters: Sequence[Adapter]) -> None:
+    """Check that the modules adapters have in common have one shape.
+
+    Args:
+        adapters: The adapters to check.
+
+    Raises:
+        IncompatibleError: If not, with the modules and the adapters named.
+    """
+    first_with: dict[str, Adapter] = {}
+    for adapter in adapters:
+        clashes = []
+        for module, delta in adapter.modules.items():
+            known = first_with.setdefault(module, adapter)
+            if known.modules[module].shape != delta.shape:
+                clashes.append((module, known))
+        if clashes:
+            module, known = clashes[0]
+            raise IncompatibleError(
+                f"{adapter.label} and {known.label} are adapters of different base models: "
+                f"{len(clashes)} modules differ in shape ({listed([m for m, _ in clashes])}); "
+                f"e.g. {module!r} is {adapter.modules[module].shape} in {adapter.name!r} and "
+                f"{known.modules[module].shape} in {known.name!r} (out, in)"
+            )
+
+
+def merged_layout(adapters: Sequence[Adapter]) -> Layout | None:
+    """The layout of a result made of several adapters; None if any was made in memory."""
+    layouts = [a.layout for a in adapters if a.layout is not None]
+    if len(layouts) < len(adapters):
+        return None
+    with located(" and ".join(a.label for a in adapters)):
+        return layouts[0].merged(layouts[1:])
+
+
+def provenance(operation: str, inputs: Sequence[Adapter], **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The record of an operation that output files keep.
+
+    Args:
+        operation: Name of the operation.
+        inputs: The adapters it was applied to.
+        **parameters: Its parameters, as JSON values.
+
+    Returns:
+        A JSON-serialisable record with the inputs' names, digests and own records.
+    """
+    return {
+        "operation": operation,
+        "parameters": parameters,
+        "inputs": [
+            {"name": a.name, "sha256": a.sha256}
+            if a.provenance is None or a.sha256
+            else {"name": a.name, "made_by": a.provenance}
+            for a in inputs
+        ],
+    }
+
+
+def _carried(
+    adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None
+) -> Mapping[str, Tensor]:
+    """The carried tensors of a combination: those of the adapter named, or where that is exact.
+
+    A whole tensor T stands for the change T - T0. With one carrier, at weight 1, the combination
+    holds that change once, and so holds T.
+    """
+    if carried_from == "none":
+        return {}
+    if carried_from is not None:
+        for adapter in adapters:
+            if adapter.name == carried_from:
+                return adapter.carried
+        names = listed([a.name for a in adapters])
+        raise IncompatibleError(f"no adapter is named {carried_from!r}; there are {names}")
+    carriers = [(a, w) for a, w in zip(adapters, weights, strict=True) if a.carried]
+    if not carriers:
+        return {}
+    adapter, weight = carriers[0]
+    if len(carriers) == 1 and weight == 1:
+        return adapter.carried
+    raise IncompatibleError(
+        f"{adapter.label} holds whole trained tensors ({listed(sorted(adapter.carried))}) which "
+        "are not deltas and cannot be added or scaled; name the one adapter whose tensors the "
+        "result shall keep (carried_from=NAME, --carried-from NAME), or 'none'"
+    )
+
+
+def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are identical."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+

@@ -1,0 +1,46 @@
+"""Exact linear combination of adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from devec.adapter import Adapter, linear_combination
+from devec.errors import IncompatibleError
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    name: str = "combined",
+    carried_from: str | None = None,
+) -> Adapter:
+    """Σ w_i · adapter_i as one adapter, exact: what loading all of them with these weights gives.
+
+    The factors are concatenated, so ranks add; `devec.compress` brings them down with a known
+    error. With one adapter only its B factors are scaled, and rank and config stay.
+
+    Args:
+        adapters: One or more adapters of one base model.
+        weights: A finite weight for each; negative weights subtract.
+        name: What to call the result.
+        carried_from: Name of the adapter whose whole trained tensors (``modules_to_save``, trained
+            biases) the result keeps, or ``"none"``. Without it they are kept where that is exact
+            (one adapter has them, at weight 1) and refused otherwise.
+
+    Returns:
+        The combination, exact to rounding of the working precision, stored like the first adapter.
+
+    Raises:
+        IncompatibleError: If the adapters do not fit together, or the numbers of adapters and
+            weights differ.
+
+    Cost: memory O(Σ r_i·(out + in)) per module, no arithmetic beyond scaling B.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise IncompatibleError(
+            f"combine needs one weight for each adapter, got {len(adapters)} adapters and "
+            f"{len(weights)} weights"
+        )
+    return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)

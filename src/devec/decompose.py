@@ -1,0 +1,264 @@
+"""The main job: split a pool of adapters into what they share and what is unique to each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.adapter import Adapter, merged_layout, provenance, require_same_base
+from devec.compress import truncate
+from devec.delta import Delta
+from devec.errors import DevecWarning, IncompatibleError, listed, located
+from devec.split import SCOPES, ModulePool, ModuleSplit, Question, Threshold
+from devec.subspace import METHODS
+
+# A part below this fraction of its original is rounding: nothing is left of it.
+_EMPTY_RTOL = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The parts of a pool of adapters.
+
+    Attributes:
+        unique: Adapter name → what is unique to it (Eq. 13). Empty for scope ``"pairwise"``.
+        shared: Adapter name → its part in the shared subspace (Eq. 12); for scope ``"pairwise"``,
+            ``"A+B"`` → the common vector of the pair (Eq. 14).
+        common: The common vector of the pool (Eq. 14) for scope ``"all"``, else None. Modules in
+            which nothing is shared are left out.
+        splits: What was found, a row per module and group.
+    """
+
+    unique: Mapping[str, Adapter]
+    shared: Mapping[str, Adapter]
+    common: Adapter | None
+    splits: Sequence[ModuleSplit]
+
+    @property
+    def spectrum(self) -> dict[str, Tensor]:
+        """Module → spectrum; ``"A+B/module"`` where several groups were compared."""
+        several = len({split.group for split in self.splits}) > 1
+        return {
+            f"{'+'.join(s.group)}/{s.module}" if several else s.module: s.spectrum
+            for s in self.splits
+        }
+
+    def outputs(self, *, compact: bool = False) -> dict[str, Adapter]:
+        """The parts that hold anything, by the names they are written under.
+
+        Args:
+            compact: Cut every module of the shared and unique parts to its true rank and leave
+                out those of rank 0, where what is cut is below 1e-6 of the original module.
+
+        Returns:
+            ``"NAME-unique"``, ``"NAME-shared"`` (``"A+B-shared"``) and ``"common"``; a part that is
+            zero to rounding is not among them.
+        """
+        parts = {f"{name}-unique": adapter for name, adapter in self.unique.items()}
+        parts |= {f"{name}-shared": adapter for name, adapter in self.shared.items()}
+        scales = {key: _original_norms(self, key.rpartition("-")[0]) for key in parts}
+        held = {
+            key: dataclasses.replace(adapter, name=key)
+            for key, adapter in parts.items()
+            if adapter.carried or adapter.norm() > _EMPTY_RTOL * math.hypot(*scales[key].values())
+        }
+        if compact:
+            held = {key: _compacted(adapter, scales[key]) for key, adapter in held.items()}
+        if self.common is not None and self.common.modules:
+            held["common"] = self.common
+        return held
+
+
+def decompose(
+    adapters: Sequence[Adapter],
+    *,
+    threshold: Threshold = 0.85,
+    method: str = "chain",
+    scope: str = "all",
+    target: str | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Decomposition:
+    """Split a pool of adapters into shared and unique parts.
+
+    In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``, where the columns of
+    Z are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. Only B (and
+    a bias change) differs between an adapter and its parts: they keep its rank, alpha and layout.
+    A module that an adapter of the pool lacks has nothing common to all: all of it is unique.
+
+    Args:
+        adapters: Two or more adapters of one base model, with different names.
+        threshold: Squared cosine above which directions count as shared, in (0, 1], or ``"auto"``:
+            the value that random subspaces of the same ranks exceed once in a hundred cases.
+        method: ``"chain"`` (the paper), ``"mean"`` (independent of order, does not shrink with the
+            number of adapters) or ``"principal"`` (two adapters).
+        scope: ``"all"``: one shared subspace for the pool. ``"pairwise"``: one for every pair.
+            ``"iterative"``: the target loses what it shares with each of the others in turn. There
+            a step compares two subspaces, on which all methods select the same pairs, and the
+            target's member of each pair is removed.
+        target: Name of the adapter to split, for scope ``"iterative"``.
+        device: Where to compute; by default where the tensors are. Results return to where the
+            first adapter's tensors are.
+        progress: Called with the name of each module when it is done.
+
+    Returns:
+        The parts; shared + unique = original to rounding of the working precision.
+
+    Raises:
+        IncompatibleError: If the adapters do not fit together or an argument is out of range.
+
+    Cost: O(Σ_i (out + in)·r_i²) per module; linear in the number of adapters for ``"chain"``.
+
+    Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
+    """
+    _check_arguments(adapters, threshold, method, scope, target)
+    require_same_base(adapters)
+    merged_layout(adapters)  # refuses adapters that do not compose
+    question = Question(tuple(a.name for a in adapters), threshold, method, target or "")
+    shared: dict[str, dict[str, Delta]] = {}
+    unique: dict[str, dict[str, Delta]] = {}
+    common: dict[str, Delta] = {}
+    splits: list[ModuleSplit] = []
+    for module in dict.fromkeys(m for a in adapters for m in a.modules):
+        deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
+        home = next(iter(deltas.values())).B.device
+        with located(f"module {module!r}"):
+            pool = ModulePool(module, {n: d.to(device or home) for n, d in deltas.items()})
+            parts = SCOPES[scope](question, pool)
+        for name, delta in parts.shared.items():
+            shared.setdefault(name, {})[module] = delta.to(home)
+        for name, delta in parts.unique.items():
+            unique.setdefault(name, {})[module] = delta.to(home)
+        if parts.common is not None:
+            common[module] = parts.common.to(home)
+        splits += parts.splits
+        if progress is not None:
+            progress(module)
+    record = provenance(
+        "decompose", adapters, threshold=threshold, method=method, scope=scope, target=target
+    )
+    _warn_if_disjoint(adapters, splits)
+    return Decomposition(
+        unique={n: _part(_named(adapters, n), m, record, "unique") for n, m in unique.items()},
+        shared={
+            n: _part(_named(adapters, n), m, record, "shared")
+            if scope != "pairwise"
+            else _common_part(_pair(adapters, n), m, record, n)
+            for n, m in shared.items()
+        },
+        common=_common_part(adapters, common, record) if scope == "all" else None,
+        splits=splits,
+    )
+
+
+def _check_arguments(
+    adapters: Sequence[Adapter], threshold: Threshold, method: str, scope: str, target: str | None
+) -> None:
+    """Refuse arguments that are out of range, before any work is done."""
+    names = [a.name for a in adapters]
+    if len(names) < 2:
+        raise IncompatibleError(f"decompose needs at least two adapters, got {len(names)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise IncompatibleError(
+            f"adapter names must differ, but {listed(twice)} is given more than once; "
+            "name adapters with NAME=PATH or Adapter.from_pretrained(path, name=...)"
+        )
+    if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
+        raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
+    for value, table, what in ((method, METHODS, "method"), (scope, SCOPES, "scope")):
+        if value not in table:
+            raise IncompatibleError(f"{what} must be one of {listed(list(table))}, got {value!r}")
+    if scope == "iterative" and target not in names:
+        raise IncompatibleError(
+            f"scope 'iterative' splits one adapter: target must be one of {listed(names)}, "
+            f"got {target!r}"
+        )
+    if scope != "iterative" and target is not None:
+        raise IncompatibleError(f"a target is for scope 'iterative' only, got {target!r}")
+    if method == "principal" and scope == "all" and len(names) > 2:
+        raise IncompatibleError(
+            f"method 'principal' compares two adapters, got {len(names)}; "
+            "use method 'mean' or 'chain', or scope 'pairwise'"
+        )
+
+
+def _warn_if_disjoint(adapters: Sequence[Adapter], splits: Sequence[ModuleSplit]) -> None:
+    """Say so when no two adapters that were to be compared change the same module."""
+    if not splits:
+        some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
+        warnings.warn(
+            f"the adapters have no module in common, so nothing can be shared: {some}",
+            DevecWarning,
+            stacklevel=3,
+        )
+
+
+def _named(adapters: Sequence[Adapter], name: str) -> Adapter:
+    """The adapter of a pool with the given name."""
+    return next(a for a in adapters if a.name == name)
+
+
+def _part(
+    original: Adapter, modules: Mapping[str, Delta], record: Mapping[str, Any], part: str
+) -> Adapter:
+    """A part of one adapter; what is not a delta goes with the unique part, never the shared."""
+    return dataclasses.replace(
+        original,
+        modules=modules,
+        carried=original.carried if part == "unique" else {},
+        provenance={**record, "part": part, "of": original.name},
+        source="",
+        sha256="",
+    )
+
+
+def _pair(adapters: Sequence[Adapter], name: str) -> tuple[Adapter, Adapter]:
+    """The pair of a pool whose common vector is named ``A+B``."""
+    return next(pair for pair in combinations(adapters, 2) if "+".join(_names(pair)) == name)
+
+
+def _names(adapters: Sequence[Adapter]) -> list[str]:
+    """The names of adapters, in order."""
+    return [adapter.name for adapter in adapters]
+
+
+def _common_part(
+    group: Sequence[Adapter],
+    modules: Mapping[str, Delta],
+    record: Mapping[str, Any],
+    name: str = "common",
+) -> Adapter:
+    """The common vector of a group, stored like its first adapter."""
+    return Adapter(
+        name=name,
+        modules=modules,
+        layout=merged_layout(group),
+        provenance={**record, "part": "common", "of": [a.name for a in group]},
+    )
+
+
+def _original_norms(parts: Decomposition, name: str) -> dict[str, float]:
+    """Module → ‖ΔW‖ of the original: shared and unique parts are orthogonal."""
+    of_name = [held[name] for held in (parts.unique, parts.shared) if name in held]
+    modules = dict.fromkeys(m for adapter in of_name for m in adapter.modules)
+    return {
+        m: math.hypot(*(a.modules[m].norm() for a in of_name if m in a.modules)) for m in modules
+    }
+
+
+def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
+    """Every module at its true rank: what is cut is rounding beside the original module."""
+    return truncate(
+        adapter,
+        lambda module, S: int((S > _EMPTY_RTOL * scales[module]).sum()),
+        adapter.provenance,
+    ).adapter

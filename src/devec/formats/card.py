@@ -1,0 +1,115 @@
+"""The model card and the record of origin that go with every output."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from devec._version import __version__
+from devec.errors import FormatError
+
+CARD_NAME = "README.md"
+RECORD_NAME = "devec.json"
+
+_WHAT = {
+    "unique": "what is unique to `{of}` in the pool (Eq. 13 of the paper)",
+    "shared": "what `{of}` shares with the pool (Eq. 12 of the paper)",
+    "common": "the common vector of {of} (Eq. 14 of the paper)",
+    "combine": "a linear combination",
+    "compress": "a compressed adapter",
+}
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of origin of an adapter directory, None if it has none.
+
+    Args:
+        directory: The adapter directory.
+
+    Returns:
+        The record.
+
+    Raises:
+        FormatError: If there is one that cannot be read.
+    """
+    path = directory / RECORD_NAME
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} is not readable JSON: {error}; remove it") from error
+    if not isinstance(record, dict):
+        raise FormatError(f"{path} should hold a JSON object; remove it")
+    return record
+
+
+def write_card(directory: Path, name: str, config: Mapping[str, Any], record: Any) -> None:  # noqa: ANN401
+    """Write the model card and, for what an operation made, the record of origin.
+
+    Args:
+        directory: The output directory.
+        name: Name of the adapter.
+        config: Its configuration.
+        record: The record of origin, or None for an adapter stored as it was read.
+    """
+    if record is not None:
+        record = {"devec_version": __version__, **record}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (directory / RECORD_NAME).write_text(text, encoding="utf-8")
+    (directory / CARD_NAME).write_text(_card(name, config, record), encoding="utf-8")
+
+
+def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+    """The text of a model card, with the metadata that the Hugging Face Hub reads."""
+    base = config.get("base_model_name_or_path")
+    head = ["---", "library_name: peft", "tags:", "- lora", "- devec"]
+    if base:
+        quoted = json.dumps(base)
+        head += [f"- {json.dumps(f'base_model:adapter:{base}')}", f"base_model: {quoted}"]
+    body = [
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A LoRA adapter: {_described(record)}.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        f'model = PeftModel.from_pretrained(base_model, "{name}", '
+        f'adapter_name="{adapter_name(name)}")',
+        "```",
+    ]
+    return "\n".join([*head, *body, *_origin(record)]) + "\n"
+
+
+def adapter_name(name: str) -> str:
+    """A name that PEFT and diffusers accept for an adapter: no dots, and never just ``shared``."""
+    return re.sub(r"\W", "_", name) if name != "shared" else "shared_part"
+
+
+def _described(record: Mapping[str, Any] | None) -> str:
+    """What the adapter is, in a phrase."""
+    if record is None:
+        return "stored as it was read"
+    of = record.get("of")
+    of = " and ".join(f"`{o}`" for o in of) if isinstance(of, list) else of
+    return _WHAT.get(record.get("part", record.get("operation")), "made by devec").format(of=of)
+
+
+def _origin(record: Mapping[str, Any] | None) -> list[str]:
+    """The table of inputs and parameters."""
+    if record is None:
+        return []
+    lines = ["", "## Origin", "", f"`{record['operation']}` of devec {record['devec_version']}"]
+    parameters = {k: v for k, v in record.get("parameters", {}).items() if v is not None}
+    lines += [", ".join(f"{k} = {v}" for k, v in parameters.items()), ""]
+    lines += ["| input | SHA-256 of its weights |", "|---|---|"]
+    return lines + [
+        f"| `{i['name']}` | `{i.get('sha256') or 'made by an operation, see devec.json'}` |"
+        for i in record.get("inputs", [])
+    ]

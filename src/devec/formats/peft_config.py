@@ -1,0 +1,270 @@
+"""What an ``adapter_config.json`` of PEFT means, and what it must say about what we write.
+
+Follows PEFT's own reading: the first pattern of ``rank_pattern`` that matches a module's name decides
+its rank, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from devec.errors import FormatError, UnsupportedError, listed
+
+Config = dict[str, Any]
+
+CONFIG_NAME = "adapter_config.json"
+
+# Initialisations under which the base weight stays what it was, so that B·A is the whole change.
+_PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica", "none")
+
+_KEEP_BASE = (
+    "save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+    "which turns it into a plain LoRA of the unchanged base model"
+)
+_CONVERT = "PEFT's convert_to_lora can approximate it by a plain LoRA"
+
+# Fields that make an adapter something other than a sum of B·A, and what to do about it.
+_REFUSED_FIELDS = {
+    "use_dora": (
+        "is a DoRA: its change depends on the base weights, which are not read yet",
+        _CONVERT,
+    ),
+    "kasa_config": ("is a KaSA adapter: it truncates the base weight", _CONVERT),
+    "use_bdlora": ("is a BD-LoRA adapter: its factors are stacked blocks", _CONVERT),
+    "arrow_config": (
+        "is an Arrow router: its effect depends on the input",
+        "the adapters it routes between are ordinary LoRAs, use those",
+    ),
+}
+
+# State of training methods that leaves no trace in the forward pass once training is over.
+_TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
+TRAINING_ONLY_TENSORS = (".lora_velora_embed", ".lora_monteclora_sampler")
+
+# Adapters that differ in one of these do not change the same model in the same way.
+POOL_FIELDS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "qalora_group_size")
+
+
+def read_config(directory: Path) -> Config:
+    """Read and check the configuration of a PEFT adapter.
+
+    Args:
+        directory: The adapter directory.
+
+    Returns:
+        The configuration as it stands in the file, in its order.
+
+    Raises:
+        FormatError: If it is not a valid LoRA configuration.
+        UnsupportedError: If it describes something other than a plain low-rank delta.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} should hold a JSON object, holds {type(config).__name__}")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
+    _require_plain(config, path)
+    _require_numbers(config, path)
+    return config
+
+
+def _require_plain(config: Config, path: Path) -> None:
+    """Refuse by name what is not a plain delta."""
+    for field, (what, remedy) in _REFUSED_FIELDS.items():
+        if config.get(field):
+            raise UnsupportedError(f"{path}: the adapter {what} ({field}); {remedy}")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init not in _PLAIN_INITS:
+        remedy = _KEEP_BASE if init.startswith(("pissa", "olora", "corda", "lora_ga")) else _CONVERT
+        raise UnsupportedError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
+            f"when the adapter is loaded, so B·A is not the change the adapter makes; {remedy}"
+        )
+
+
+def _require_numbers(config: Config, path: Path) -> None:
+    """Check ranks, alphas and patterns."""
+    ranks = {"r": config.get("r"), **_pattern(config, "rank_pattern", path)}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **_pattern(config, "alpha_pattern", path)}
+    for field, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise FormatError(f"{path}: rank {field!r} should be a positive integer, is {rank!r}")
+    for field, alpha in alphas.items():
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise FormatError(f"{path}: alpha {field!r} should be a finite number, is {alpha!r}")
+
+
+def _pattern(config: Config, field: str, path: Path) -> dict[str, Any]:
+    """A rank or alpha pattern, checked to be a mapping of regular expressions."""
+    pattern = config.get(field) or {}
+    if not isinstance(pattern, dict):
+        raise FormatError(f"{path}: {field} should be an object, is {pattern!r}")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise FormatError(f"{path}: {field} key {key!r} is no pattern: {error}") from error
+    return pattern
+
+
+def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
+    """The rank and effective scaling PEFT gives a module.
+
+    Args:
+        config: The configuration.
+        name: The module's name in the base model.
+
+    Returns:
+        The rank r, and alpha/r or for rank-stabilised LoRA alpha/√r.
+    """
+    rank = _first_match(config.get("rank_pattern"), name, config["r"])
+    alpha = _first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _first_match(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:  # noqa: ANN401
+    """The value of the first key that matches a module name, as PEFT matches it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def targets(config: Config, name: str) -> bool:
+    """Whether ``target_modules`` names a module; True where the file leaves that open.
+
+    Args:
+        config: The configuration.
+        name: The module's name in the base model.
+    """
+    wanted = config.get("target_modules")
+    if not wanted or config.get("ensure_weight_tying") or wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
+
+
+def owners(config: Config, name: str) -> list[str]:
+    """Full names of the parameters of a module that ``target_parameters`` names.
+
+    Args:
+        config: The configuration.
+        name: The module's name in the base model.
+    """
+    found = []
+    for entry in config.get("target_parameters") or []:
+        module, _, parameter = entry.rpartition(".")
+        if name == module or name.endswith(f".{module}"):
+            found.append(f"{name}.{parameter}")
+    return found
+
+
+def plain(config: Config, *, carried: bool) -> Config:
+    """A configuration without what no longer holds for a result.
+
+    Args:
+        config: The input's configuration.
+        carried: Whether the result keeps the input's whole trained tensors.
+
+    Returns:
+        The configuration with a plain initialisation, since loading must not run any other, and
+        without the fields of training methods.
+    """
+    changes: Config = {field: None for field in _TRAINING_ONLY_FIELDS if config.get(field)}
+    if config.get("init_lora_weights", True) is not True:
+        changes["init_lora_weights"] = True
+    if not carried:
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if config.get(field):
+                changes[field] = None
+        if config.get("bias", "none") != "none":
+            changes["bias"] = "none"
+    return {**config, **changes}
+
+
+def with_ranks(
+    config: Config,
+    ranks: Mapping[str, int],
+    modules: Sequence[str],
+    left_out: Sequence[str],
+) -> Config:
+    """A configuration for modules of these ranks, with alpha = r, so that the scaling is 1.
+
+    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
+    every pattern against every module.
+
+    Args:
+        config: The input's configuration.
+        ranks: Name (of a module or parameter) in the base model → rank.
+        modules: Names of the modules to target by name, which excludes those of parameters.
+        left_out: Names of the modules that the input had and the result has not.
+
+    Returns:
+        The configuration.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {
+        f"^(?:{'|'.join(re.escape(name) for name, r in ranks.items() if r == rank)})": rank
+        for rank in sorted({r for r in ranks.values() if r != common})
+    }
+    changes: Config = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "target_modules": _exact_targets(config, modules, left_out),
+    }
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if config.get(field) is not None:
+            changes[field] = None
+    return {**config, **changes}
+
+
+def _exact_targets(
+    config: Config, modules: Sequence[str], left_out: Iterable[str]
+) -> list[str] | str | None:
+    """``target_modules`` that names these modules and no other.
+
+    A list matches names and endings of names. That is exact where the input's own list was, since
+    whatever ends like one of its modules was a module of it, and no module left out ends like one
+    that stays. Otherwise an alternation, which is matched as a whole.
+    """
+    if not modules:
+        wanted: list[str] | str | None = config.get("target_modules")
+        return wanted if not isinstance(wanted, list) else []
+    narrowed = any(config.get(f) for f in ("exclude_modules", "layers_to_transform"))
+    endings = {f".{name}" for name in modules}
+    ambiguous = any(name.endswith(end) for name in left_out for end in endings)
+    if isinstance(config.get("target_modules"), list) and not narrowed and not ambiguous:
+        return list(modules)
+    return f"(?:{'|'.join(re.escape(name) for name in modules)})"
+
+
+def require_same(field: str, values: Sequence[Any]) -> None:
+    """Check that adapters to be combined agree in a field.
+
+    Args:
+        field: Name of the field, for the message.
+        values: Its value in each adapter.
+
+    Raises:
+        UnsupportedError: If they do not.
+    """
+    if any((value or None) != (values[0] or None) for value in values):
+        raise UnsupportedError(
+            f"the adapters differ in {field} ({listed([str(v) for v in values])}), so no single "
+            "adapter does what they do together"
+        )

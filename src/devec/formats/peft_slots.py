@@ -1,0 +1,237 @@
+"""How PEFT stores the factors of each kind of layer, and back.
+
+A slot is one pair of stored tensors. Whatever the layer, the delta is ``scaling · B · A`` with B on the
+output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply (B·A)ᵀ to
+it, a convolution flattens its kernel into the input side, and the parameter of E experts stacks E
+pairs of factors, A by expert and B by rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.errors import FormatError, OutputError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One pair of stored factors.
+
+    Attributes:
+        path: Key of the module without the suffix of the factor.
+        name: Name of the module in the base model.
+        kind: ``"linear"``, ``"conv"``, ``"embedding"`` or ``"experts"``.
+        shape: Shape (out, in) of the weight, of one expert.
+        rank: Rank of each pair of factors.
+        scaling: Effective scaling.
+        dtypes: Storage types of A and B.
+        kernel: Shape of a convolution's kernel.
+        experts: Number of experts.
+        parameters: Full names of the parameters the slot may belong to, if it is not a module.
+    """
+
+    path: str
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    dtypes: tuple[torch.dtype, torch.dtype]
+    kernel: tuple[int, ...] = ()
+    experts: int = 1
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """Keys of A, B and the bias of B."""
+        if self.kind == "embedding":
+            return f"{self.path}.lora_embedding_A", f"{self.path}.lora_embedding_B", ""
+        return f"{self.path}.lora_A.weight", f"{self.path}.lora_B.weight", f"{self.path}.lora_B.bias"
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the deltas the slot holds: one for each expert."""
+        if self.kind == "experts":
+            return [f"{self.name}[{expert}]" for expert in range(self.experts)]
+        return [self.name]
+
+    def held(self, modules: Mapping[str, Delta]) -> list[Delta]:
+        """The deltas of the slot among those of an adapter.
+
+        Args:
+            modules: Name → delta of the adapter.
+
+        Returns:
+            One for each of `modules`, or none if the adapter does not change the module. A
+            parameter stays, with zeros: PEFT wants all adapters of a model to target the same.
+        """
+        if not self.parameters:
+            return [modules[self.name]] if self.name in modules else []
+        empty = Delta(torch.zeros(self.shape[0], 0), torch.zeros(0, self.shape[1]))
+        return [modules.get(name, empty) for name in self.modules]
+
+    def read(self, A: Tensor, B: Tensor, bias: Tensor | None) -> dict[str, Delta]:
+        """The deltas of the slot from its stored tensors.
+
+        Args:
+            A: Stored tensor on the input side.
+            B: Stored tensor on the output side.
+            bias: Stored change of the bias, or None.
+
+        Returns:
+            Name → delta.
+        """
+        E = self.experts
+        if self.kind == "experts":
+            return {
+                name: Delta(B[:, e::E], A[e * self.rank : (e + 1) * self.rank], self.scaling)
+                for e, name in enumerate(self.modules)
+            }
+        return {self.name: Delta(B.flatten(1), A.flatten(1), self.scaling, bias)}
+
+    def write(
+        self, deltas: Sequence[Delta], *, with_bias: bool, dtypes: Sequence[torch.dtype]
+    ) -> dict[str, Tensor]:
+        """Stored tensors from the deltas of the slot, which have one rank and scaling.
+
+        Args:
+            deltas: The deltas, in the order of `modules`.
+            with_bias: Whether the file holds changes of biases.
+            dtypes: Storage types of A and B.
+
+        Returns:
+            Key → tensor.
+
+        Raises:
+            OutputError: If a value is too large for the storage type.
+        """
+        A = torch.cat([delta.A for delta in deltas])
+        if self.kind == "experts":
+            # rank-major: column r·E + e of the stored B is column r of expert e
+            B = torch.stack([delta.B for delta in deltas], dim=2).flatten(1)
+        else:
+            B = deltas[0].B
+        if self.kind == "conv":
+            A = A.reshape(len(A), -1, *self.kernel)
+            B = B.reshape(*B.shape, *(1 for _ in self.kernel))
+        key_A, key_B, key_bias = self.keys
+        stored = {key_A: _stored(key_A, A, dtypes[0]), key_B: _stored(key_B, B, dtypes[1])}
+        if with_bias:
+            bias = deltas[0].bias
+            bias = torch.zeros(len(B)) if bias is None else bias
+            stored[key_bias] = _stored(key_bias, bias, dtypes[1])
+        return stored
+
+
+def _stored(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is stored, refused where the storage type cannot hold it."""
+    stored = tensor.to(dtype).contiguous()
+    if not bool(torch.isfinite(stored).all()):
+        raise OutputError(
+            f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
+            "can hold; choose a wider type (--dtype float32)"
+        )
+    return stored
+
+
+def padded(deltas: Sequence[Delta]) -> list[Delta]:
+    """Deltas of a slot brought to one rank with zeros, scaling folded into B.
+
+    Args:
+        deltas: The deltas.
+
+    Returns:
+        Deltas of the same effect; of rank 1 at least, since PEFT knows no rank 0.
+    """
+    result = []
+    rank = max([1, *(delta.rank for delta in deltas)])
+    for delta in (d.folded() for d in deltas):
+        short = rank - delta.rank
+        B = torch.nn.functional.pad(delta.B, (0, short))
+        A = torch.nn.functional.pad(delta.A, (0, 0, 0, short))
+        result.append(Delta(B, A, bias=delta.bias))
+    return result
+
+
+def slot_for(
+    path: str,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    ranks: Mapping[tuple[int, float], Sequence[str]],
+    *,
+    embedding: bool,
+) -> Slot:
+    """Recognise the kind of layer from the shapes of its tensors and check them.
+
+    Args:
+        path: Key of the module without the suffix of the factor.
+        name: Name of the module in the base model.
+        tensors: ``"A"`` and ``"B"``, and ``"bias"`` if stored.
+        ranks: The (rank, scaling) that the configuration gives the module, or its parameters, with
+            the names of those parameters.
+        embedding: Whether the keys are those of an embedding.
+
+    Returns:
+        The slot.
+
+    Raises:
+        FormatError: If the tensors contradict each other or the configuration.
+        UnsupportedError: If the layer is one whose delta PEFT itself cannot form.
+    """
+    A, B = tensors["A"], tensors["B"]
+    if A.ndim != B.ndim or not 2 <= A.ndim <= 5 or 0 in (*A.shape, *B.shape):
+        raise FormatError(
+            f"factors have shapes A {tuple(A.shape)} and B {tuple(B.shape)}; expected two "
+            "non-empty matrices or two convolution kernels"
+        )
+    if A.ndim > 2 and B.shape[1] != A.shape[0] and A.shape[0] % B.shape[1] == 0:
+        raise UnsupportedError(
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} are factors of a convolution with groups, "
+            "whose product is no plain delta; PEFT cannot merge it either. Leave the layer out"
+        )
+    if B.shape[1] != A.shape[0] or any(size != 1 for size in B.shape[2:]):
+        raise FormatError(
+            f"ranks disagree: A {tuple(A.shape)} has {A.shape[0]} rows, B {tuple(B.shape)} has "
+            f"{B.shape[1]} columns"
+        )
+    (rank, scaling), parameters = _fitting(A.shape[0], ranks)
+    kind = "conv" if A.ndim > 2 else "embedding" if embedding else "linear"
+    experts = A.shape[0] // rank
+    return Slot(
+        path=path,
+        name=name,
+        kind="experts" if parameters and experts > 1 else kind,
+        shape=(B.shape[0], A[0].numel()),
+        rank=rank,
+        scaling=scaling,
+        dtypes=(A.dtype, B.dtype),
+        kernel=tuple(A.shape[2:]),
+        experts=experts,
+        parameters=tuple(parameters),
+    )
+
+
+def _fitting(
+    rows: int, ranks: Mapping[tuple[int, float], Sequence[str]]
+) -> tuple[tuple[int, float], Sequence[str]]:
+    """The one rank and scaling of the configuration that fits the rows of A."""
+    fitting = [
+        (key, names)
+        for key, names in ranks.items()
+        if key[0] == rows or (names and rows % key[0] == 0)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    said = " or ".join(str(rank) for rank, _ in ranks)
+    if not fitting:
+        raise FormatError(f"the config says rank {said}, the tensors have rank {rows}")
+    raise UnsupportedError(
+        f"several parameters of this module have different ranks or alphas ({said}) and the keys "
+        "do not tell which is which; give them one rank and alpha"
+    )
+

@@ -1,0 +1,109 @@
+"""Writing outputs so that none is ever seen half-written.
+
+Everything is first written under a hidden temporary directory on the same file system, flushed,
+and then renamed into place. A process killed at any time leaves at most such a directory behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from devec.errors import OutputError, listed
+
+Writer = Callable[[Path], None]
+
+# A directory is replaced only if it is an adapter's: nobody loses a home directory to a typo.
+_MARKER = "adapter_config.json"
+
+
+def write_all(
+    outputs: Mapping[Path, Writer], *, overwrite: bool = False, obsolete: Sequence[Path] = ()
+) -> None:
+    """Write several outputs, all or none.
+
+    Args:
+        outputs: Target path → function that writes the output at the path it is given.
+        overwrite: Whether targets that exist may be replaced.
+        obsolete: Outputs of an earlier run that these replace without having a successor.
+
+    Raises:
+        OutputError: If a target exists and may not be replaced, or cannot be written. Nothing is
+            changed then.
+    """
+    _require_replaceable([*outputs, *obsolete], overwrite)
+    staging: dict[Path, Path] = {}
+    try:
+        for parent in {path.parent for path in outputs}:
+            staging[parent] = Path(tempfile.mkdtemp(prefix=".devec-", dir=_existing(parent)))
+        for path, write in outputs.items():
+            staged = staging[path.parent] / path.name
+            write(staged)
+            _flush(staged)
+        for path in outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _rename(staging[path.parent] / path.name, path)
+        for path in obsolete:
+            _remove(path)
+    except (OSError, SafetensorError) as error:
+        target = listed([str(path) for path in outputs], 1)
+        raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
+    finally:
+        for directory in staging.values():
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse outputs that exist, unless they may be replaced and are outputs of this kind."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise OutputError(
+            f"output exists: {listed([str(p) for p in existing])}; remove it, choose another "
+            "path, or allow overwriting (--overwrite, overwrite=True)"
+        )
+    for path in existing:
+        if path.is_dir() and any(path.iterdir()) and not (path / _MARKER).exists():
+            raise OutputError(
+                f"{path} is a directory without {_MARKER}, so it is not replaced; remove it or "
+                "choose another path"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above that exists, where a temporary one can be made."""
+    return next((p for p in [path, *path.absolute().parents] if p.exists()), path)
+
+
+def _rename(staged: Path, target: Path) -> None:
+    """Give a finished output its name; what was there comes back if that fails."""
+    aside = staged.with_name(f"{staged.name}.replaced")
+    replaced = target.exists()
+    if replaced:
+        target.rename(aside)
+    try:
+        staged.rename(target)
+    except OSError:
+        if replaced:
+            aside.rename(target)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Remove an output of an earlier run."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Make sure an output is on the disk before it gets its name."""
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

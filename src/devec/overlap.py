@@ -1,0 +1,105 @@
+"""How much adapters overlap, beside what chance would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.adapter import Adapter, cosine, require_same_base
+from devec.delta import Delta
+from devec.errors import IncompatibleError, located
+from devec.linalg import column_space
+from devec.subspace import principal_vectors, random_edge
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleOverlap:
+    """The overlap of two adapters in one module.
+
+    Attributes:
+        module: Name of the module.
+        pair: Names of the two adapters.
+        ranks: Numerical ranks of the two deltas.
+        squared_cosines: Of the principal angles between the column spaces, descending.
+        edge: Where the largest squared cosine of random subspaces of these ranks sits.
+        cosine: ⟨ΔW1, ΔW2⟩/(‖ΔW1‖·‖ΔW2‖); nan if either is zero.
+    """
+
+    module: str
+    pair: tuple[str, str]
+    ranks: tuple[int, int]
+    squared_cosines: Float[Tensor, " k"]
+    edge: float
+    cosine: float
+
+    @property
+    def largest(self) -> float:
+        """The largest squared cosine; 0 if either delta is zero."""
+        return float(self.squared_cosines[0]) if self.squared_cosines.numel() else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """The overlap of every pair of a pool.
+
+    Attributes:
+        modules: A row per pair and module that both have.
+        cosines: Pair → cosine of the whole adapters as vectors.
+    """
+
+    modules: Sequence[ModuleOverlap]
+    cosines: dict[tuple[str, str], float]
+
+
+def overlap(adapters: Sequence[Adapter]) -> Overlap:
+    """Measure how much the column spaces of adapters overlap, pair by pair.
+
+    Args:
+        adapters: Two or more adapters of one base model.
+
+    Returns:
+        Squared cosines of the principal angles for every pair and module, beside the edge of the
+        random null, and the cosines between deltas.
+
+    Raises:
+        IncompatibleError: If there are fewer than two adapters or they do not fit together.
+
+    Cost: O((out + in)·r²) per adapter and module, O(out·r²) per pair and module.
+
+    Reference: Björck and Golub 1973; Wachter 1980 for the edge.
+    """
+    if len(adapters) < 2:
+        raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
+    require_same_base(adapters)
+    rows = []
+    for module in dict.fromkeys(m for a in adapters for m in a.modules):
+        deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
+        with located(f"module {module!r}"):
+            rows += _module_rows(module, deltas)
+    pairs = combinations(adapters, 2)
+    return Overlap(modules=rows, cosines={(a.name, b.name): cosine(a, b) for a, b in pairs})
+
+
+def _module_rows(module: str, deltas: dict[str, Delta]) -> list[ModuleOverlap]:
+    """The overlaps of all pairs in one module."""
+    spaces = {name: column_space(delta.B, delta.A) for name, delta in deltas.items()}
+    norms = {name: delta.norm() for name, delta in deltas.items()}
+    rows = []
+    for a, b in combinations(deltas, 2):
+        U, V = spaces[a].U, spaces[b].U
+        scale = norms[a] * norms[b]
+        rows.append(
+            ModuleOverlap(
+                module=module,
+                pair=(a, b),
+                ranks=(U.shape[1], V.shape[1]),
+                squared_cosines=principal_vectors(U, V)[1].square().cpu(),
+                edge=random_edge(len(U), U.shape[1], V.shape[1]),
+                cosine=deltas[a].inner(deltas[b]) / scale if scale else float("nan"),
+            )
+        )
+    return rows

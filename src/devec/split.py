@@ -1,0 +1,228 @@
+"""One module of a pool: its column spaces, what they share, and the parts that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.linalg import ColumnSpace, column_space
+from devec.subspace import METHODS, SharedSubspace, chance_level, deflate, pool_level, random_edge
+
+Threshold = float | Literal["auto"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSplit:
+    """What was found in one module for one group of adapters.
+
+    Attributes:
+        module: Name of the module.
+        group: Names of the adapters whose subspaces were compared, in order.
+        ranks: Dimension of each adapter's column space (for scope ``"iterative"``, of what was
+            left of the target's).
+        threshold: The squared cosine that counted as shared; infinity where no overlap can be
+            beyond chance (``threshold="auto"`` and ranks that fill the space).
+        edge: The value that random subspaces of these dimensions reach.
+        spectrum: What the threshold was compared with, descending.
+        basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank).
+        norms: For each adapter of the group, ‖ΔW‖_F.
+        shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
+    """
+
+    module: str
+    group: tuple[str, ...]
+    ranks: tuple[int, ...]
+    threshold: float
+    edge: float
+    spectrum: Float[Tensor, " k"]
+    basis: Float[Tensor, "out shared"]
+    norms: tuple[float, ...]
+    shared_norms: tuple[float, ...]
+
+    @property
+    def shared_rank(self) -> int:
+        """The number of shared directions."""
+        return self.basis.shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The largest overlap found, on the scale of squared cosines; 0 without any."""
+        return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
+
+
+@dataclass
+class ModuleParts:
+    """The parts of one module, by the name of the adapter or pair they belong to."""
+
+    shared: dict[str, Delta] = field(default_factory=dict)
+    unique: dict[str, Delta] = field(default_factory=dict)
+    common: Delta | None = None
+    splits: list[ModuleSplit] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every module: which directions count as shared, and among whom.
+
+    Attributes:
+        names: Names of the adapters of the pool, in order.
+        threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
+        method: A key of `METHODS`.
+        target: Name of the adapter to split, for scope ``"iterative"``.
+    """
+
+    names: tuple[str, ...]
+    threshold: Threshold
+    method: str
+    target: str = ""
+
+    def level(self, n: int, ranks: Sequence[int]) -> float:
+        """The threshold for subspaces of these dimensions."""
+        if self.threshold != "auto":
+            return self.threshold
+        return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
+
+
+class ModulePool:
+    """One module of all the adapters that have it.
+
+    Args:
+        module: Name of the module.
+        deltas: Adapter name → delta, where it is to be computed.
+    """
+
+    def __init__(self, module: str, deltas: Mapping[str, Delta]) -> None:
+        self.module = module
+        self.deltas = deltas
+        self.spaces: dict[str, ColumnSpace] = {
+            name: column_space(delta.B, delta.A) for name, delta in deltas.items()
+        }
+
+    def shared_subspace(self, question: Question, group: Sequence[str]) -> SharedSubspace:
+        """The subspace that the deltas of a group share, by the method asked for."""
+        bases = [self.spaces[name].U for name in group]
+        ranks = [basis.shape[1] for basis in bases]
+        if not all(ranks):
+            return SharedSubspace(bases[0][:, :0], bases[0].new_zeros(0))
+        return METHODS[question.method](bases, question.level(len(bases[0]), ranks))
+
+    def split(self, name: str, Z: Float[Tensor, "out k"]) -> tuple[Delta, Delta]:
+        """Shared and unique part of one delta (Eq. 12 and 13); the original where Z is empty."""
+        delta = self.deltas[name]
+        if Z.shape[1] == 0:
+            bias = None if delta.bias is None else torch.zeros_like(delta.bias)
+            return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias), delta
+        shared = delta.projected(Z)
+        return shared, delta.without(shared)
+
+    def norm(self, name: str) -> float:
+        """‖ΔW‖_F, from the singular values."""
+        return abs(self.deltas[name].scaling) * float(self.spaces[name].S.norm())
+
+    def shared_norm(self, name: str, Z: Float[Tensor, "out k"]) -> float:
+        """‖Z Zᵀ ΔW‖_F = |s|·‖(ZᵀU)·diag(S)‖_F."""
+        U, S = self.spaces[name]
+        return abs(self.deltas[name].scaling) * float(torch.linalg.matrix_norm((Z.mT @ U) * S))
+
+    def common(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> Delta:
+        """Mean of the shared parts of a group, weighted by their norms (Eq. 14).
+
+        Z·(Σ w_i·s_i·(ZᵀB_i)·A_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖: of rank ρ_shared, scaling 1.
+        """
+        norms = [self.shared_norm(name, Z) for name in group]
+        total = math.fsum(norms) or 1.0
+        parts = [
+            (norm / total) * self.deltas[name].folded()
+            for name, norm in zip(group, norms, strict=True)
+        ]
+        dtype = max((part.dtype for part in parts), key=lambda d: torch.finfo(d).bits)
+        Z = Z.to(dtype)
+        A = torch.stack([(Z.mT @ p.B.to(dtype)) @ p.A.to(dtype) for p in parts]).sum(0)
+        biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
+        bias = Z @ (Z.mT @ torch.stack(biases).sum(0)) if biases else None
+        return Delta(B=Z, A=A, bias=bias)
+
+    def row(
+        self,
+        question: Question,
+        group: Sequence[str],
+        found: SharedSubspace,
+        ranks: Sequence[int] | None = None,
+    ) -> ModuleSplit:
+        """The row of the report for a group."""
+        n = len(found.basis)
+        ranks = ranks or [self.spaces[name].U.shape[1] for name in group]
+        return ModuleSplit(
+            module=self.module,
+            group=tuple(group),
+            ranks=tuple(ranks),
+            threshold=question.level(n, ranks),
+            edge=pool_level(n, ranks, question.method, random_edge),
+            spectrum=found.spectrum.cpu(),
+            basis=found.basis.cpu(),
+            norms=tuple(self.norm(name) for name in group),
+            shared_norms=tuple(self.shared_norm(name, found.basis) for name in group),
+        )
+
+
+def split_all(question: Question, pool: ModulePool) -> ModuleParts:
+    """Scope ``all``: one shared subspace for the whole pool (Eq. 8-14)."""
+    parts = ModuleParts()
+    Z = next(iter(pool.spaces.values())).U[:, :0]
+    if len(pool.deltas) == len(question.names):
+        found = pool.shared_subspace(question, question.names)
+        Z = found.basis
+        parts.splits.append(pool.row(question, question.names, found))
+        parts.common = pool.common(question.names, Z) if found.rank else None
+    for name in pool.deltas:
+        parts.shared[name], parts.unique[name] = pool.split(name, Z)
+    return parts
+
+
+def split_pairs(question: Question, pool: ModulePool) -> ModuleParts:
+    """Scope ``pairwise``: a common vector for every pair (Eq. 8-14 with k = 2)."""
+    parts = ModuleParts()
+    for pair in combinations(question.names, 2):
+        if all(name in pool.deltas for name in pair):
+            found = pool.shared_subspace(question, pair)
+            parts.splits.append(pool.row(question, pair, found))
+            if found.rank:
+                parts.shared["+".join(pair)] = pool.common(pair, found.basis)
+    return parts
+
+
+def split_target(question: Question, pool: ModulePool) -> ModuleParts:
+    """Scope ``iterative``: the target loses what it shares with each of the others in turn."""
+    parts = ModuleParts()
+    target = question.target
+    if target not in pool.deltas:
+        return parts
+    others = [name for name in question.names if name != target and name in pool.deltas]
+    U = pool.spaces[target].U
+    steps = deflate(
+        U, [pool.spaces[o].U for o in others], lambda p, q: question.level(len(U), (p, q))
+    )
+    left = U.shape[1]
+    for other, found in zip(others, steps, strict=True):
+        ranks = (left, pool.spaces[other].U.shape[1])
+        parts.splits.append(pool.row(question, (target, other), found, ranks))
+        left -= found.rank
+    Z = torch.cat([U[:, :0], *(found.basis for found in steps)], dim=1)
+    parts.shared[target], parts.unique[target] = pool.split(target, Z)
+    return parts
+
+
+SCOPES: dict[str, Callable[[Question, ModulePool], ModuleParts]] = {
+    "all": split_all,
+    "pairwise": split_pairs,
+    "iterative": split_target,
+}

@@ -1,0 +1,280 @@
+"""The subspace that several column spaces share, by three methods, and what chance would share.
+
+A method takes orthonormal bases ``U_i`` of shape (n, ρ_i) and a threshold τ on the squared cosine
+between shared directions, and returns an orthonormal basis of the shared subspace. Since its
+columns are orthonormal, ``Z Zᵀ`` is an orthogonal projector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.errors import IncompatibleError
+
+# Exactly shared directions come out as 1 - O(1e-15) in float64; without this allowance τ = 1, the
+# value of the paper's Proposition 3.1, would select nothing.
+_ROUNDING = 1e-9
+
+# 99 % quantile of the Tracy-Widom distribution of order 1 (Johnstone 2008, Table 1).
+_TRACY_WIDOM_99 = 2.0234
+
+
+@dataclass(frozen=True, eq=False)
+class SharedSubspace:
+    """What several subspaces of R^n share.
+
+    Attributes:
+        basis: Z, orthonormal columns, shape (n, ρ_shared).
+        spectrum: What the threshold was compared with, descending, on the scale of squared
+            cosines: see the method.
+    """
+
+    basis: Float[Tensor, "n shared"]
+    spectrum: Float[Tensor, " k"]
+
+    @property
+    def rank(self) -> int:
+        """The number of shared directions."""
+        return self.basis.shape[1]
+
+
+def principal_vectors(
+    U1: Float[Tensor, "n p"], U2: Float[Tensor, "n q"]
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"], Float[Tensor, "n k"]]:
+    """Principal vectors of two subspaces and the cosines of the angles between them.
+
+    With U1ᵀU2 = Y·diag(σ)·Xᵀ the vectors are f_i = U1·y_i and g_i = U2·x_i, f_iᵀg_i = σ_i = cos θ_i.
+
+    Args:
+        U1: Orthonormal basis of the first subspace.
+        U2: Orthonormal basis of the second subspace.
+
+    Returns:
+        f of shape (n, k), the cosines (descending, in [0, 1]) and g of shape (n, k), k = min(p, q).
+
+    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear
+    subspaces"; the paper's Theorem 6.1.
+    """
+    Y, cosines, Xh = torch.linalg.svd(U1.mT @ U2, full_matrices=False)
+    return U1 @ Y, cosines.clamp(max=1), U2 @ Xh.mT
+
+
+def principal(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+    """Shared subspace of two column spaces by principal angles.
+
+    Z holds the principal vectors f_i of the first subspace whose cos² θ_i exceeds the threshold.
+
+    Args:
+        bases: Two orthonormal bases.
+        threshold: Smallest squared cosine that counts as shared.
+
+    Returns:
+        The shared subspace; its spectrum holds the squared cosines of all principal angles.
+
+    Raises:
+        IncompatibleError: If there are not exactly two subspaces.
+
+    Reference: arXiv 2512.22511, Theorem 6.1.
+    """
+    if len(bases) != 2:
+        raise IncompatibleError(
+            f"method 'principal' is defined for two subspaces, not {len(bases)}; "
+            "use method='mean' or 'chain', or scope='pairwise'"
+        )
+    vectors, cosines, _ = principal_vectors(*bases)
+    squared = cosines.square()
+    return SharedSubspace(vectors[:, _selected(squared, threshold)], squared)
+
+
+def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+    """Shared subspace from the eigenvectors of the chained projectors P1·P2···Pk.
+
+    The nonzero eigenvalues of the n × n chain are those of the ρ1 × ρ1 matrix
+    M = (U1ᵀU2)(U2ᵀU3)···(UkᵀU1), its eigenvectors are U1·y. For k = 2 they are the squared cosines
+    and the first principal vectors. For k > 2 M is not symmetric: eigenvalues may be complex (the
+    real part is compared with the threshold), shrink as k grows, and depend on the order of the
+    bases; eigenvectors are not orthogonal, so an orthonormal basis of their span is taken.
+
+    Args:
+        bases: Orthonormal bases U_i, two or more.
+        threshold: Smallest eigenvalue that counts as shared.
+
+    Returns:
+        The shared subspace, inside the first column space; its spectrum holds the real parts of
+        the eigenvalues.
+
+    Cost: O(n Σ ρ_i ρ_{i+1}), linear in k.
+
+    Reference: arXiv 2512.22511, Eq. 8-11.
+    """
+    if len(bases) == 2:
+        return principal(bases, threshold)
+    M = bases[0].mT @ bases[1]
+    for left, right in zip(bases[1:], [*bases[2:], bases[0]], strict=True):
+        M = M @ (left.mT @ right)
+    values, vectors = torch.linalg.eig(M)
+    order = values.real.argsort(descending=True)
+    spectrum = values.real[order]
+    chosen = vectors[:, order][:, _selected(spectrum, threshold)]
+    return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum)
+
+
+def _orthonormal_span(vectors: Float[Tensor, "r k"]) -> Float[Tensor, "r k"]:
+    """Real orthonormal basis of the span of complex vectors that come in conjugate pairs."""
+    parts = torch.cat([vectors.real, vectors.imag], dim=1)
+    return torch.linalg.svd(parts, full_matrices=False).U[:, : vectors.shape[1]]
+
+
+def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+    """Shared subspace from the eigenvectors of the mean projector (P1 + … + Pk)/k.
+
+    Symmetric, independent of the order of the bases, and not shrinking with k. An eigenvalue μ is
+    reported as the squared cosine c² at which k directions with pairwise cosine c would have it:
+    μ = (1 + (k-1)·c)/k. So one threshold means the same as in `chain`, and for k = 2 the same
+    pairs are selected, with their bisectors as the basis.
+
+    Args:
+        bases: Orthonormal bases U_i, two or more.
+        threshold: Smallest such squared cosine that counts as shared.
+
+    Returns:
+        The shared subspace; its spectrum holds the squared cosines of all eigenvalues above 1/k
+        (an eigenvalue of 1/k is a direction that one subspace has alone).
+
+    Cost: O(n (Σ ρ_i)² + (Σ ρ_i)³).
+    """
+    k = len(bases)
+    stacked = torch.cat(list(bases), dim=1)
+    values, Y = torch.linalg.eigh(stacked.mT @ stacked)
+    values, Y = values.flip(0), Y.flip(1)
+    spectrum = ((values - 1) / (k - 1)).clamp(0, 1).square()
+    chosen = _selected(spectrum, threshold)
+    Z = stacked @ (Y[:, chosen] / values[chosen].sqrt())
+    return SharedSubspace(Z, spectrum[spectrum > 0])
+
+
+def deflate(
+    U: Float[Tensor, "n rho"],
+    others: Sequence[Float[Tensor, "n _"]],
+    threshold: Callable[[int, int], float],
+) -> list[SharedSubspace]:
+    """What a target subspace shares with each of the others in turn, taken away after each.
+
+    What is left of the target is U·K, with K an orthonormal basis of the coordinates not yet
+    removed. A step finds the principal pairs of U·K and U_j from the SVD of Kᵀ·(UᵀU_j), removes the
+    target's member of each pair above the threshold, and goes on with the rest. All of it stays
+    inside the target's column space.
+
+    Args:
+        U: Orthonormal basis of the target's column space.
+        others: Orthonormal bases of the others, in the order in which they are taken.
+        threshold: From the dimensions of what is left and of the other, the smallest squared
+            cosine that counts as shared.
+
+    Returns:
+        A shared subspace for each of the others; together their bases are orthonormal.
+
+    Cost: one product UᵀU_j and O(ρ² ρ_j) for each.
+
+    Reference: arXiv 2512.22511, §4.3.
+    """
+    K = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    steps = []
+    for other in others:
+        Y, cosines, _ = torch.linalg.svd(K.mT @ (U.mT @ other))
+        spectrum = cosines.clamp(max=1).square()
+        shared = int(_selected(spectrum, threshold(K.shape[1], other.shape[1])).sum())
+        steps.append(SharedSubspace(U @ (K @ Y[:, :shared]), spectrum))
+        K = K @ Y[:, shared:]
+    return steps
+
+
+def _selected(spectrum: Float[Tensor, " k"], threshold: float) -> Tensor:
+    """Mask of the values above the threshold, with an allowance for rounding."""
+    return spectrum > threshold - _ROUNDING
+
+
+METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {"chain": chain, "mean": mean, "principal": principal}
+
+
+def random_edge(n: int, p: int, q: int) -> float:
+    """Where the largest squared cosine between two random subspaces sits.
+
+    (√(a(1-b)) + √(b(1-a)))² with a = p/n, b = q/n: the upper edge of the spectrum of the product
+    of two random projectors, as n grows. Once p + q ≥ n the subspaces must intersect and it is 1.
+
+    Args:
+        n: Dimension of the space.
+        p: Dimension of the first subspace.
+        q: Dimension of the second subspace.
+
+    Returns:
+        The edge, in [0, 1].
+
+    Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios".
+    """
+    if p + q >= n:
+        return float(min(p, q) > 0)
+    a, b = p / n, q / n
+    return (math.sqrt(a * (1 - b)) + math.sqrt(b * (1 - a))) ** 2
+
+
+def chance_level(n: int, p: int, q: int) -> float:
+    """The squared cosine that two random subspaces exceed in one case of a hundred.
+
+    The edge of `random_edge` with the fluctuation of the largest squared cosine around it:
+    log(c²/(1-c²)) is μ + σ·TW1 with the order-1 Tracy-Widom law.
+
+    Args:
+        n: Dimension of the space.
+        p: Dimension of the first subspace, positive.
+        q: Dimension of the second subspace, positive.
+
+    Returns:
+        The 99 % quantile; infinity where p + q ≥ n, since there the subspaces intersect whatever
+        they are, and no overlap is beyond chance.
+
+    Reference: Johnstone 2008, "Multivariate analysis and Jacobi ensembles: largest eigenvalue,
+    Tracy-Widom limits and rates of convergence", Ann. Statist. 36, Eq. 5 and 6.
+    """
+    if p + q >= n:
+        return math.inf
+    # Johnstone's (p, m, n) are here min(p, q), n - max(p, q), max(p, q), so m + n - 1 = n - 1.
+    size = n - 1
+    gamma = 2 * math.asin(math.sqrt((min(p, q) - 0.5) / size))
+    phi = 2 * math.asin(math.sqrt((max(p, q) - 0.5) / size))
+    centre = 2 * math.log(math.tan((phi + gamma) / 2))
+    spread = (16 / (size**2 * math.sin(phi + gamma) ** 2 * math.sin(phi) * math.sin(gamma))) ** (
+        1 / 3
+    )
+    return 1 / (1 + math.exp(-(centre + spread * _TRACY_WIDOM_99)))
+
+
+def pool_level(
+    n: int, ranks: Sequence[int], method: str, level: Callable[[int, int, int], float]
+) -> float:
+    """A level for two subspaces, carried over to the spectrum of a method on k of them.
+
+    `chain`: |λ| ≤ ‖U1ᵀU2‖·‖U2ᵀU3‖···‖UkᵀU1‖, the geometric mean around the cycle to the power k/2.
+    `mean` and `principal`: the eigenvalue is at most that of directions at the largest pairwise
+    cosine, so the largest pairwise level bounds it. For k = 2 both are the level itself.
+
+    Args:
+        n: Dimension of the space.
+        ranks: Dimensions ρ_i of the subspaces, two or more.
+        method: One of `METHODS`.
+        level: `random_edge` or `chance_level`.
+
+    Returns:
+        The bound, on the scale of the method's spectrum.
+    """
+    if method == "chain":
+        cycle = zip(ranks, [*ranks[1:], ranks[0]], strict=True)
+        return math.prod(math.sqrt(level(n, p, q)) for p, q in cycle)
+    return max(level(n, p, q) for i, p in enumerate(ranks) for q in ranks[i + 1 :])
