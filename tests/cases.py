@@ -168,11 +168,13 @@ def save_adapter(path, kind, variant, index, base=None, **fields):
     """One adapter of a pool, saved by PEFT."""
     v = VARIANTS[variant] if isinstance(variant, str) else variant
     rank = v.ranks[index % len(v.ranks)]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank + 1, **{**target_fields(kind), **v.config, **fields})
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank + 1, **{**target_fields(kind), **v.config, **fields}
+    )
     model = get_peft_model(make_base(kind) if base is None else base, config)
     fill(model, "default", seed=1000 + index)
     with torch.no_grad():
-        for _, A, B in factor_pairs(model, "default"):
+        for _, _, B in factor_pairs(model, "default"):
             if v.zero and index == 1:
                 B.zero_()
             if v.deficient:

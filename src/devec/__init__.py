@@ -46,7 +46,24 @@ _HOME = {
     "save_adapters": "adapter",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "Adapter",
+    "Compression",
+    "Decomposition",
+    "Delta",
+    "DevecError",
+    "DevecWarning",
+    "Overlap",
+    "__version__",
+    "combine",
+    "compress",
+    "cosine",
+    "decompose",
+    "distance",
+    "inner",
+    "overlap",
+    "save_adapters",
+]
 
 
 class _Package(ModuleType):

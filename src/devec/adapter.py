@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from devec.delta import Delta
+from devec.delta import Delta, require_device
 from devec.errors import FormatError, IncompatibleError, listed, located
 from devec.output import Writer, write_all
 
@@ -38,6 +38,9 @@ class Layout(Protocol):
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
         """A function that writes the adapter at a path; refusals are raised before it runs."""
+
+    def rebased(self, base: str) -> Layout:
+        """The same layout with another base model on record."""
 
     def describe(self) -> dict[str, Any]:
         """What there is to say of the files, as JSON values."""
@@ -105,7 +108,41 @@ class Adapter:
         Raises:
             OutputError: If the output exists and may not be replaced, or cannot be written.
         """
-        save_adapters({path: self}, dtype=dtype, overwrite=overwrite)
+        write_all({Path(path): self.writer(dtype)}, overwrite=overwrite)
+
+    def writer(self, dtype: torch.dtype | None = None) -> Writer:
+        """A function that writes the adapter at a path, for writing several outputs at once.
+
+        Args:
+            dtype: Storage precision; by default that of the input.
+
+        Returns:
+            The function.
+
+        Raises:
+            IncompatibleError: If the adapter was made in memory and has no layout.
+        """
+        if self.layout is None:
+            raise IncompatibleError(
+                f"adapter {self.name!r} was made in memory and has no file layout; give it one "
+                "with dataclasses.replace(adapter, layout=other.layout)"
+            )
+        return self.layout.writer(self, dtype)
+
+    def to(self, device: torch.device | str) -> Adapter:
+        """The same adapter with its deltas on another device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            IncompatibleError: If the device cannot be used.
+        """
+        require_device(device)
+        return self.map(lambda _, delta: delta.to(device))
 
     @property
     def label(self) -> str:
@@ -251,6 +288,8 @@ def linear_combination(
         layout=merged_layout(adapters),
         carried=_carried(adapters, weights, carried_from),
         provenance=provenance("combine", adapters, weights=list(weights)),
+        source="",
+        sha256="",
     )
 
 
@@ -259,7 +298,6 @@ def save_adapters(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    obsolete: Sequence[str | Path] = (),
 ) -> None:
     """Write several adapters, all or none, each in the format it came in.
 
@@ -267,23 +305,14 @@ def save_adapters(
         adapters: Path → adapter.
         dtype: Storage precision; by default that of each adapter's input.
         overwrite: Whether outputs that exist may be replaced.
-        obsolete: Outputs of an earlier run that are to go, if they may be replaced.
 
     Raises:
         IncompatibleError: If an adapter was made in memory and has no layout.
         OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
             changed then.
     """
-    writers: dict[Path, Writer] = {}
-    for path, adapter in adapters.items():
-        if adapter.layout is None:
-            raise IncompatibleError(
-                f"adapter {adapter.name!r} was made in memory and has no file layout; give it one "
-                "with dataclasses.replace(adapter, layout=other.layout)"
-            )
-        with located(f"adapter {adapter.name!r}"):
-            writers[Path(path)] = adapter.layout.writer(adapter, dtype)
-    write_all(writers, overwrite=overwrite, obsolete=[Path(p) for p in obsolete])
+    writers = {Path(path): adapter.writer(dtype) for path, adapter in adapters.items()}
+    write_all(writers, overwrite=overwrite)
 
 
 def require_same_base(adapters: Sequence[Adapter]) -> None:
@@ -351,6 +380,12 @@ def _carried(
 
     A whole tensor T stands for the change T - T0. With one carrier, at weight 1, the combination
     holds that change once, and so holds T.
+
+    Returns:
+        Key → tensor.
+
+    Raises:
+        IncompatibleError: If the combination of tensors would not be one of them.
     """
     if carried_from == "none":
         return {}
@@ -376,4 +411,3 @@ def _carried(
 def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """Whether two sets of tensors are identical."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-

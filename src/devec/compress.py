@@ -97,7 +97,9 @@ def truncate(
                 modules[module] = Delta(B=B, A=A.to(delta.dtype), bias=bias)
             norms[module], lost[module] = float(S.norm()), float(S[rank:].norm())
     return Compression(
-        adapter=dataclasses.replace(adapter, modules=modules, provenance=record, sha256=""),
+        adapter=dataclasses.replace(
+            adapter, modules=modules, provenance=record, source="", sha256=""
+        ),
         errors={m: lost[m] / norms[m] if norms[m] else 0.0 for m in norms},
         error=math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from devec.adapter import Adapter, merged_layout, provenance, require_same_base
 from devec.compress import truncate
-from devec.delta import Delta
+from devec.delta import Delta, require_device
 from devec.errors import DevecWarning, IncompatibleError, listed, located
 from devec.split import SCOPES, ModulePool, ModuleSplit, Question, Threshold
 from devec.subspace import METHODS
@@ -50,6 +50,11 @@ class Decomposition:
             f"{'+'.join(s.group)}/{s.module}" if several else s.module: s.spectrum
             for s in self.splits
         }
+
+    @property
+    def nothing_shared(self) -> bool:
+        """Whether no direction exceeded the threshold anywhere."""
+        return not any(split.shared_rank for split in self.splits)
 
     def outputs(self, *, compact: bool = False) -> dict[str, Adapter]:
         """The parts that hold anything, by the names they are written under.
@@ -89,9 +94,10 @@ def decompose(
 ) -> Decomposition:
     """Split a pool of adapters into shared and unique parts.
 
-    In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``, where the columns of
-    Z are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. Only B (and
-    a bias change) differs between an adapter and its parts: they keep its rank, alpha and layout.
+    In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``, where the columns
+    of Z are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. Only B
+    (and a bias change) differs between an adapter and its parts: they keep its rank, alpha and
+    layout.
     A module that an adapter of the pool lacks has nothing common to all: all of it is unique.
 
     Args:
@@ -120,6 +126,8 @@ def decompose(
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """
     _check_arguments(adapters, threshold, method, scope, target)
+    if device is not None:
+        require_device(device)
     require_same_base(adapters)
     merged_layout(adapters)  # refuses adapters that do not compose
     question = Question(tuple(a.name for a in adapters), threshold, method, target or "")

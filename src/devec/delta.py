@@ -154,6 +154,22 @@ class Delta:
             raise IncompatibleError(f"weights of shapes {self.shape} and {other.shape}")
 
 
+def require_device(device: torch.device | str) -> None:
+    """Check that tensors can be put on a device.
+
+    Args:
+        device: The device.
+
+    Raises:
+        IncompatibleError: If they cannot.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise IncompatibleError(f"device {str(device)!r} cannot be used: {reason}") from error
+
+
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     """Sum of two bias changes, None standing for zero."""
     if left is None or right is None:

@@ -102,6 +102,9 @@ def _column_space_by_gram(B: Tensor, A: Tensor) -> ColumnSpace | None:
     With AAᵀ = L·Lᵀ, ΔW·ΔWᵀ = (B·L)(B·L)ᵀ, so the eigenvectors of (B·L)ᵀ(B·L) = V·S²·Vᵀ give
     U = B·L·V·S⁻¹. The span of U is that of B whatever the rounding in L, V and S; what rounding
     does to the orthogonality of U is removed by one Newton-Schulz step, U·(3 - UᵀU)/2.
+
+    Returns:
+        The column space, of full rank.
     """
     L, info = torch.linalg.cholesky_ex(A @ A.mT)
     if int(info) or B.shape[0] < B.shape[1]:

@@ -101,6 +101,7 @@ class ModulePool:
     """
 
     def __init__(self, module: str, deltas: Mapping[str, Delta]) -> None:
+        """Find the column spaces of the deltas."""
         self.module = module
         self.deltas = deltas
         self.spaces: dict[str, ColumnSpace] = {
@@ -136,7 +137,10 @@ class ModulePool:
     def common(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> Delta:
         """Mean of the shared parts of a group, weighted by their norms (Eq. 14).
 
-        Z·(Σ w_i·s_i·(ZᵀB_i)·A_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖: of rank ρ_shared, scaling 1.
+        Z·(Σ w_i·s_i·(ZᵀB_i)·A_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖.
+
+        Returns:
+            The common vector, of rank ρ_shared and scaling 1.
         """
         norms = [self.shared_norm(name, Z) for name in group]
         total = math.fsum(norms) or 1.0

@@ -49,7 +49,8 @@ def principal_vectors(
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"], Float[Tensor, "n k"]]:
     """Principal vectors of two subspaces and the cosines of the angles between them.
 
-    With U1ᵀU2 = Y·diag(σ)·Xᵀ the vectors are f_i = U1·y_i and g_i = U2·x_i, f_iᵀg_i = σ_i = cos θ_i.
+    With U1ᵀU2 = Y·diag(σ)·Xᵀ the vectors are f_i = U1·y_i and g_i = U2·x_i, and f_iᵀg_i = σ_i is
+    the cosine of the angle θ_i between them.
 
     Args:
         U1: Orthonormal basis of the first subspace.
@@ -128,7 +129,8 @@ def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubs
 def _orthonormal_span(vectors: Float[Tensor, "r k"]) -> Float[Tensor, "r k"]:
     """Real orthonormal basis of the span of complex vectors that come in conjugate pairs."""
     parts = torch.cat([vectors.real, vectors.imag], dim=1)
-    return torch.linalg.svd(parts, full_matrices=False).U[:, : vectors.shape[1]]
+    basis: Tensor = torch.linalg.svd(parts, full_matrices=False).U
+    return basis[:, : vectors.shape[1]]
 
 
 def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
@@ -200,7 +202,11 @@ def _selected(spectrum: Float[Tensor, " k"], threshold: float) -> Tensor:
     return spectrum > threshold - _ROUNDING
 
 
-METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {"chain": chain, "mean": mean, "principal": principal}
+METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {
+    "chain": chain,
+    "mean": mean,
+    "principal": principal,
+}
 
 
 def random_edge(n: int, p: int, q: int) -> float:

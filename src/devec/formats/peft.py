@@ -84,7 +84,11 @@ class PeftLayout:
         for layout in layouts:
             for slot in layout.slots:
                 known = slots.setdefault(slot.path, slot)
-                if (known.kind, known.kernel, known.experts) != (slot.kind, slot.kernel, slot.experts):
+                if (known.kind, known.kernel, known.experts) != (
+                    slot.kind,
+                    slot.kernel,
+                    slot.experts,
+                ):
                     raise IncompatibleError(
                         f"module {slot.name!r} is {known.kind} {known.kernel or ''} in one adapter "
                         f"and {slot.kind} {slot.kernel or ''} in another"
@@ -120,7 +124,9 @@ class PeftLayout:
 
         return write
 
-    def stored(self, adapter: Adapter, dtype: torch.dtype | None) -> tuple[Config, dict[str, Tensor]]:
+    def stored(
+        self, adapter: Adapter, dtype: torch.dtype | None
+    ) -> tuple[Config, dict[str, Tensor]]:
         """Configuration and tensors of an adapter, as they go to the files.
 
         Where every module still has the rank and scaling the input's configuration gives it, that
@@ -165,10 +171,21 @@ class PeftLayout:
     def _as_read(self, held: Mapping[Slot, Sequence[Delta]]) -> bool:
         """Whether ranks and scalings are still what the configuration says."""
         return not self.merged_from and all(
-            deltas
-            and all(d.rank == slot.rank and d.scaling == slot.scaling for d in deltas)
+            deltas and all(d.rank == slot.rank and d.scaling == slot.scaling for d in deltas)
             for slot, deltas in held.items()
         )
+
+    def rebased(self, base: str) -> PeftLayout:
+        """The same layout with another base model in its configuration.
+
+        Args:
+            base: Identifier or path of the base model.
+
+        Returns:
+            The layout.
+        """
+        config = {**self.config, "base_model_name_or_path": base}
+        return dataclasses.replace(self, config=config)
 
     def describe(self) -> dict[str, Any]:
         """What there is to say of the files, as JSON values."""
@@ -203,7 +220,7 @@ def read(path: Path, name: str) -> Adapter | None:
     if not weights.is_file():
         raise FormatError(_missing_weights(directory))
     with located(str(weights)):
-        sorted_keys = _sort_keys({k: t for k, t in read_tensors(weights).items()})
+        sorted_keys = _sort_keys(read_tensors(weights))
         slots, modules = _slots(config, sorted_keys.factors)
     _warn_of_left_out(weights, sorted_keys.training_only)
     return Adapter(
@@ -308,7 +325,8 @@ def _warn_of_left_out(weights: Path, keys: Sequence[str]) -> None:
     """Name the tensors that take no part in the forward pass."""
     if keys:
         warnings.warn(
-            f"{weights}: {len(keys)} tensors serve training only and are left out: {listed(list(keys))}",
+            f"{weights}: {len(keys)} tensors serve training only and are left out: "
+            f"{listed(list(keys))}",
             DevecWarning,
             stacklevel=4,
         )

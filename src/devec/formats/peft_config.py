@@ -1,7 +1,7 @@
 """What an ``adapter_config.json`` of PEFT means, and what it must say about what we write.
 
-Follows PEFT's own reading: the first pattern of ``rank_pattern`` that matches a module's name decides
-its rank, in the order of the file.
+Follows PEFT's own reading: the first pattern of ``rank_pattern`` that matches a module's name
+decides its rank, in the order of the file.
 """
 
 from __future__ import annotations
@@ -110,11 +110,10 @@ def _pattern(config: Config, field: str, path: Path) -> dict[str, Any]:
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
         raise FormatError(f"{path}: {field} should be an object, is {pattern!r}")
-    for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise FormatError(f"{path}: {field} key {key!r} is no pattern: {error}") from error
+    try:
+        re.compile("|".join(f"({key})" for key in pattern))
+    except re.error as error:
+        raise FormatError(f"{path}: {field} has a key that is no pattern: {error}") from error
     return pattern
 
 
@@ -147,6 +146,9 @@ def targets(config: Config, name: str) -> bool:
     Args:
         config: The configuration.
         name: The module's name in the base model.
+
+    Returns:
+        Whether it does: as an ending of the name if it is a list, as a pattern if a string.
     """
     wanted = config.get("target_modules")
     if not wanted or config.get("ensure_weight_tying") or wanted == "all-linear":
@@ -162,6 +164,9 @@ def owners(config: Config, name: str) -> list[str]:
     Args:
         config: The configuration.
         name: The module's name in the base model.
+
+    Returns:
+        The names, none for an ordinary module.
     """
     found = []
     for entry in config.get("target_parameters") or []:
@@ -241,6 +246,9 @@ def _exact_targets(
     A list matches names and endings of names. That is exact where the input's own list was, since
     whatever ends like one of its modules was a module of it, and no module left out ends like one
     that stays. Otherwise an alternation, which is matched as a whole.
+
+    Returns:
+        The value of the field.
     """
     if not modules:
         wanted: list[str] | str | None = config.get("target_modules")

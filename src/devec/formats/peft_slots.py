@@ -1,8 +1,8 @@
 """How PEFT stores the factors of each kind of layer, and back.
 
-A slot is one pair of stored tensors. Whatever the layer, the delta is ``scaling · B · A`` with B on the
-output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply (B·A)ᵀ to
-it, a convolution flattens its kernel into the input side, and the parameter of E experts stacks E
+A slot is one pair of stored tensors. Whatever the layer, the delta is ``scaling · B · A`` with B on
+the output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply (B·A)ᵀ
+to it, a convolution flattens its kernel into the input side, and the parameter of E experts stacks E
 pairs of factors, A by expert and B by rank.
 """
 
@@ -51,7 +51,11 @@ class Slot:
         """Keys of A, B and the bias of B."""
         if self.kind == "embedding":
             return f"{self.path}.lora_embedding_A", f"{self.path}.lora_embedding_B", ""
-        return f"{self.path}.lora_A.weight", f"{self.path}.lora_B.weight", f"{self.path}.lora_B.bias"
+        return (
+            f"{self.path}.lora_A.weight",
+            f"{self.path}.lora_B.weight",
+            f"{self.path}.lora_B.bias",
+        )
 
     @property
     def modules(self) -> list[str]:
@@ -130,7 +134,7 @@ class Slot:
 
 def _stored(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor as it is stored, refused where the storage type cannot hold it."""
-    stored = tensor.to(dtype).contiguous()
+    stored = tensor.to("cpu", dtype).contiguous()
     if not bool(torch.isfinite(stored).all()):
         raise OutputError(
             f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
@@ -234,4 +238,3 @@ def _fitting(
         f"several parameters of this module have different ranks or alphas ({said}) and the keys "
         "do not tell which is which; give them one rank and alpha"
     )
-

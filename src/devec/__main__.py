@@ -1,0 +1,6 @@
+"""``python -m devec``."""
+
+from devec.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The command line: one file a command, each of which parses, calls and prints.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from devec._version import __version__
+from devec.cli.combine import combine
+from devec.cli.compress import compress
+from devec.cli.decompose import decompose
+from devec.cli.demo import demo
+from devec.cli.inspect import inspect
+from devec.cli.negate import negate
+from devec.cli.overlap import overlap
+from devec.errors import DevecError
+
+app = typer.Typer(
+    name="devec",
+    help="Adapter algebra: split LoRA adapters into what they share and what is unique to each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for command in (decompose, combine, negate, compress, overlap, inspect, demo):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"devec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    """Adapter algebra: split LoRA adapters into what they share and what is unique to each."""
+
+
+def main() -> None:
+    """Run the command line; exit with 2 and one message on any error a user can cause."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        app()
+    except DevecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning as one line."""
+    typer.echo(f"warning: {message}", err=True)

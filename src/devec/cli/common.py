@@ -1,0 +1,197 @@
+"""What the commands share: sources in, tables and reports out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from devec.errors import IncompatibleError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from devec.adapter import Adapter
+    from devec.output import Writer
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="PATH or NAME=PATH of an adapter.")]
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="PATH or NAME=PATH of each adapter.")
+]
+OutPath = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report as JSON.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D",
+        help="Storage type: float32, float16, bfloat16 or float64. [default: as the input]",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="D", help="Where to compute, e.g. cpu, cuda, mps.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Base model to record in the outputs; plain LoRA needs none of its weights.",
+    ),
+]
+CarriedFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Adapter whose whole trained tensors (modules_to_save) are kept, or 'none'.",
+    ),
+]
+
+_DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def read_source(source: str, base: str | None = None) -> Adapter:
+    """Read ``PATH`` or ``NAME=PATH``.
+
+    Args:
+        source: As on the command line.
+        base: Base model to put on record.
+
+    Returns:
+        The adapter, under its name.
+
+    Raises:
+        IncompatibleError: If the name cannot be part of a file name.
+    """
+    import dataclasses
+
+    from devec import Adapter
+
+    name, equals, path = source.partition("=")
+    if not equals or Path(source).exists():
+        name, path = "", source
+    if equals and path is not source and (not name or name.startswith(".") or "/" in name):
+        raise IncompatibleError(
+            f"{source!r}: NAME in NAME=PATH becomes part of file names, {name!r} cannot"
+        )
+    adapter = Adapter.from_pretrained(path, name or None)
+    if base is not None and adapter.layout is not None:
+        adapter = dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
+    return adapter
+
+
+def storage_dtype(name: str | None) -> torch.dtype | None:
+    """The storage type of a ``--dtype`` option.
+
+    Args:
+        name: As on the command line, or None.
+
+    Returns:
+        The type, None for that of the input.
+
+    Raises:
+        IncompatibleError: If there is no such type.
+    """
+    from devec.formats.tensors import STORAGE_DTYPES
+
+    if name is None:
+        return None
+    dtype = STORAGE_DTYPES.get(_DTYPE_ALIASES.get(name, name))
+    if dtype is None:
+        raise IncompatibleError(f"--dtype is one of {', '.join(STORAGE_DTYPES)}, got {name!r}")
+    return dtype
+
+
+def json_writer(report: Any) -> Writer:  # noqa: ANN401
+    """A function that writes a report as JSON; numbers that JSON has not become null."""
+
+    def write(path: Path) -> None:
+        text = json.dumps(_json_values(report), indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+def _json_values(value: Any) -> Any:  # noqa: ANN401
+    """Replace tensors by lists, and infinities and NaN by None."""
+    if isinstance(value, dict):
+        return {str(k): _json_values(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _json_values(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def require_new(paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse outputs that exist before any work is done.
+
+    Args:
+        paths: What may be written.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        OutputError: If any exists and may not be.
+    """
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise OutputError(f"output exists: {', '.join(existing[:5])}; allow it with --overwrite")
+
+
+def module_type(module: str) -> str:
+    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])", "*", module)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table, as wide as it needs to be where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Any]:
+    """A progress bar on standard error.
+
+    Args:
+        what: What is being done.
+        total: Number of steps.
+
+    Yields:
+        A function to call after every step.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda *_: progress.advance(task)
+
+
+def ranged(values: Sequence[int]) -> str:
+    """The range of integers, as ``4`` or ``2-8``."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"

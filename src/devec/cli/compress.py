@@ -1,0 +1,76 @@
+"""``devec compress``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from devec.cli.common import (
+    Base,
+    Device,
+    Dtype,
+    OutPath,
+    Overwrite,
+    Source,
+    module_type,
+    new_table,
+    ranged,
+    read_source,
+    require_new,
+    show,
+    storage_dtype,
+)
+
+if TYPE_CHECKING:
+    from devec.adapter import Adapter
+    from devec.compress import Compression
+
+
+def compress(
+    source: Source,
+    out: OutPath,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Largest rank of any module.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Fraction of each module's squared norm to keep."),
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Lower an adapter's ranks with the least possible error, and say the error."""
+    from devec import compress as shrink
+
+    storage = storage_dtype(dtype)
+    require_new([out], overwrite=overwrite)
+    adapter = read_source(source, base)
+    if device is not None:
+        adapter = adapter.to(device)
+    result = shrink(adapter, rank=rank, energy=energy)
+    named = dataclasses.replace(result.adapter, name=out.name)
+    named.save_pretrained(out, dtype=storage, overwrite=overwrite)
+    _print(adapter, result)
+    typer.echo(f"Written: {out}, relative error {result.error:.3g}")
+
+
+def _print(adapter: Adapter, result: Compression) -> None:
+    """Print ranks and errors by type of module."""
+    table = new_table("Ranks, by type of module", "module", "modules", "rank", "now", "error")
+    kinds: dict[str, list[str]] = {}
+    for module in adapter.modules:
+        kinds.setdefault(module_type(module), []).append(module)
+    kept = result.adapter.modules
+    for kind, modules in kinds.items():
+        table.add_row(
+            kind,
+            str(len(modules)),
+            ranged([adapter.modules[m].rank for m in modules]),
+            ranged([kept[m].rank if m in kept else 0 for m in modules]),
+            f"{max(result.errors[m] for m in modules):.3g}",
+        )
+    show(table)

@@ -1,0 +1,209 @@
+"""``devec decompose``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from devec.cli.common import (
+    Base,
+    Device,
+    Dtype,
+    JsonFile,
+    Overwrite,
+    Sources,
+    json_writer,
+    module_type,
+    new_table,
+    progress_bar,
+    ranged,
+    read_source,
+    require_new,
+    show,
+    storage_dtype,
+)
+from devec.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    from devec.decompose import Decomposition
+    from devec.split import ModuleSplit, Threshold
+
+
+def decompose(
+    sources: Sources,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write to.")],
+    threshold: Annotated[
+        str,
+        typer.Option(
+            metavar="T",
+            help="Squared cosine above which directions count as shared, in (0, 1], or 'auto': "
+            "more than chance would give.",
+        ),
+    ] = "0.85",
+    method: Annotated[
+        str, typer.Option(metavar="M", help="chain (the paper), mean or principal.")
+    ] = "chain",
+    scope: Annotated[
+        str,
+        typer.Option(metavar="S", help="all, pairwise, or iterative (with --target)."),
+    ] = "all",
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Adapter to split, for --scope iterative.")
+    ] = None,
+    base: Base = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Write true ranks; leave out modules of rank 0.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: JsonFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Split adapters into what they share and what is unique to each.
+
+    Writes DIR/NAME-unique, DIR/NAME-shared and DIR/common (scope pairwise: DIR/A+B-shared; scope
+    iterative: DIR/TARGET-unique and DIR/TARGET-shared). Parts that are zero are not written.
+    """
+    from devec import decompose as split
+    from devec.output import write_all
+
+    storage = storage_dtype(dtype)
+    level = _threshold(threshold)
+    adapters = [read_source(source, base) for source in sources]
+    planned = [out / name for name in _planned([a.name for a in adapters], scope, target)]
+    require_new([*planned, *([json] if json else [])], overwrite=overwrite)
+    modules = {m for a in adapters for m in a.modules}
+    with progress_bar("decomposing", len(modules)) as step:
+        parts = split(
+            adapters,
+            threshold=level,
+            method=method,
+            scope=scope,
+            target=target,
+            device=device,
+            progress=step,
+        )
+    held = parts.outputs(compact=compact)
+    outputs = {out / name: adapter.writer(storage) for name, adapter in held.items()}
+    report = {json: json_writer(_report(parts, list(held)))} if json else {}
+    obsolete = [path for path in planned if path not in outputs]
+    write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
+    _print(parts, sorted(str(path) for path in outputs))
+
+
+def _threshold(text: str) -> Threshold:
+    """The threshold of the command line."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise IncompatibleError(
+            f"--threshold is a number in (0, 1] or 'auto', got {text!r}"
+        ) from None
+
+
+def _planned(names: Sequence[str], scope: str, target: str | None) -> list[str]:
+    """Names of all the outputs that a run can write."""
+    if scope == "pairwise":
+        return [f"{a}+{b}-shared" for a, b in combinations(names, 2)]
+    split = names if scope == "all" else [target]
+    parts = [f"{name}-{part}" for name in split for part in ("unique", "shared")]
+    return [*parts, "common"] if scope == "all" else parts
+
+
+def _print(parts: Decomposition, written: Sequence[str]) -> None:
+    """Print what was found, by group and type of module, and what was written."""
+    table = new_table(
+        "Shared subspaces, by type of module",
+        "module",
+        "modules",
+        "rank",
+        "shared rank",
+        "shared energy",
+        "largest cos²",
+        "random edge",
+    )
+    rows: dict[tuple[str, str], list[ModuleSplit]] = {}
+    several = len({split.group for split in parts.splits}) > 1
+    for split in parts.splits:
+        group = f"{' + '.join(split.group)}: " if several else ""
+        rows.setdefault((group, module_type(split.module)), []).append(split)
+    for (group, kind), splits in rows.items():
+        best = max(splits, key=lambda s: s.largest)
+        table.add_row(
+            group + kind,
+            str(len(splits)),
+            ranged([rank for s in splits for rank in s.ranks]),
+            ranged([s.shared_rank for s in splits]),
+            _percent(_energy(splits)),
+            f"{best.largest:.3f}",
+            f"{best.edge:.3f}",
+        )
+    show(table)
+    _print_carried(parts)
+    if parts.nothing_shared:
+        typer.echo(_nothing_shared(parts.splits))
+    typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
+
+
+def _energy(splits: Sequence[ModuleSplit]) -> float:
+    """Share of the squared norm of the adapters that lies in the shared subspaces."""
+    total = math.fsum(norm**2 for s in splits for norm in s.norms)
+    shared = math.fsum(norm**2 for s in splits for norm in s.shared_norms)
+    return shared / total if total else 0.0
+
+
+def _percent(fraction: float) -> str:
+    """A fraction as a percentage."""
+    return f"{100 * fraction:.1f} %"
+
+
+def _print_carried(parts: Decomposition) -> None:
+    """Name what is not a delta and went with the unique part."""
+    for name, adapter in parts.unique.items():
+        if adapter.carried:
+            keys = ", ".join(sorted(adapter.carried))
+            typer.echo(f"Carried over whole to {name}-unique (not a delta): {keys}")
+
+
+def _nothing_shared(splits: Sequence[ModuleSplit]) -> str:
+    """A sentence on the largest overlap found and what to try."""
+    if not splits:
+        return "Nothing is shared: the adapters have no module in common."
+    best = max(splits, key=lambda s: s.largest)
+    found = (
+        f"Nothing is shared at this threshold ({best.threshold:.3g}): the largest overlap found is "
+        f"cos² = {best.largest:.3f}, in {best.module}, where chance alone reaches {best.edge:.3f}."
+    )
+    if best.largest <= best.edge:
+        return f"{found} That is no more than chance; these adapters are already apart."
+    lower = math.floor(100 * best.largest) / 100
+    return f"{found} Try --threshold {lower:g} or less, or --threshold auto."
+
+
+def _report(parts: Decomposition, written: Sequence[str]) -> dict[str, Any]:
+    """All that was found, a row per module and group."""
+    return {
+        "written": list(written),
+        "modules": [
+            {
+                "module": s.module,
+                "group": s.group,
+                "ranks": s.ranks,
+                "threshold": s.threshold,
+                "random_edge": s.edge,
+                "spectrum": s.spectrum,
+                "shared_rank": s.shared_rank,
+                "norms": s.norms,
+                "shared_norms": s.shared_norms,
+                "shared_energy": _energy([s]),
+            }
+            for s in parts.splits
+        ],
+    }

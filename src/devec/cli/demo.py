@@ -1,0 +1,7 @@
+"""``devec demo``."""
+
+from __future__ import annotations
+
+
+def demo() -> None:
+    """Decompose."""

@@ -1,0 +1,96 @@
+"""``devec overlap``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from devec.cli.common import (
+    Device,
+    JsonFile,
+    Overwrite,
+    Sources,
+    json_writer,
+    module_type,
+    new_table,
+    read_source,
+    require_new,
+    show,
+)
+
+if TYPE_CHECKING:
+    from devec.overlap import ModuleOverlap, Overlap
+
+
+def overlap(
+    sources: Sources,
+    device: Device = None,
+    json: JsonFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show how much adapters overlap, beside what chance would give."""
+    from devec import overlap as measure
+    from devec.output import write_all
+
+    require_new([json] if json else [], overwrite=overwrite)
+    adapters = [read_source(source) for source in sources]
+    if device is not None:
+        adapters = [adapter.to(device) for adapter in adapters]
+    found = measure(adapters)
+    if json:
+        write_all({json: json_writer(_report(found))}, overwrite=overwrite)
+    print_overlap(found)
+
+
+def print_overlap(found: Overlap) -> None:
+    """Print overlaps by pair and type of module.
+
+    Args:
+        found: The overlaps.
+    """
+    table = new_table(
+        "Overlap, by pair and type of module",
+        "module",
+        "modules",
+        "largest cos²",
+        "random edge",
+        "above edge",
+        "cosine",
+    )
+    rows: dict[tuple[tuple[str, str], str], list[ModuleOverlap]] = {}
+    for row in found.modules:
+        rows.setdefault((row.pair, module_type(row.module)), []).append(row)
+    for (pair, kind), group in sorted(rows.items()):
+        best = max(group, key=lambda r: r.largest)
+        above = sum(int((r.squared_cosines > r.edge).sum()) for r in group)
+        total = sum(len(r.squared_cosines) for r in group)
+        table.add_row(
+            f"{' + '.join(pair)}: {kind}",
+            str(len(group)),
+            f"{best.largest:.3f}",
+            f"{best.edge:.3f}",
+            f"{above} of {total}",
+            f"{sum(r.cosine for r in group) / len(group):.3f}",
+        )
+    show(table)
+    for pair, value in found.cosines.items():
+        typer.echo(f"{' + '.join(pair)}: cosine of the whole adapters {value:.3f}")
+
+
+def _report(found: Overlap) -> dict[str, Any]:
+    """All overlaps, a row per pair and module."""
+    return {
+        "cosines": [{"pair": pair, "cosine": c} for pair, c in found.cosines.items()],
+        "modules": [
+            {
+                "module": row.module,
+                "pair": row.pair,
+                "ranks": row.ranks,
+                "squared_cosines": row.squared_cosines,
+                "random_edge": row.edge,
+                "cosine": row.cosine,
+            }
+            for row in found.modules
+        ],
+    }
