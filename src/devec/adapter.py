@@ -84,9 +84,9 @@ class Adapter:
             FormatError: If there is no readable adapter at the path.
             UnsupportedError: If the adapter is not a sum of low-rank deltas; the message says why.
         """
-        path = Path(path)
-        if not str(path).strip() or not path.exists():
+        if not str(path).strip() or not Path(path).exists():
             raise FormatError(f"no such file or directory: {str(path)!r}")
+        path = Path(path)
         resolved = path.resolve()
         name = name or (resolved.stem if path.is_file() else resolved.name)
         for read in READERS:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from devec.errors import IncompatibleError
@@ -126,7 +126,7 @@ def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubs
     return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum)
 
 
-def _orthonormal_span(vectors: Float[Tensor, "r k"]) -> Float[Tensor, "r k"]:
+def _orthonormal_span(vectors: Complex[Tensor, "r k"]) -> Float[Tensor, "r k"]:
     """Real orthonormal basis of the span of complex vectors that come in conjugate pairs."""
     parts = torch.cat([vectors.real, vectors.imag], dim=1)
     basis: Tensor = torch.linalg.svd(parts, full_matrices=False).U
@@ -225,8 +225,10 @@ def random_edge(n: int, p: int, q: int) -> float:
 
     Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios".
     """
+    if min(p, q) == 0:
+        return 0.0
     if p + q >= n:
-        return float(min(p, q) > 0)
+        return 1.0
     a, b = p / n, q / n
     return (math.sqrt(a * (1 - b)) + math.sqrt(b * (1 - a))) ** 2
 

@@ -220,7 +220,7 @@ def read(path: Path, name: str) -> Adapter | None:
     if not weights.is_file():
         raise FormatError(_missing_weights(directory))
     with located(str(weights)):
-        sorted_keys = _sort_keys(read_tensors(weights))
+        sorted_keys = _sort_keys(config, read_tensors(weights))
         slots, modules = _slots(config, sorted_keys.factors)
     _warn_of_left_out(weights, sorted_keys.training_only)
     return Adapter(
@@ -244,8 +244,9 @@ class _SortedKeys:
     training_only: list[str] = field(default_factory=list)
 
 
-def _sort_keys(tensors: Mapping[str, Tensor]) -> _SortedKeys:
+def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
     """Account for every key of a file, by its name alone."""
+    trained = (".base_layer.bias",) if config.get("bias", "none") != "none" else ()
     result = _SortedKeys()
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
@@ -264,10 +265,12 @@ def _sort_keys(tensors: Mapping[str, Tensor]) -> _SortedKeys:
             )
         elif ".lora_" in key:
             raise UnsupportedError(f"{key!r} belongs to no kind of LoRA layer that is known")
-        elif ".base_layer." in key:
+        elif ".base_layer." in key and not key.endswith(trained):
             result.base_copies[key] = require_finite(key, tensor)
         else:
             result.carried[key] = require_finite(key, tensor)
+    for key in [k for k in result.base_copies if k.split(".base_layer.")[0] not in result.factors]:
+        result.carried[key] = result.base_copies.pop(key)
     return result
 
 

@@ -2,8 +2,8 @@
 
 A slot is one pair of stored tensors. Whatever the layer, the delta is ``scaling · B · A`` with B on
 the output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply (B·A)ᵀ
-to it, a convolution flattens its kernel into the input side, and the parameter of E experts stacks E
-pairs of factors, A by expert and B by rank.
+to it, a convolution flattens its kernel into the input side, and the parameter of E experts has E
+pairs of factors stacked, A by expert and B by rank.
 """
 
 from __future__ import annotations
