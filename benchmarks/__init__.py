@@ -1,0 +1,1 @@
+"""Experiments and timings: run one with ``python -m benchmarks.NAME``."""

@@ -1,0 +1,399 @@
+"""The paper's toy experiments: planted shared directions, with and without noise.
+
+`agreement` is Figure 7 (`chain` against `principal`), `clusters` is Figure 8a (the eigenvalues of
+P_AB), `recovery` is Figure 8b (error against noise); ``python -m benchmarks.toy`` prints all three.
+
+The paper gives the number of shared directions (100) and the range of the noise (σ up to 0.4) and
+leaves the rest open. Settled here, and the same in all three: a matrix is
+
+    W_i = [S  R_i] · G_i / √r  +  σ · N_i / √n,    i = 1 … k,
+
+with S (n × s) and R_i (n × (r - s)) orthonormal bases of random subspaces, R_i not made orthogonal
+to S, and G_i (r × r) and N_i (n × r) standard normal. A column of the signal then has length 1 on
+average and a column of the noise has length σ: σ is the ratio of noise to signal. W_i has as many
+columns as directions, so noise changes its column space but not its dimension. G_i makes the signal
+ill-conditioned, as trained updates are; ``mixed=False`` leaves it out, W_i = [S R_i] + σ·N_i/√n.
+Recovery is the mean of the s principal angles between span(S) and the s leading directions found.
+
+Reference: arXiv 2512.22511, appendices 6 and 7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from devec import subspace
+from devec.linalg import column_space
+from devec.subspace import SharedSubspace
+
+TAU = 0.85
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4)
+AGREEMENT_CASES = ((True, 0.0), (True, 0.05), (True, 0.1), (False, 0.05), (False, 0.1))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How matrices are generated.
+
+    Attributes:
+        n: Dimension of the space.
+        rank: Directions of each matrix, r.
+        shared: Directions that all matrices have, s.
+        mixed: Whether random coefficients G_i mix the directions into columns.
+    """
+
+    n: int = 1000
+    rank: int = 200
+    shared: int = 100
+    mixed: bool = True
+
+
+FIGURE_8 = Setup()
+# Figure 7 needs dense n × n eigendecompositions, a hundred times: the same shape at a quarter.
+FIGURE_7 = Setup(n=250, rank=50, shared=25)
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A random generator of its own for each tuple of small non-negative integers."""
+    return torch.Generator().manual_seed(sum(s * 1000**i for i, s in enumerate(seed)))
+
+
+def normal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
+    """Standard normal matrix in float64."""
+    return torch.randn(rows, columns, generator=rng, dtype=torch.float64)
+
+
+def planted(
+    setup: Setup, k: int, sigma: float, rng: torch.Generator
+) -> tuple[list[Tensor], Tensor]:
+    """Column spaces of k matrices that share directions, and the shared directions.
+
+    Args:
+        setup: Dimensions and kind of the matrices.
+        k: Number of matrices.
+        sigma: Noise level; matrices that differ in nothing else are drawn for equal generators.
+        rng: Source of randomness.
+
+    Returns:
+        Orthonormal bases of the column spaces of W_1 … W_k, shape (n, r) each, and S, (n, s).
+    """
+    n, r, s = setup.n, setup.rank, setup.shared
+    S = torch.linalg.qr(normal(n, s, rng)).Q
+    bases = []
+    for _ in range(k):
+        W = torch.cat([S, torch.linalg.qr(normal(n, r - s, rng)).Q], dim=1)
+        G, N = normal(r, r, rng), normal(n, r, rng)
+        if setup.mixed:
+            W = W @ G / math.sqrt(r)
+        W = W + sigma * N / math.sqrt(n)
+        bases.append(column_space(W, torch.eye(r, dtype=W.dtype)).U)
+    return bases, S
+
+
+def principal_angles(Z1: Tensor, Z2: Tensor) -> Tensor:
+    """Principal angles between two subspaces, accurate near 0 as well as near π/2.
+
+    The cosine alone cannot tell angles below 1e-8 from 0, so both are used: the cosines are the
+    singular values of Z1ᵀZ2, the sines those of Z2 - Z1·Z1ᵀZ2.
+
+    Args:
+        Z1: Orthonormal basis, shape (n, p).
+        Z2: Orthonormal basis, shape (n, q).
+
+    Returns:
+        min(p, q) angles in radians, ascending.
+
+    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear
+    subspaces".
+    """
+    if Z1.shape[1] < Z2.shape[1]:
+        Z1, Z2 = Z2, Z1
+    product = Z1.mT @ Z2
+    sines = torch.linalg.svdvals(Z2 - Z1 @ product).flip(0)
+    return torch.atan2(sines, torch.linalg.svdvals(product))
+
+
+def leading(
+    method: Callable[[Sequence[Tensor], float], SharedSubspace], bases: Sequence[Tensor], count: int
+) -> SharedSubspace:
+    """The leading shared directions of a method, however low their eigenvalues are.
+
+    The threshold is put halfway between the spectrum's values number `count` and `count` + 1. Where
+    these two are a complex pair of `chain`, both are taken: a pair spans one plane.
+    """
+    spectrum = method(bases, math.inf).spectrum
+    return method(bases, float(spectrum[count - 1 : count + 1].mean()))
+
+
+def leading_real_parts(bases: Sequence[Tensor], count: int) -> SharedSubspace:
+    """What is left of `chain` if the imaginary parts of its eigenvectors are dropped.
+
+    The two vectors of a complex pair have one real part, so the real parts of `count` eigenvectors
+    span less than `count` directions, and QR fills up the rest with rounding noise. This is no
+    method of this package: it is measured since ``eig(P).real`` is so easily written.
+    """
+    M = bases[0].mT
+    for basis in bases[1:]:
+        M = (M @ basis) @ basis.mT
+    values, vectors = torch.linalg.eig(M @ bases[0])
+    order = values.real.argsort(descending=True)
+    Z = torch.linalg.qr(bases[0] @ vectors[:, order[:count]].real).Q
+    return SharedSubspace(Z, values.real[order])
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[Tensor], int], SharedSubspace]] = {
+    "chain": partial(leading, subspace.chain),
+    "mean": partial(leading, subspace.mean),
+    "chain, real parts": leading_real_parts,
+}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Error of the recovered subspace at one noise level.
+
+    Attributes:
+        mixed: As in `Setup`.
+        k: Number of matrices.
+        sigma: Noise level.
+        method: One of `ESTIMATORS`.
+        degrees: Mean principal angle to the planted subspace, over directions and runs.
+        spread: Standard deviation of a run's mean angle over runs.
+        above: Mean number of values of the method's spectrum above `TAU`.
+    """
+
+    mixed: bool
+    k: int
+    sigma: float
+    method: str
+    degrees: float
+    spread: float
+    above: float
+
+
+def recovery(setup: Setup, k: int, sigma: float, runs: int = 3, seed: int = 0) -> list[Recovery]:
+    """Figure 8b: how far the s leading directions are from the planted ones, over several pools.
+
+    Calls that differ in `sigma` alone draw the same matrices and the same noise, scaled.
+
+    Returns:
+        One row for each estimator; the real parts only for k > 2, where eigenvalues are complex.
+    """
+    pools = [planted(setup, k, sigma, generator(run, seed)) for run in range(runs)]
+    rows = []
+    for name, estimate in ESTIMATORS.items():
+        if k == 2 and name not in subspace.METHODS:
+            continue
+        found = [(estimate(bases, setup.shared), S) for bases, S in pools]
+        degrees = torch.stack([principal_angles(z.basis, S).rad2deg().mean() for z, S in found])
+        above = sum(int((z.spectrum > TAU).sum()) for z, _ in found) / runs
+        spread = float(degrees.std(correction=0))
+        rows.append(Recovery(setup.mixed, k, sigma, name, float(degrees.mean()), spread, above))
+    return rows
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The nonzero eigenvalues of P_AB and where chance puts them.
+
+    Attributes:
+        eigenvalues: Descending, r of them.
+        shared: Number of planted directions.
+        edge: `random_edge` of what is not shared, r - s directions each in n - s dimensions.
+        unrelated_edge: `random_edge` of two matrices of rank r that share nothing.
+    """
+
+    eigenvalues: Tensor
+    shared: int
+    edge: float
+    unrelated_edge: float
+
+    def row(self) -> dict[str, object]:
+        """The ends of both clusters and the edges of chance."""
+        ones, rest = self.eigenvalues[: self.shared], self.eigenvalues[self.shared :]
+        return {
+            "shared": len(ones),
+            "shared_min": float(ones.min()),
+            "shared_max": float(ones.max()),
+            "rest": len(rest),
+            "rest_min": float(rest.min()),
+            "rest_max": float(rest.max()),
+            "edge": self.edge,
+            "unrelated_edge": self.unrelated_edge,
+        }
+
+
+def clusters(setup: Setup = FIGURE_8, seed: int = 0) -> Clusters:
+    """Figure 8a: the eigenvalues of P_AB for two matrices without noise.
+
+    The other n - r eigenvalues of the n × n matrix are zeros and are left out.
+    """
+    n, r, s = setup.n, setup.rank, setup.shared
+    bases, _ = planted(setup, 2, 0.0, generator(0, seed))
+    edge, unrelated_edge = subspace.random_edge(n - s, r - s, r - s), subspace.random_edge(n, r, r)
+    return Clusters(subspace.chain(bases, TAU).spectrum, s, edge, unrelated_edge)
+
+
+def dense_chain(bases: Sequence[Tensor], threshold: float) -> Tensor:
+    """`chain` as the paper writes it: eigenvectors of the n × n product by a general eigensolver.
+
+    Only those whose eigenvalues exceed the threshold, orthonormalised.
+    """
+    values, vectors = torch.linalg.eig(_product(bases))
+    chosen = vectors[:, values.real > threshold]
+    parts = torch.cat([chosen.real, chosen.imag], dim=1)
+    span: Tensor = torch.linalg.svd(parts, full_matrices=False).U
+    return span[:, : chosen.shape[1]]
+
+
+def symmetric_chain(bases: Sequence[Tensor], threshold: float) -> Tensor:
+    """The same product given to a symmetric eigensolver, as ZΛZᵀ in the paper's Eq. 9 suggests.
+
+    The product is not symmetric. The solver reads its lower triangle and answers for another
+    matrix, which depends on the basis of R^n.
+    """
+    values, vectors = torch.linalg.eigh(_product(bases))
+    chosen: Tensor = vectors[:, values > threshold]
+    return chosen
+
+
+def _product(bases: Sequence[Tensor]) -> Tensor:
+    """P1·P2···Pk, n × n."""
+    return reduce(torch.matmul, [U @ U.mT for U in bases])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Principal angles in radians, of all runs, between what two routes call shared.
+
+    Attributes:
+        mixed: As in `Setup`.
+        sigma: Noise level.
+        directions: Mean number of directions above the threshold.
+        first: Dense `chain` against the principal vectors f of the first matrix.
+        second: Dense `chain` against the principal vectors g of the second matrix.
+        symmetric: The symmetric eigensolver's answer against f.
+    """
+
+    mixed: bool
+    sigma: float
+    directions: float
+    first: Tensor
+    second: Tensor
+    symmetric: Tensor
+
+    def row(self) -> dict[str, object]:
+        """Medians and maxima, in degrees but for what is rounding."""
+        second, symmetric = self.second.rad2deg(), self.symmetric.rad2deg()
+        return {
+            "mixed": self.mixed,
+            "sigma": self.sigma,
+            "directions": self.directions,
+            "first_max_radians": float(self.first.max()),
+            "second_median": float(second.median()),
+            "second_max": float(second.max()),
+            "symmetric_median": float(symmetric.median()),
+            "symmetric_max": float(symmetric.max()),
+        }
+
+
+def agreement(setup: Setup, sigma: float, runs: int = 100, seed: int = 0) -> Agreement:
+    """Figure 7: `chain` by its dense route against `principal`, both cut at `TAU`.
+
+    Where two answers differ in dimension, the angles are those of the smaller to the larger.
+    """
+    kept = 0
+    first, second, symmetric = [], [], []
+    for run in range(runs):
+        bases, _ = planted(setup, 2, sigma, generator(run, seed))
+        f, cosines, g = subspace.principal_vectors(*bases)
+        shared = cosines.square() > TAU
+        kept += int(shared.sum())
+        Z = dense_chain(bases, TAU)
+        first.append(principal_angles(Z, f[:, shared]))
+        second.append(principal_angles(Z, g[:, shared]))
+        symmetric.append(principal_angles(symmetric_chain(bases, TAU), f[:, shared]))
+    return Agreement(
+        setup.mixed, sigma, kept / runs, torch.cat(first), torch.cat(second), torch.cat(symmetric)
+    )
+
+
+def recovery_rows(setup: Setup, runs: int = 3, seed: int = 0) -> list[Recovery]:
+    """The table of Figure 8b for one kind of matrices: k = 2 and 4, all noise levels."""
+    return [
+        row for k in (2, 4) for sigma in SIGMAS for row in recovery(setup, k, sigma, runs, seed)
+    ]
+
+
+def measure(runs: int = 100, pools: int = 3, seed: int = 0) -> dict[str, list[dict[str, object]]]:
+    """The rows of all three figures, from `runs` pairs for Figure 7 and `pools` for Figure 8b."""
+    figure_7 = [
+        agreement(replace(FIGURE_7, mixed=mixed), sigma, runs, seed)
+        for mixed, sigma in AGREEMENT_CASES
+    ]
+    figure_8b = [
+        row for mixed in (True, False) for row in recovery_rows(Setup(mixed=mixed), pools, seed)
+    ]
+    return {
+        "figure_7": [result.row() for result in figure_7],
+        "figure_8a": [clusters(seed=seed).row()],
+        "figure_8b": [asdict(row) for row in figure_8b],
+    }
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Plain text, one line a row, columns aligned to the right."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _cell(value: object) -> str:
+    """A number with the digits that mean something."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.2f}"
+    return str(value)
+
+
+TITLES = {
+    "figure_7": (
+        "Figure 7: principal angles between dense `chain` and `principal`, two matrices, cut at\n"
+        f"τ = {TAU}; first/second: the principal vectors f/g of the first/second matrix;\n"
+        "symmetric: f against a symmetric eigensolver on the same product. Degrees, or as named."
+    ),
+    "figure_8a": "Figure 8a: eigenvalues of P_AB without noise, and where chance puts them.",
+    "figure_8b": (
+        "Figure 8b: mean principal angle in degrees between the planted subspace and as many\n"
+        f"leading directions; spread over runs; how many values of the spectrum exceed τ = {TAU}."
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables; with ``--json FILE`` also write them."""
+    parser = argparse.ArgumentParser(prog="benchmarks.toy", description="The paper's toy problems.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as JSON")
+    arguments = parser.parse_args(argv)
+    tables = measure()
+    for name, rows in tables.items():
+        print(f"{TITLES[name]}\n\n{table(rows)}\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
