@@ -228,7 +228,7 @@ def test_every_module_is_reported_as_it_is_done():
     assert done == ["q", "v"]
 
 
-def test_another_device_gives_the_same(monkeypatch):
+def test_another_device_gives_the_same():
     adapters = pool(2)
     one, two = decompose(adapters), decompose(adapters, device="cpu")
     assert one.unique["a"] == two.unique["a"]

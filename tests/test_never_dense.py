@@ -20,7 +20,7 @@ from devec import (
 OUT, IN = 97, 83
 
 
-class DenseTensorFormed(AssertionError):
+class DenseTensorFormedError(AssertionError):
     """A tensor as large as the weight itself came out of an operation."""
 
 
@@ -35,7 +35,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.dense:
-                raise DenseTensorFormed(f"{func} gave {tuple(tensor.shape)}")
+                raise DenseTensorFormedError(f"{func} gave {tuple(tensor.shape)}")
         return result
 
 
@@ -90,5 +90,5 @@ def test_no_dense_delta_is_formed_from_files_to_files(tmp_path, kind):
 
 def test_the_watch_sees_a_dense_product():
     B, A = torch.randn(OUT, 3), torch.randn(3, IN)
-    with pytest.raises(DenseTensorFormed), Watch(OUT * IN):
+    with pytest.raises(DenseTensorFormedError), Watch(OUT * IN):
         B @ A

@@ -115,7 +115,7 @@ def test_for_two_subspaces_all_methods_select_the_same_pairs(seed, threshold):
     ranks = {name: method(bases, threshold).rank for name, method in METHODS.items()}
     assert len(set(ranks.values())) == 1
     bisectors = mean(bases, threshold).basis
-    f, cosines, g = principal_vectors(*bases)
+    f, _, g = principal_vectors(*bases)
     both = (f + g)[:, : bisectors.shape[1]]
     both = both / both.norm(dim=0)
     assert_close(projector(bisectors), projector(both), rtol=0, atol=1e-8)
@@ -137,7 +137,7 @@ def test_principal_is_for_two_subspaces():
 
 
 def test_threshold_one_selects_what_is_exactly_shared():
-    bases, common = planted(ranks=(8, 6), shared=3)
+    bases, _ = planted(ranks=(8, 6), shared=3)
     assert chain(bases, 1.0).rank == 3
     assert mean(bases, 1.0).rank == 3
 
@@ -145,7 +145,7 @@ def test_threshold_one_selects_what_is_exactly_shared():
 def test_deflation_removes_directions_of_the_target_one_by_one():
     bases, _ = planted(ranks=(8, 6, 7), noise=0.3)
     target, *others = bases
-    steps = deflate(target, others, lambda p, q: 0.6)
+    steps = deflate(target, others, lambda _p, _q: 0.6)
     Z = torch.cat([step.basis for step in steps], 1)
     assert_close(Z.mT @ Z, torch.eye(Z.shape[1], dtype=Z.dtype), rtol=0, atol=1e-12)
     assert_close(projector(target) @ Z, Z, rtol=0, atol=1e-12)
@@ -156,7 +156,7 @@ def test_deflation_removes_directions_of_the_target_one_by_one():
 
 def test_deflation_of_everything_leaves_nothing():
     bases, _ = planted(ranks=(3, 6, 7))
-    steps = deflate(bases[0], bases[1:], lambda p, q: 0.85)
+    steps = deflate(bases[0], bases[1:], lambda _p, _q: 0.85)
     assert [step.rank for step in steps] == [3, 0]
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.linalg import ColumnSpace, column_space
+from devec.linalg import ColumnSpace, column_space, working_dtype
 from devec.subspace import METHODS, SharedSubspace, chance_level, deflate, pool_level, random_edge
 
 Threshold = float | Literal["auto"]
@@ -108,6 +108,11 @@ class ModulePool:
             name: column_space(delta.B, delta.A) for name, delta in deltas.items()
         }
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which all the deltas can be combined."""
+        return working_dtype(*(f for delta in self.deltas.values() for f in (delta.B, delta.A)))
+
     def shared_subspace(self, question: Question, group: Sequence[str]) -> SharedSubspace:
         """The subspace that the deltas of a group share, by the method asked for."""
         bases = [self.spaces[name].U for name in group]
@@ -129,12 +134,16 @@ class ModulePool:
         """‖ΔW‖_F, from the singular values."""
         return abs(self.deltas[name].scaling) * float(self.spaces[name].S.norm())
 
-    def shared_norm(self, name: str, Z: Float[Tensor, "out k"]) -> float:
-        """‖Z Zᵀ ΔW‖_F = |s|·‖(ZᵀU)·diag(S)‖_F."""
-        U, S = self.spaces[name]
-        return abs(self.deltas[name].scaling) * float(torch.linalg.matrix_norm((Z.mT @ U) * S))
+    def shared_norms(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> list[float]:
+        """‖Z Zᵀ ΔW_i‖_F = |s_i|·‖(ZᵀU_i)·diag(S_i)‖_F of the adapters of a group."""
+        return [
+            abs(self.deltas[name].scaling) * float(((Z.mT @ space.U) * space.S).norm())
+            for name, space in ((name, self.spaces[name]) for name in group)
+        ]
 
-    def common(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> Delta:
+    def common(
+        self, group: Sequence[str], Z: Float[Tensor, "out k"], norms: Sequence[float]
+    ) -> Delta:
         """Mean of the shared parts of a group, weighted by their norms (Eq. 14).
 
         Z·(Σ w_i·s_i·(ZᵀB_i)·A_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖.
@@ -142,17 +151,18 @@ class ModulePool:
         Returns:
             The common vector, of rank ρ_shared and scaling 1.
         """
-        norms = [self.shared_norm(name, Z) for name in group]
+        deltas = [self.deltas[name] for name in group]
+        dtype = self.dtype
         total = math.fsum(norms) or 1.0
-        parts = [
-            (norm / total) * self.deltas[name].folded()
-            for name, norm in zip(group, norms, strict=True)
-        ]
-        dtype = max((part.dtype for part in parts), key=lambda d: torch.finfo(d).bits)
         Z = Z.to(dtype)
-        A = torch.stack([(Z.mT @ p.B.to(dtype)) @ p.A.to(dtype) for p in parts]).sum(0)
-        biases = [part.bias.to(dtype) for part in parts if part.bias is not None]
-        bias = Z @ (Z.mT @ torch.stack(biases).sum(0)) if biases else None
+        A = torch.zeros(Z.shape[1], deltas[0].shape[1], dtype=dtype, device=Z.device)
+        bias = None
+        for delta, norm in zip(deltas, norms, strict=True):
+            weight = norm / total * delta.scaling
+            A.addmm_(Z.mT @ delta.B.to(dtype), delta.A.to(dtype), alpha=weight)
+            if delta.bias is not None:
+                part = weight * (Z @ (Z.mT @ delta.bias.to(dtype)))
+                bias = part if bias is None else bias + part
         return Delta(B=Z, A=A, bias=bias)
 
     def row(
@@ -160,7 +170,8 @@ class ModulePool:
         question: Question,
         group: Sequence[str],
         found: SharedSubspace,
-        ranks: Sequence[int] | None = None,
+        shared_norms: Sequence[float],
+        ranks: Sequence[int] = (),
     ) -> ModuleSplit:
         """The row of the report for a group."""
         n = len(found.basis)
@@ -174,8 +185,15 @@ class ModulePool:
             spectrum=found.spectrum.cpu(),
             basis=found.basis.cpu(),
             norms=tuple(self.norm(name) for name in group),
-            shared_norms=tuple(self.shared_norm(name, found.basis) for name in group),
+            shared_norms=tuple(shared_norms),
         )
+
+    def compare(self, question: Question, group: Sequence[str]) -> tuple[ModuleSplit, Delta | None]:
+        """What a group shares: the row of the report and the common vector, if any (Eq. 8-14)."""
+        found = self.shared_subspace(question, group)
+        norms = self.shared_norms(group, found.basis)
+        common = self.common(group, found.basis, norms) if found.rank else None
+        return self.row(question, group, found, norms), common
 
 
 def split_all(question: Question, pool: ModulePool) -> ModuleParts:
@@ -183,10 +201,9 @@ def split_all(question: Question, pool: ModulePool) -> ModuleParts:
     parts = ModuleParts()
     Z = next(iter(pool.spaces.values())).U[:, :0]
     if len(pool.deltas) == len(question.names):
-        found = pool.shared_subspace(question, question.names)
-        Z = found.basis
-        parts.splits.append(pool.row(question, question.names, found))
-        parts.common = pool.common(question.names, Z) if found.rank else None
+        row, parts.common = pool.compare(question, question.names)
+        parts.splits.append(row)
+        Z = row.basis.to(Z.device, pool.dtype)
     for name in pool.deltas:
         parts.shared[name], parts.unique[name] = pool.split(name, Z)
     return parts
@@ -197,10 +214,10 @@ def split_pairs(question: Question, pool: ModulePool) -> ModuleParts:
     parts = ModuleParts()
     for pair in combinations(question.names, 2):
         if all(name in pool.deltas for name in pair):
-            found = pool.shared_subspace(question, pair)
-            parts.splits.append(pool.row(question, pair, found))
-            if found.rank:
-                parts.shared["+".join(pair)] = pool.common(pair, found.basis)
+            row, common = pool.compare(question, pair)
+            parts.splits.append(row)
+            if common is not None:
+                parts.shared["+".join(pair)] = common
     return parts
 
 
@@ -217,8 +234,10 @@ def split_target(question: Question, pool: ModulePool) -> ModuleParts:
     )
     left = U.shape[1]
     for other, found in zip(others, steps, strict=True):
+        group = (target, other)
+        norms = pool.shared_norms(group, found.basis)
         ranks = (left, pool.spaces[other].U.shape[1])
-        parts.splits.append(pool.row(question, (target, other), found, ranks))
+        parts.splits.append(pool.row(question, group, found, norms, ranks))
         left -= found.rank
     Z = torch.cat([U[:, :0], *(found.basis for found in steps)], dim=1)
     parts.shared[target], parts.unique[target] = pool.split(target, Z)

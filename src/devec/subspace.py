@@ -88,9 +88,9 @@ def principal(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> Shared
             f"method 'principal' is defined for two subspaces, not {len(bases)}; "
             "use method='mean' or 'chain', or scope='pairwise'"
         )
-    vectors, cosines, _ = principal_vectors(*bases)
-    squared = cosines.square()
-    return SharedSubspace(vectors[:, _selected(squared, threshold)], squared)
+    Y, cosines, _ = torch.linalg.svd(bases[0].mT @ bases[1], full_matrices=False)
+    squared = cosines.clamp(max=1).square()
+    return SharedSubspace(bases[0] @ Y[:, : _shared_count(squared, threshold)], squared)
 
 
 def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
@@ -122,7 +122,7 @@ def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubs
     values, vectors = torch.linalg.eig(M)
     order = values.real.argsort(descending=True)
     spectrum = values.real[order]
-    chosen = vectors[:, order][:, _selected(spectrum, threshold)]
+    chosen = vectors[:, order[: _shared_count(spectrum, threshold)]]
     return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum)
 
 
@@ -156,8 +156,8 @@ def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubsp
     values, Y = torch.linalg.eigh(stacked.mT @ stacked)
     values, Y = values.flip(0), Y.flip(1)
     spectrum = ((values - 1) / (k - 1)).clamp(0, 1).square()
-    chosen = _selected(spectrum, threshold)
-    Z = stacked @ (Y[:, chosen] / values[chosen].sqrt())
+    shared = _shared_count(spectrum, threshold)
+    Z = stacked @ (Y[:, :shared] / values[:shared].sqrt())
     return SharedSubspace(Z, spectrum[spectrum > 0])
 
 
@@ -191,15 +191,15 @@ def deflate(
     for other in others:
         Y, cosines, _ = torch.linalg.svd(K.mT @ (U.mT @ other))
         spectrum = cosines.clamp(max=1).square()
-        shared = int(_selected(spectrum, threshold(K.shape[1], other.shape[1])).sum())
+        shared = _shared_count(spectrum, threshold(K.shape[1], other.shape[1]))
         steps.append(SharedSubspace(U @ (K @ Y[:, :shared]), spectrum))
         K = K @ Y[:, shared:]
     return steps
 
 
-def _selected(spectrum: Float[Tensor, " k"], threshold: float) -> Tensor:
-    """Mask of the values above the threshold, with an allowance for rounding."""
-    return spectrum > threshold - _ROUNDING
+def _shared_count(spectrum: Float[Tensor, " k"], threshold: float) -> int:
+    """How many values of a descending spectrum exceed the threshold, but for rounding."""
+    return int((spectrum > threshold - _ROUNDING).sum())
 
 
 METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {

@@ -94,7 +94,7 @@ def test_trained_modules_are_not_added_or_scaled(heads):
         with pytest.raises(DevecError, match=r"'a'.*head.bias.*carried_from"):
             combine([a, b], weights)
     with pytest.raises(DevecError, match="cannot be added or scaled"):
-        -a
+        _ = -a
     assert combine([a, b], [0.5, 1], carried_from="a").carried.keys() == a.carried.keys()
     assert not combine([a, b], [0.5, 1], carried_from="none").carried
     with pytest.raises(DevecError, match="no adapter is named 'c'"):

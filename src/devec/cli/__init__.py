@@ -59,6 +59,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    """Print a warning as one line."""
-    typer.echo(f"warning: {message}", err=True)
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Print a warning as one line; what libraries say to their developers is not for users."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        typer.echo(f"warning: {message}", err=True)

@@ -151,25 +151,27 @@ def module_type(module: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])", "*", module)
 
 
-def new_table(title: str, *columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
         table.add_column(column, justify="right")
     return table
 
 
-def show(table: Table) -> None:
-    """Print a table, as wide as it needs to be where the output is no terminal."""
+def show(title: str, table: Table) -> None:
+    """Print a table under its title, as wide as it needs to be where the output is no terminal."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
+    typer.echo(f"{title}:")
     console.print(table)
+    typer.echo()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def compress(
 
 def _print(adapter: Adapter, result: Compression) -> None:
     """Print ranks and errors by type of module."""
-    table = new_table("Ranks, by type of module", "module", "modules", "rank", "now", "error")
+    table = new_table("module", "modules", "rank", "now", "error")
     kinds: dict[str, list[str]] = {}
     for module in adapter.modules:
         kinds.setdefault(module_type(module), []).append(module)
@@ -73,4 +73,4 @@ def _print(adapter: Adapter, result: Compression) -> None:
             ranged([kept[m].rank if m in kept else 0 for m in modules]),
             f"{max(result.errors[m] for m in modules):.3g}",
         )
-    show(table)
+    show("Ranks, by type of module", table)

@@ -73,7 +73,7 @@ def decompose(
     from devec.output import write_all
 
     storage = storage_dtype(dtype)
-    level = _threshold(threshold)
+    level = parse_threshold(threshold)
     adapters = [read_source(source, base) for source in sources]
     planned = [out / name for name in _planned([a.name for a in adapters], scope, target)]
     require_new([*planned, *([json] if json else [])], overwrite=overwrite)
@@ -93,11 +93,23 @@ def decompose(
     report = {json: json_writer(_report(parts, list(held)))} if json else {}
     obsolete = [path for path in planned if path not in outputs]
     write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
-    _print(parts, sorted(str(path) for path in outputs))
+    print_parts(parts)
+    written = sorted(str(path) for path in outputs)
+    typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
 
 
-def _threshold(text: str) -> Threshold:
-    """The threshold of the command line."""
+def parse_threshold(text: str) -> Threshold:
+    """The threshold of the command line.
+
+    Args:
+        text: As on the command line.
+
+    Returns:
+        The threshold.
+
+    Raises:
+        IncompatibleError: If it is neither a number nor ``"auto"``.
+    """
     if text == "auto":
         return "auto"
     try:
@@ -117,10 +129,13 @@ def _planned(names: Sequence[str], scope: str, target: str | None) -> list[str]:
     return [*parts, "common"] if scope == "all" else parts
 
 
-def _print(parts: Decomposition, written: Sequence[str]) -> None:
-    """Print what was found, by group and type of module, and what was written."""
+def print_parts(parts: Decomposition) -> None:
+    """Print what was found, by group and type of module.
+
+    Args:
+        parts: The decomposition.
+    """
     table = new_table(
-        "Shared subspaces, by type of module",
         "module",
         "modules",
         "rank",
@@ -145,11 +160,10 @@ def _print(parts: Decomposition, written: Sequence[str]) -> None:
             f"{best.largest:.3f}",
             f"{best.edge:.3f}",
         )
-    show(table)
+    show("Shared subspaces, by type of module", table)
     _print_carried(parts)
     if parts.nothing_shared:
         typer.echo(_nothing_shared(parts.splits))
-    typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
 
 
 def _energy(splits: Sequence[ModuleSplit]) -> float:

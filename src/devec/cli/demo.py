@@ -2,6 +2,90 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def demo() -> None:
-    """Decompose."""
+import typer
+
+from devec.cli.common import new_table, show
+from devec.cli.decompose import parse_threshold, print_parts
+
+if TYPE_CHECKING:
+    from devec.demo.run import Demo
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to keep the parts. [default: a temporary place]"),
+    ] = None,
+    threshold: Annotated[str, typer.Option(metavar="T", help="As of decompose.")] = "auto",
+    method: Annotated[str, typer.Option(metavar="M", help="As of decompose.")] = "mean",
+) -> None:
+    """Decompose a small pool that comes with devec, load the parts with PEFT, and measure them.
+
+    One vision transformer, five adapters for one visual domain of the same digits each, and one
+    for an unrelated task. Takes about a minute.
+    """
+    from devec.demo.run import run
+
+    level = parse_threshold(threshold)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = run(
+            out or Path(temporary),
+            threshold=level,
+            method=method,
+            progress=lambda step: typer.echo(f"{step} ...", err=True),
+        )
+    _print_overlap(found)
+    print_parts(found.parts)
+    _print_accuracy(found)
+    if out is not None:
+        typer.echo(f"The parts are in {out}")
+
+
+def _print_overlap(found: Demo) -> None:
+    """Print the overlap of every pair of the pool, over all modules."""
+    table = new_table(
+        "pair",
+        "largest cos²",
+        "mean of largest",
+        "mean random edge",
+        "cosine of the adapters",
+    )
+    for pair, cosine in found.overlap.cosines.items():
+        rows = [row for row in found.overlap.modules if row.pair == pair]
+        table.add_row(
+            " + ".join(pair),
+            f"{max(row.largest for row in rows):.3f}",
+            f"{sum(row.largest for row in rows) / len(rows):.3f}",
+            f"{sum(row.edge for row in rows) / len(rows):.3f}",
+            f"{cosine:.3f}",
+        )
+    show("Overlap of column spaces, by pair of adapters (20 modules each)", table)
+
+
+def _print_accuracy(found: Demo) -> None:
+    """Print the held-out accuracies."""
+    kinds = ("base", "original", "shared", "unique")
+    table = new_table(
+        "domain",
+        *(f"{kind} only" if kind in ("shared", "unique") else kind for kind in kinds),
+    )
+    for domain, measured in found.own.items():
+        cells = (f"{measured[kind]:.3f}" if kind in measured else "-" for kind in kinds)
+        table.add_row(domain, *cells)
+    means = [[m[kind] for m in found.own.values() if kind in m] for kind in kinds]
+    table.add_row("mean", *(f"{sum(m) / len(m):.3f}" if m else "-" for m in means))
+    show("Accuracy on held-out digits of the adapter's own domain", table)
+    table = new_table(
+        "coefficient",
+        "originals",
+        "unique",
+    )
+    for coefficient, measured in found.sums.items():
+        table.add_row(
+            f"{coefficient:g}", f"{measured['original']:.3f}", f"{measured['unique']:.3f}"
+        )
+    show("All adapters added up: mean accuracy over the domains", table)

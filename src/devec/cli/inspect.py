@@ -74,9 +74,7 @@ def _print(adapter: Adapter, report: dict[str, Any]) -> None:
     if report["provenance"]:
         lines.append(f"made by {report['provenance'].get('operation')}, see devec.json")
     typer.echo("\n".join(lines))
-    table = new_table(
-        "Modules, by type", "module", "modules", "rank", "scaling", "shape", "type", "norm"
-    )
+    table = new_table("module", "modules", "rank", "scaling", "shape", "type", "norm")
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in report["modules"]:
         kinds.setdefault(module_type(row["module"]), []).append(row)
@@ -90,7 +88,7 @@ def _print(adapter: Adapter, report: dict[str, Any]) -> None:
             _distinct(r["dtype"] for r in rows),
             f"{min(r['norm'] for r in rows):.3g}-{max(r['norm'] for r in rows):.3g}",
         )
-    show(table)
+    show("Modules, by type", table)
 
 
 def _distinct(values: Any) -> str:  # noqa: ANN401

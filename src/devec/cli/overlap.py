@@ -50,7 +50,6 @@ def print_overlap(found: Overlap) -> None:
         found: The overlaps.
     """
     table = new_table(
-        "Overlap, by pair and type of module",
         "module",
         "modules",
         "largest cos²",
@@ -73,7 +72,7 @@ def print_overlap(found: Overlap) -> None:
             f"{above} of {total}",
             f"{sum(r.cosine for r in group) / len(group):.3f}",
         )
-    show(table)
+    show("Overlap, by pair and type of module", table)
     for pair, value in found.cosines.items():
         typer.echo(f"{' + '.join(pair)}: cosine of the whole adapters {value:.3f}")
 
