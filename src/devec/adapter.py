@@ -75,7 +75,7 @@ class Adapter:
 
         Args:
             path: A PEFT adapter directory.
-            name: What to call it; the directory's name by default.
+            name: What to call it; the name of the directory by default.
 
         Returns:
             The adapter, its tensors as stored.
@@ -87,10 +87,8 @@ class Adapter:
         if not str(path).strip() or not Path(path).exists():
             raise FormatError(f"no such file or directory: {str(path)!r}")
         path = Path(path)
-        resolved = path.resolve()
-        name = name or (resolved.stem if path.is_file() else resolved.name)
         for read in READERS:
-            adapter = read(path, name)
+            adapter = read(path, name or _default_name(path))
             if adapter is not None:
                 return adapter
         raise FormatError(f"{path} is not an adapter: expected a PEFT adapter directory")
@@ -196,6 +194,14 @@ class Adapter:
     def norm(self) -> float:
         """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
         return math.hypot(*(delta.norm() for delta in self.modules.values()))
+
+
+def _default_name(path: Path) -> str:
+    """The stem of a file, or the name of a directory, also where the file in it is named."""
+    path = path.resolve()
+    if path.is_file() and (path.parent / "adapter_config.json").exists():
+        path = path.parent
+    return path.name.removesuffix(".safetensors")
 
 
 def inner(a: Adapter, b: Adapter) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,11 @@ def loaded(paths: Mapping[str, Path]) -> PeftModel:
         The model.
     """
     (first, path), *others = paths.items()
-    model = PeftModel.from_pretrained(load_base(), path, adapter_name=_key(first))
-    for name, path in others:
-        model.load_adapter(path, adapter_name=_key(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers about each other
+        model = PeftModel.from_pretrained(load_base(), path, adapter_name=_key(first))
+        for name, path in others:
+            model.load_adapter(path, adapter_name=_key(name))
     return model
 
 

@@ -1,0 +1,62 @@
+# Two commands need nothing but Python (3.10 or newer) and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Quiet, offline and without a terminal's width in the output.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test check format notebooks benchmarks pool clean
+
+help:
+	@echo "make demo        decompose a small pool of adapters and measure the parts"
+	@echo "make test        run the tests, notebooks included"
+	@echo "make check       format, lint, types, import directions, the built wheel"
+	@echo "make format      format and fix what can be fixed"
+	@echo "make notebooks   execute the notebooks in place"
+	@echo "make benchmarks  run the benchmarks (minutes)"
+	@echo "make pool        train the demo pool anew (minutes)"
+
+demo: $(VENV)/.installed
+	$(BIN)/devec demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+	PYTHON=$(BIN)/python sh tests/check_wheel.sh
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+benchmarks: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.toy
+
+pool: $(VENV)/.installed-dev
+	$(BIN)/python -m devec.demo.train
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "devec needs Python 3.10 or newer; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
