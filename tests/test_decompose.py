@@ -245,7 +245,7 @@ def test_another_device_gives_the_same():
         ({"threshold": "high"}, r"got 'high'"),
         ({"method": "median"}, r"method must be one of 'chain', 'mean', 'principal'"),
         ({"scope": "some"}, r"scope must be one of 'all', 'pairwise', 'iterative'"),
-        ({"scope": "iterative"}, r"target must be one of 'a', 'b', 'c', got None"),
+        ({"scope": "iterative"}, r"--target NAME\), one of 'a', 'b', 'c'; got None"),
         ({"scope": "iterative", "target": "z"}, r"got 'z'"),
         ({"target": "a"}, r"scope 'iterative' only"),
         ({"method": "principal"}, r"'principal' compares two adapters, got 3"),

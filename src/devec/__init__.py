@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from devec._version import __version__
 
 if TYPE_CHECKING:
-    from devec.adapter import Adapter, cosine, distance, inner, save_adapters
+    from devec.adapter import Adapter, cosine, distance, inner
     from devec.combine import combine
     from devec.compress import Compression, compress
     from devec.decompose import Decomposition, decompose
     from devec.delta import Delta
     from devec.errors import DevecError, DevecWarning
     from devec.overlap import Overlap, overlap
+    from devec.pool import save_adapters
 
 _HOME = {
     "Adapter": "adapter",
@@ -43,7 +44,7 @@ _HOME = {
     "distance": "adapter",
     "inner": "adapter",
     "overlap": "overlap",
-    "save_adapters": "adapter",
+    "save_adapters": "pool",
 }
 
 __all__ = [

@@ -293,32 +293,12 @@ def linear_combination(
         modules=terms,
         layout=merged_layout(adapters),
         carried=_carried(adapters, weights, carried_from),
-        provenance=provenance("combine", adapters, weights=list(weights)),
+        provenance=provenance(
+            "combine", adapters, weights=list(weights), carried_from=carried_from
+        ),
         source="",
         sha256="",
     )
-
-
-def save_adapters(
-    adapters: Mapping[str | Path, Adapter],
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write several adapters, all or none, each in the format it came in.
-
-    Args:
-        adapters: Path → adapter.
-        dtype: Storage precision; by default that of each adapter's input.
-        overwrite: Whether outputs that exist may be replaced.
-
-    Raises:
-        IncompatibleError: If an adapter was made in memory and has no layout.
-        OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
-            changed then.
-    """
-    writers = {Path(path): adapter.writer(dtype) for path, adapter in adapters.items()}
-    write_all(writers, overwrite=overwrite)
 
 
 def require_same_base(adapters: Sequence[Adapter]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from devec.adapter import Adapter, linear_combination
 from devec.errors import IncompatibleError
+from devec.pool import warn_of_strangers
 
 
 def combine(
@@ -40,7 +41,9 @@ def combine(
     """
     if not adapters or len(adapters) != len(weights):
         raise IncompatibleError(
-            f"combine needs one weight for each adapter, got {len(adapters)} adapters and "
-            f"{len(weights)} weights"
+            f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "
+            f"{len(weights)}"
         )
+    if len(adapters) > 1:
+        warn_of_strangers(adapters)
     return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)

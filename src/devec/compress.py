@@ -54,7 +54,8 @@ def compress(
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
     if (rank is None) == (energy is None):
-        raise IncompatibleError("give either a rank or an energy, not both and not neither")
+        got = "neither" if rank is None else "both"
+        raise IncompatibleError(f"give one of rank (--rank) and energy (--energy), got {got}")
     if rank is not None and rank < 1:
         raise IncompatibleError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
@@ -66,18 +67,21 @@ def compress(
         own = rank_for_energy(S, kept)
         return own if rank is None else min(rank, own)
 
-    return truncate(adapter, choose, provenance("compress", [adapter], rank=rank, energy=energy))
+    result = truncate(adapter, choose)
+    record = provenance(
+        "compress", [adapter], rank=rank, energy=energy, relative_error=result.error
+    )
+    return dataclasses.replace(
+        result, adapter=dataclasses.replace(result.adapter, provenance=record)
+    )
 
 
-def truncate(
-    adapter: Adapter, choose: Callable[[str, Tensor], int], record: Mapping[str, object] | None
-) -> Compression:
+def truncate(adapter: Adapter, choose: Callable[[str, Tensor], int]) -> Compression:
     """Cut every module at the rank chosen from its name and singular values.
 
     Args:
         adapter: The adapter.
         choose: From module name and singular values (descending) to the rank to keep.
-        record: Provenance of the result.
 
     Returns:
         The truncated adapter, factors balanced (U·√S, √S·Vᵀ) and scaling 1, and its errors.
@@ -97,9 +101,7 @@ def truncate(
                 modules[module] = Delta(B=B, A=A.to(delta.dtype), bias=bias)
             norms[module], lost[module] = float(S.norm()), float(S[rank:].norm())
     return Compression(
-        adapter=dataclasses.replace(
-            adapter, modules=modules, provenance=record, source="", sha256=""
-        ),
+        adapter=dataclasses.replace(adapter, modules=modules, source="", sha256=""),
         errors={m: lost[m] / norms[m] if norms[m] else 0.0 for m in norms},
         error=math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0),
     )

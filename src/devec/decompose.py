@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.adapter import Adapter, merged_layout, provenance, require_same_base
+from devec.adapter import (
+    Adapter,
+    Layout,
+    merged_layout,
+    provenance,
+    require_same_base,
+)
 from devec.compress import truncate
 from devec.delta import Delta, require_device
-from devec.errors import DevecWarning, IncompatibleError, listed, located
+from devec.errors import IncompatibleError, listed, located
+from devec.pool import require_distinct_names, warn_of_strangers
 from devec.split import SCOPES, ModulePool, ModuleSplit, Question, Threshold
 from devec.subspace import METHODS
 
@@ -35,12 +41,14 @@ class Decomposition:
         common: The common vector of the pool (Eq. 14) for scope ``"all"``, else None. Modules in
             which nothing is shared are left out.
         splits: What was found, a row per module and group.
+        record: Inputs, operation and parameters, as the outputs keep them.
     """
 
     unique: Mapping[str, Adapter]
     shared: Mapping[str, Adapter]
     common: Adapter | None
     splits: Sequence[ModuleSplit]
+    record: Mapping[str, Any]
 
     @property
     def spectrum(self) -> dict[str, Tensor]:
@@ -129,8 +137,10 @@ def decompose(
     if device is not None:
         require_device(device)
     require_same_base(adapters)
-    merged_layout(adapters)  # refuses adapters that do not compose
-    question = Question(tuple(a.name for a in adapters), threshold, method, target or "")
+    warn_of_strangers(adapters)
+    layout = merged_layout(adapters)  # refuses adapters that do not compose
+    level: Threshold = "auto" if threshold == "auto" else float(threshold)
+    question = Question(tuple(a.name for a in adapters), level, method, target or "")
     shared: dict[str, dict[str, Delta]] = {}
     unique: dict[str, dict[str, Delta]] = {}
     common: dict[str, Delta] = {}
@@ -153,17 +163,17 @@ def decompose(
     record = provenance(
         "decompose", adapters, threshold=threshold, method=method, scope=scope, target=target
     )
-    _warn_if_disjoint(adapters, splits)
     return Decomposition(
         unique={n: _part(_named(adapters, n), m, record, "unique") for n, m in unique.items()},
         shared={
             n: _part(_named(adapters, n), m, record, "shared")
             if scope != "pairwise"
-            else _common_part(_pair(adapters, n), m, record, n)
+            else _common_part(_pair(adapters, n), merged_layout(_pair(adapters, n)), m, record, n)
             for n, m in shared.items()
         },
-        common=_common_part(adapters, common, record) if scope == "all" else None,
+        common=_common_part(adapters, layout, common, record) if scope == "all" else None,
         splits=splits,
+        record=record,
     )
 
 
@@ -174,12 +184,7 @@ def _check_arguments(
     names = [a.name for a in adapters]
     if len(names) < 2:
         raise IncompatibleError(f"decompose needs at least two adapters, got {len(names)}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise IncompatibleError(
-            f"adapter names must differ, but {listed(twice)} is given more than once; "
-            "name adapters with NAME=PATH or Adapter.from_pretrained(path, name=...)"
-        )
+    require_distinct_names(adapters)
     if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
     for value, table, what in ((method, METHODS, "method"), (scope, SCOPES, "scope")):
@@ -187,8 +192,8 @@ def _check_arguments(
             raise IncompatibleError(f"{what} must be one of {listed(list(table))}, got {value!r}")
     if scope == "iterative" and target not in names:
         raise IncompatibleError(
-            f"scope 'iterative' splits one adapter: target must be one of {listed(names)}, "
-            f"got {target!r}"
+            "scope 'iterative' splits one adapter: give a target (--target NAME), one of "
+            f"{listed(names)}; got {target!r}"
         )
     if scope != "iterative" and target is not None:
         raise IncompatibleError(f"a target is for scope 'iterative' only, got {target!r}")
@@ -197,17 +202,10 @@ def _check_arguments(
             f"method 'principal' compares two adapters, got {len(names)}; "
             "use method 'mean' or 'chain', or scope 'pairwise'"
         )
-
-
-def _warn_if_disjoint(adapters: Sequence[Adapter], splits: Sequence[ModuleSplit]) -> None:
-    """Say so when no two adapters that were to be compared change the same module."""
-    if not splits:
-        some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
-        warnings.warn(
-            f"the adapters have no module in common, so nothing can be shared: {some}",
-            DevecWarning,
-            stacklevel=3,
-        )
+    pairs = ["+".join(pair) for pair in combinations(names, 2)]
+    if scope == "pairwise" and len(set(pairs)) < len(pairs):
+        twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+        raise IncompatibleError(f"two pairs of adapters are both named {twice!r}; rename one")
 
 
 def _named(adapters: Sequence[Adapter], name: str) -> Adapter:
@@ -241,6 +239,7 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
 
 def _common_part(
     group: Sequence[Adapter],
+    layout: Layout | None,
     modules: Mapping[str, Delta],
     record: Mapping[str, Any],
     name: str = "common",
@@ -249,7 +248,7 @@ def _common_part(
     return Adapter(
         name=name,
         modules=modules,
-        layout=merged_layout(group),
+        layout=layout,
         provenance={**record, "part": "common", "of": [a.name for a in group]},
     )
 
@@ -268,5 +267,4 @@ def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     return truncate(
         adapter,
         lambda module, S: int((S > _EMPTY_RTOL * scales[module]).sum()),
-        adapter.provenance,
     ).adapter

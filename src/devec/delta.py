@@ -164,10 +164,12 @@ def require_device(device: torch.device | str) -> None:
         IncompatibleError: If they cannot.
     """
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise IncompatibleError(f"device {str(device)!r} cannot be used: {reason}") from error
+        raise IncompatibleError(
+            f"device {str(device)!r} cannot be used ({reason}); leave it out to compute on the CPU"
+        ) from error
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:

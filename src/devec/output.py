@@ -46,6 +46,8 @@ def write_all(
             write(staged)
             _flush(staged)
         for path in outputs:
+            _require_same_kind(staging[path.parent] / path.name, path)
+        for path in outputs:
             path.parent.mkdir(parents=True, exist_ok=True)
             _rename(staging[path.parent] / path.name, path)
         for path in obsolete:
@@ -74,9 +76,21 @@ def _require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
             )
 
 
+def _require_same_kind(staged: Path, target: Path) -> None:
+    """Refuse to put a file in the place of a directory, or a directory in that of a file."""
+    if target.exists() and staged.is_dir() != target.is_dir():
+        old, new = ("directory", "file") if target.is_dir() else ("file", "directory")
+        raise OutputError(
+            f"{target} is a {old} and is not replaced by a {new}; remove it or choose another path"
+        )
+
+
 def _existing(path: Path) -> Path:
     """The nearest directory above that exists, where a temporary one can be made."""
-    return next((p for p in [path, *path.absolute().parents] if p.exists()), path)
+    path = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not path.is_dir():
+        raise OutputError(f"cannot write in {path}: it is a file, expected a directory")
+    return path
 
 
 def _rename(staged: Path, target: Path) -> None:

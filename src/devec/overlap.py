@@ -13,6 +13,7 @@ from devec.adapter import Adapter, cosine, require_same_base
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.linalg import column_space
+from devec.pool import require_distinct_names, warn_of_strangers
 from devec.subspace import principal_vectors, random_edge
 
 
@@ -74,7 +75,9 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
     """
     if len(adapters) < 2:
         raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
+    require_distinct_names(adapters)
     require_same_base(adapters)
+    warn_of_strangers(adapters)
     rows = []
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}

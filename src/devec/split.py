@@ -33,6 +33,7 @@ class ModuleSplit:
             beyond chance (``threshold="auto"`` and ranks that fill the space).
         edge: The value that random subspaces of these dimensions reach.
         spectrum: What the threshold was compared with, descending.
+        quantity: What that is: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
         basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank).
         norms: For each adapter of the group, ‖ΔW‖_F.
         shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
@@ -44,6 +45,7 @@ class ModuleSplit:
     threshold: float
     edge: float
     spectrum: Float[Tensor, " k"]
+    quantity: str
     basis: Float[Tensor, "out shared"]
     norms: tuple[float, ...]
     shared_norms: tuple[float, ...]
@@ -183,6 +185,7 @@ class ModulePool:
             threshold=question.level(n, ranks),
             edge=pool_level(n, ranks, question.method, random_edge),
             spectrum=found.spectrum.cpu(),
+            quantity=found.quantity,
             basis=found.basis.cpu(),
             norms=tuple(self.norm(name) for name in group),
             shared_norms=tuple(shared_norms),

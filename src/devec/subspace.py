@@ -33,10 +33,12 @@ class SharedSubspace:
         basis: Z, orthonormal columns, shape (n, ρ_shared).
         spectrum: What the threshold was compared with, descending, on the scale of squared
             cosines: see the method.
+        quantity: What the values of the spectrum are.
     """
 
     basis: Float[Tensor, "n shared"]
     spectrum: Float[Tensor, " k"]
+    quantity: str = "cos²"
 
     @property
     def rank(self) -> int:
@@ -123,7 +125,7 @@ def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubs
     order = values.real.argsort(descending=True)
     spectrum = values.real[order]
     chosen = vectors[:, order[: _shared_count(spectrum, threshold)]]
-    return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum)
+    return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum, "eigenvalue")
 
 
 def _orthonormal_span(vectors: Complex[Tensor, "r k"]) -> Float[Tensor, "r k"]:
@@ -158,7 +160,7 @@ def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubsp
     spectrum = ((values - 1) / (k - 1)).clamp(0, 1).square()
     shared = _shared_count(spectrum, threshold)
     Z = stacked @ (Y[:, :shared] / values[:shared].sqrt())
-    return SharedSubspace(Z, spectrum[spectrum > 0])
+    return SharedSubspace(Z, spectrum[spectrum > _ROUNDING])
 
 
 def deflate(

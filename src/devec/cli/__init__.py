@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 
@@ -52,6 +53,9 @@ def _options(
 def main() -> None:
     """Run the command line; exit with 2 and one message on any error a user can cause."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "²" is no reason to stop
     try:
         app()
     except DevecError as error:

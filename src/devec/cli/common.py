@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="PATH or NAME=PATH of an adapter.")]
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE...", help="PATH or NAME=PATH of each adapter.")
+    list[str], typer.Argument(metavar="SOURCE", help="PATH or NAME=PATH of each adapter.")
 ]
 OutPath = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
 JsonFile = Annotated[
@@ -75,17 +75,24 @@ def read_source(source: str, base: str | None = None) -> Adapter:
 
     from devec import Adapter
 
-    name, equals, path = source.partition("=")
-    if not equals or Path(source).exists():
-        name, path = "", source
-    if equals and path is not source and (not name or name.startswith(".") or "/" in name):
-        raise IncompatibleError(
-            f"{source!r}: NAME in NAME=PATH becomes part of file names, {name!r} cannot"
-        )
-    adapter = Adapter.from_pretrained(path, name or None)
+    name, path = _name_and_path(source)
+    adapter = Adapter.from_pretrained(path, name)
     if base is not None and adapter.layout is not None:
         adapter = dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
     return adapter
+
+
+def _name_and_path(source: str) -> tuple[str | None, str]:
+    """Split ``NAME=PATH``, where that is not itself a path that exists."""
+    name, equals, path = source.partition("=")
+    if not equals or Path(source).exists():
+        return None, source
+    if not name or name.startswith(".") or set(name) & set("/\\"):
+        raise IncompatibleError(
+            f"no such file or directory: {source!r}; and read as NAME=PATH, {name!r} cannot be a "
+            "name, since names become part of file names"
+        )
+    return name, path
 
 
 def storage_dtype(name: str | None) -> torch.dtype | None:
@@ -166,9 +173,9 @@ def show(title: str, table: Table) -> None:
     """Print a table under its title, as wide as it needs to be where the output is no terminal."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(markup=False, emoji=False, highlight=False, width=160)
     typer.echo(f"{title}:")
     console.print(table)
     typer.echo()
@@ -188,7 +195,8 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda *_: progress.advance(task)
 

@@ -43,7 +43,7 @@ def compress(
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Lower an adapter's ranks with the least possible error, and say the error."""
+    """Lower the ranks of an adapter at the least error."""
     from devec import compress as shrink
 
     storage = storage_dtype(dtype)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from devec._version import __version__
 from devec.cli.common import (
     Base,
     Device,
@@ -76,6 +77,7 @@ def decompose(
     level = parse_threshold(threshold)
     adapters = [read_source(source, base) for source in sources]
     planned = [out / name for name in _planned([a.name for a in adapters], scope, target)]
+    _require_apart(json, planned)
     require_new([*planned, *([json] if json else [])], overwrite=overwrite)
     modules = {m for a in adapters for m in a.modules}
     with progress_bar("decomposing", len(modules)) as step:
@@ -94,8 +96,10 @@ def decompose(
     obsolete = [path for path in planned if path not in outputs]
     write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
     print_parts(parts)
-    written = sorted(str(path) for path in outputs)
+    written = sorted(str(path) for path in [*outputs, *report])
     typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
+    if obsolete:
+        typer.echo(f"Not written, since zero: {', '.join(path.name for path in obsolete)}")
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -141,7 +145,7 @@ def print_parts(parts: Decomposition) -> None:
         "rank",
         "shared rank",
         "shared energy",
-        "largest cos²",
+        f"largest {parts.splits[0].quantity if parts.splits else 'cos²'}",
         "random edge",
     )
     rows: dict[tuple[str, str], list[ModuleSplit]] = {}
@@ -149,7 +153,8 @@ def print_parts(parts: Decomposition) -> None:
     for split in parts.splits:
         group = f"{' + '.join(split.group)}: " if several else ""
         rows.setdefault((group, module_type(split.module)), []).append(split)
-    for (group, kind), splits in rows.items():
+    order = list(dict.fromkeys(group for group, _ in rows))
+    for (group, kind), splits in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         best = max(splits, key=lambda s: s.largest)
         table.add_row(
             group + kind,
@@ -163,7 +168,7 @@ def print_parts(parts: Decomposition) -> None:
     show("Shared subspaces, by type of module", table)
     _print_carried(parts)
     if parts.nothing_shared:
-        typer.echo(_nothing_shared(parts.splits))
+        typer.echo(_nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 
 
 def _energy(splits: Sequence[ModuleSplit]) -> float:
@@ -178,6 +183,12 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def _require_apart(json: Path | None, planned: Sequence[Path]) -> None:
+    """Refuse a report in the place of an adapter."""
+    if json is not None and any(path in (json, *json.parents) for path in planned):
+        raise IncompatibleError(f"--json {json} is the name of an adapter that may be written")
+
+
 def _print_carried(parts: Decomposition) -> None:
     """Name what is not a delta and went with the unique part."""
     for name, adapter in parts.unique.items():
@@ -186,24 +197,40 @@ def _print_carried(parts: Decomposition) -> None:
             typer.echo(f"Carried over whole to {name}-unique (not a delta): {keys}")
 
 
-def _nothing_shared(splits: Sequence[ModuleSplit]) -> str:
+def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
     """A sentence on the largest overlap found and what to try."""
+    compared = [split for split in splits if split.spectrum.numel()]
     if not splits:
         return "Nothing is shared: the adapters have no module in common."
-    best = max(splits, key=lambda s: s.largest)
+    if not compared:
+        return "Nothing is shared: at least one of the adapters is zero in every module."
+    best = max(compared, key=lambda s: (s.edge < 1, s.largest - s.edge))
+    if best.edge >= 1:
+        ranks = " + ".join(str(rank) for rank in best.ranks)
+        return (
+            f"Nothing is shared beyond chance: in {best.module} and everywhere else the ranks "
+            f"({ranks} of {len(best.basis)}) fill the space, so that any two subspaces meet. "
+            "Try a number as --threshold."
+        )
     found = (
         f"Nothing is shared at this threshold ({best.threshold:.3g}): the largest overlap found is "
-        f"cos² = {best.largest:.3f}, in {best.module}, where chance alone reaches {best.edge:.3f}."
+        f"{best.quantity} = {best.largest:.3f}, in {best.module}, where chance alone reaches "
+        f"{best.edge:.3f}."
     )
     if best.largest <= best.edge:
-        return f"{found} That is no more than chance; these adapters are already apart."
-    lower = math.floor(100 * best.largest) / 100
-    return f"{found} Try --threshold {lower:g} or less, or --threshold auto."
+        return f"{found} That is no more than chance: these adapters are already apart."
+    unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
+    lower = f"{math.floor(best.largest / unit) * unit:.2g}"
+    if asked == "auto":
+        return f"{found} --threshold {lower} would take it, though chance may give as much."
+    return f"{found} Try --threshold {lower} or --threshold auto."
 
 
 def _report(parts: Decomposition, written: Sequence[str]) -> dict[str, Any]:
-    """All that was found, a row per module and group."""
+    """Where it came from and all that was found, a row per module and group."""
     return {
+        "devec_version": __version__,
+        **parts.record,
         "written": list(written),
         "modules": [
             {
@@ -212,6 +239,8 @@ def _report(parts: Decomposition, written: Sequence[str]) -> dict[str, Any]:
                 "ranks": s.ranks,
                 "threshold": s.threshold,
                 "random_edge": s.edge,
+                "quantity": s.quantity,
+                "largest": s.largest,
                 "spectrum": s.spectrum,
                 "shared_rank": s.shared_rank,
                 "norms": s.norms,

@@ -23,10 +23,10 @@ def demo(
     threshold: Annotated[str, typer.Option(metavar="T", help="As of decompose.")] = "auto",
     method: Annotated[str, typer.Option(metavar="M", help="As of decompose.")] = "mean",
 ) -> None:
-    """Decompose a small pool that comes with devec, load the parts with PEFT, and measure them.
+    """Decompose a small pool of adapters and measure it.
 
-    One vision transformer, five adapters for one visual domain of the same digits each, and one
-    for an unrelated task. Takes about a minute.
+    The pool comes with devec: one vision transformer, five adapters for one visual domain of the
+    same digits each, and one for an unrelated task. Takes about half a minute.
     """
     from devec.demo.run import run
 

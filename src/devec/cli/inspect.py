@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def inspect(source: Source, json: JsonFile = None, overwrite: Overwrite = False) -> None:
-    """Say what is in an adapter: format, modules, ranks, scalings, norms, what is carried over."""
+    """Say what is in an adapter.
+
+    Format, base model, modules, ranks, scalings, types, norms, and what is carried over whole.
+    """
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
@@ -65,7 +68,7 @@ def _report(adapter: Adapter) -> dict[str, Any]:
 
 def _print(adapter: Adapter, report: dict[str, Any]) -> None:
     """Print the report by type of module."""
-    lines = [f"{report['name']}: {report.get('format', 'in memory')} LoRA adapter"]
+    lines = [f"{report['name']}: {report.get('format', 'in-memory').upper()} LoRA adapter"]
     lines.append(f"base model: {report.get('base_model') or 'not on record'}")
     lines.append(f"{len(adapter.modules)} modules, norm {report['norm']:.4g}")
     lines.append(f"SHA-256 {report['sha256']}")
@@ -86,9 +89,14 @@ def _print(adapter: Adapter, report: dict[str, Any]) -> None:
             _distinct(f"{r['scaling']:.4g}" for r in rows),
             _distinct("×".join(str(n) for n in r["shape"]) for r in rows),
             _distinct(r["dtype"] for r in rows),
-            f"{min(r['norm'] for r in rows):.3g}-{max(r['norm'] for r in rows):.3g}",
+            _spread([f"{norm:.3g}" for norm in sorted(r["norm"] for r in rows)]),
         )
     show("Modules, by type", table)
+
+
+def _spread(ordered: list[str]) -> str:
+    """The first and the last of ordered values, once if they read the same."""
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
 
 
 def _distinct(values: Any) -> str:  # noqa: ANN401

@@ -36,4 +36,4 @@ def negate(
     adapter = read_source(source, base)
     result = combine([adapter], [-scale], name=out.name, carried_from=carried_from)
     result.save_pretrained(out, dtype=storage, overwrite=overwrite)
-    typer.echo(f"Written: {out} = {-scale:+g}·{adapter.name}, norm {result.norm():.4g}")
+    typer.echo(f"Written: {out} = -{scale:g}·{adapter.name}, norm {result.norm():.4g}")

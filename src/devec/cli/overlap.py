@@ -60,7 +60,8 @@ def print_overlap(found: Overlap) -> None:
     rows: dict[tuple[tuple[str, str], str], list[ModuleOverlap]] = {}
     for row in found.modules:
         rows.setdefault((row.pair, module_type(row.module)), []).append(row)
-    for (pair, kind), group in sorted(rows.items()):
+    order = list(found.cosines)
+    for (pair, kind), group in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         best = max(group, key=lambda r: r.largest)
         above = sum(int((r.squared_cosines > r.edge).sum()) for r in group)
         total = sum(len(r.squared_cosines) for r in group)

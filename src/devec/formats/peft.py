@@ -78,7 +78,6 @@ class PeftLayout:
         for name in peft_config.POOL_FIELDS:
             peft_config.require_same(name, [layout.config.get(name) for layout in layouts])
         _require_same_parameters(layouts)
-        _warn_of_bases([layout.config.get("base_model_name_or_path") for layout in layouts])
         slots: dict[str, Slot] = {}
         copies: dict[str, Tensor] = {}
         for layout in layouts:
@@ -343,18 +342,6 @@ def _warn_of_attention(name: str) -> None:
         DevecWarning,
         stacklevel=5,
     )
-
-
-def _warn_of_bases(bases: Sequence[Any]) -> None:
-    """Say so when adapters name different base models."""
-    known = [str(base) for base in dict.fromkeys(bases) if base]
-    if len(known) > 1:
-        warnings.warn(
-            f"the adapters name different base models ({listed(known)}); their shapes agree, but "
-            "what they share means something only if the weights do too",
-            DevecWarning,
-            stacklevel=4,
-        )
 
 
 def _require_same_parameters(layouts: Sequence[PeftLayout]) -> None:

@@ -38,10 +38,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise FormatError(
-            f"{path} is not a readable safetensors file, it may be truncated or corrupt ({error})"
+            f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
     if not tensors:
-        raise FormatError(f"{path} holds no tensors")
+        raise FormatError("the file holds no tensors")
     return tensors
 
 

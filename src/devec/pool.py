@@ -1,0 +1,78 @@
+"""What concerns several adapters together: telling them apart, doubts, writing all or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from devec.adapter import Adapter
+from devec.errors import DevecWarning, IncompatibleError, listed
+from devec.output import write_all
+
+
+def require_distinct_names(adapters: Sequence[Adapter]) -> None:
+    """Check that adapters can be told apart by name.
+
+    Args:
+        adapters: The adapters.
+
+    Raises:
+        IncompatibleError: If two have the same name.
+    """
+    names = [adapter.name for adapter in adapters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise IncompatibleError(
+            f"adapter names must differ, but {listed(twice)} is given more than once; "
+            "name adapters with NAME=PATH or Adapter.from_pretrained(path, name=...)"
+        )
+
+
+def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
+    """Say so when adapters name different base models, or change no module in common.
+
+    Args:
+        adapters: The adapters of a pool.
+    """
+    described = [a.layout.describe() for a in adapters if a.layout is not None]
+    bases = [str(d["base_model"]) for d in described if d.get("base_model")]
+    if len(set(bases)) > 1:
+        warnings.warn(
+            f"the adapters name different base models ({listed(list(dict.fromkeys(bases)))}); "
+            "their shapes agree, but what they share means something only if the weights do too",
+            DevecWarning,
+            stacklevel=3,
+        )
+    if not any(a.modules.keys() & b.modules.keys() for a, b in combinations(adapters, 2)):
+        some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
+        warnings.warn(
+            f"the adapters have no module in common, so nothing can be shared: {some}",
+            DevecWarning,
+            stacklevel=3,
+        )
+
+
+def save_adapters(
+    adapters: Mapping[str | Path, Adapter],
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write several adapters, all or none, each in the format it came in.
+
+    Args:
+        adapters: Path → adapter.
+        dtype: Storage precision; by default that of each adapter's input.
+        overwrite: Whether outputs that exist may be replaced.
+
+    Raises:
+        IncompatibleError: If an adapter was made in memory and has no layout.
+        OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
+            changed then.
+    """
+    writers = {Path(path): adapter.writer(dtype) for path, adapter in adapters.items()}
+    write_all(writers, overwrite=overwrite)
