@@ -11,6 +11,12 @@ from devec.demo import train
 from devec.demo.domains import DOMAINS, SIZE
 from devec.demo.evaluate import POOL, TASKS, accuracy, heldout_sets, load_base
 from devec.demo.run import loaded, run
+from devec.errors import UnsupportedError
+
+try:
+    load_base()
+except UnsupportedError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

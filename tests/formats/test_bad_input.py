@@ -255,3 +255,10 @@ def test_values_too_large_for_the_storage_type(tmp_path, adapter):
     with pytest.raises(DevecError, match=r"'first.layer'.*more than torch.float16.*float32"):
         big.save_pretrained(tmp_path / "big", dtype=torch.float16)
     assert not (tmp_path / "big").exists()
+
+
+def test_experts_of_older_and_newer_peft_do_not_combine(tmp_path):
+    paths = make_pool(tmp_path, "experts")
+    with_config(paths[1], peft_version="0.18.1")
+    with pytest.raises(DevecError, match=r"differ in which axis of an expert is its input"):
+        decompose([Adapter.from_pretrained(p) for p in paths])

@@ -56,7 +56,9 @@ def add_dense(model, kind, path, W, b, expert):
     W = torch.from_numpy(W)
     if kind == "experts":
         # the parameter declared last is wrapped outermost, so it has the plain name
-        getattr(model[0], "up" if path.endswith("base_layer") else "down")[expert] += W
+        weight = getattr(model[0], "up" if path.endswith("base_layer") else "down")[expert]
+        # PEFT before 0.19 takes the first axis of an expert for its input side
+        weight += W if W.shape == weight.shape else W.T
         return
     module = model.get_submodule(path)
     if kind in ("conv1d-gpt2", "embedding"):

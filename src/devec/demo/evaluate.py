@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from transformers import ViTForImageClassification
 
 from devec.demo.domains import CLASSES, DOMAINS, textures
+from devec.errors import UnsupportedError
 
 POOL = Path(__file__).parent / "pool"
 """The pool in the package: `base`, one adapter a task, `heldout.safetensors`."""
@@ -27,8 +29,17 @@ def load_base(pool: Path = POOL) -> ViTForImageClassification:
 
     Returns:
         The base in evaluation mode, without any adapter.
+
+    Raises:
+        UnsupportedError: If transformers is too old for the names of the layers.
     """
-    return ViTForImageClassification.from_pretrained(pool / "base").eval()
+    model = ViTForImageClassification.from_pretrained(pool / "base").eval()
+    if not any(name.endswith(".q_proj") for name, _ in model.named_modules()):
+        raise UnsupportedError(
+            "the adapters of the demo name the layers of transformers 5.9 or newer, found "
+            f"{transformers.__version__}; install a newer one"
+        )
+    return model
 
 
 def heldout_sets(pool: Path = POOL, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -348,3 +348,8 @@ def _require_same_parameters(layouts: Sequence[PeftLayout]) -> None:
     """Keys of nested parameters mean the same only if the same parameters are targeted."""
     sets = [sorted(layout.config.get("target_parameters") or []) for layout in layouts]
     peft_config.require_same("target_parameters", sets)
+    if sets[0]:
+        sides = [peft_config.experts_input_side(layout.config) for layout in layouts]
+        peft_config.require_same(
+            "which axis of an expert is its input (it is the second from PEFT 0.19 on)", sides
+        )

@@ -176,6 +176,21 @@ def owners(config: Config, name: str) -> list[str]:
     return found
 
 
+def experts_input_side(config: Config) -> str:
+    """Which axis of a stacked parameter the A factors of an adapter act on.
+
+    PEFT turned it around in version 0.19, under the same keys.
+
+    Args:
+        config: The configuration; versions before 0.18 are not on record.
+
+    Returns:
+        ``"first"`` or ``"second"``.
+    """
+    numbers = re.findall(r"\d+", str(config.get("peft_version") or "0"))
+    return "second" if [int(n) for n in numbers[:2]] >= [0, 19] else "first"
+
+
 def plain(config: Config, *, carried: bool) -> Config:
     """A configuration without what no longer holds for a result.
 
