@@ -93,31 +93,37 @@ def column_space(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ColumnSpac
     """
     dtype = basis_dtype(B.device)
     rtol = RANK_RTOL[working_dtype(B, A)]
-    B, A = B.to(dtype), A.to(dtype)
-    return _column_space_by_gram(B, A) or _column_space_by_qr(B, A, rtol)
+    gram = _gram(A.to(dtype).mT)  # before B is converted: one large temporary at a time
+    B = B.to(dtype)
+    return _column_space_by_gram(B, gram) or _column_space_by_qr(B, A.to(dtype), rtol)
 
 
-def _column_space_by_gram(B: Tensor, A: Tensor) -> ColumnSpace | None:
+def _gram(matrix: Tensor) -> Tensor:
+    """The Gram matrix of the columns."""
+    return matrix.mT @ matrix
+
+
+def _column_space_by_gram(B: Tensor, gram: Tensor) -> ColumnSpace | None:
     """Column space by matrix products alone; None where that would cost accuracy.
 
-    With AAᵀ = L·Lᵀ, ΔW·ΔWᵀ = (B·L)(B·L)ᵀ, so the eigenvectors of (B·L)ᵀ(B·L) = V·S²·Vᵀ give
+    With gram = AAᵀ = L·Lᵀ, ΔW·ΔWᵀ = (B·L)(B·L)ᵀ, so the eigenvectors of (B·L)ᵀ(B·L) = V·S²·Vᵀ give
     U = B·L·V·S⁻¹. The span of U is that of B whatever the rounding in L, V and S; what rounding
     does to the orthogonality of U is removed by a Newton-Schulz step, U·(3 - UᵀU)/2.
 
     Returns:
         The column space, of full rank.
     """
-    L, info = torch.linalg.cholesky_ex(A @ A.mT)
+    L, info = torch.linalg.cholesky_ex(gram)
     if int(info) or B.shape[0] < B.shape[1]:
         return None
-    values, V = torch.linalg.eigh(L.mT @ (B.mT @ B) @ L)
+    values, V = torch.linalg.eigh(L.mT @ _gram(B) @ L)
     S = values.clamp(min=0).sqrt().flip(0)
     if S.numel() == 0 or not S[-1] > _GRAM_RANGE[B.dtype] * S[0]:
         return None
     U = B @ (L @ V.flip(1) / S)
     # UᵀU - 1 is at most about eps·(S_1/S_r)²; where that is rounding there is nothing to polish.
     if S[-1] < _POLISH_BELOW[B.dtype] * S[0]:
-        U = U @ (1.5 * torch.eye(len(S)).to(U) - 0.5 * (U.mT @ U))
+        U = U @ (1.5 * torch.eye(len(S)).to(U) - 0.5 * _gram(U))
     return ColumnSpace(U, S)
 
 
