@@ -6,17 +6,8 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import (
-    Base,
-    CarriedFrom,
-    Dtype,
-    OutPath,
-    Overwrite,
-    Source,
-    read_source,
-    require_new,
-    storage_dtype,
-)
+from devec.cli.combine import write_sum
+from devec.cli.common import Base, CarriedFrom, Dtype, OutPath, Overwrite, Source
 
 
 def negate(
@@ -29,11 +20,4 @@ def negate(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn an adapter around: what it adds, the result takes away."""
-    from devec import combine
-
-    storage = storage_dtype(dtype)
-    require_new([out], overwrite=overwrite)
-    adapter = read_source(source, base)
-    result = combine([adapter], [-scale], name=out.name, carried_from=carried_from)
-    result.save_pretrained(out, dtype=storage, overwrite=overwrite)
-    typer.echo(f"Written: {out} = -{scale:g}·{adapter.name}, norm {result.norm():.4g}")
+    write_sum([source], [-scale], out, carried_from, base, dtype, overwrite=overwrite)
