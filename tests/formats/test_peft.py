@@ -73,12 +73,12 @@ def load_dense(kind, path):
     return dense_deltas(PeftModel.from_pretrained(make_base(kind), str(path)), "default")
 
 
-def reference_parts(pool):
+def reference_parts(pool, threshold=0.85, method="chain"):
     """Output name → module → (ΔW, Δb) by the dense reference."""
     parts = {"common": {}}
     for module in pool["a"]:
         shared, unique, common, Z = reference.decompose(
-            [pool[n][module][0] for n in pool], 0.85, "chain"
+            [pool[n][module][0] for n in pool], threshold, method
         )
         P = Z @ Z.T
         for name, S, U in zip(pool, shared, unique, strict=True):
@@ -104,6 +104,23 @@ def test_written_parts_do_what_the_dense_reference_does(tmp_path, kind, variant,
     save_adapters(outputs, dtype=torch.float32)
     assert len(outputs) == (1 if variant == "zero" else 5)
     want = reference_parts(pool)
+    for path in outputs:
+        got = through_peft(kind, path)
+        assert relative_error(got, through_dense(kind, want[path.name])) < 1e-5, path.name
+
+
+@pytest.mark.parametrize("method", ["chain", "mean"])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("kind", HOSTS)
+def test_larger_pools_do_what_the_dense_reference_does(tmp_path, kind, k, method):
+    paths = make_pool(tmp_path, kind, "patterns", k=k)
+    pool = {p.name: load_dense(kind, p) for p in paths}
+    adapters = [Adapter.from_pretrained(p) for p in paths]
+    parts = decompose(adapters, threshold=0.6, method=method)
+    outputs = {tmp_path / "out" / n: a for n, a in parts.outputs().items()}
+    save_adapters(outputs)
+    assert len(outputs) == 2 * k + 1
+    want = reference_parts(pool, 0.6, method)
     for path in outputs:
         got = through_peft(kind, path)
         assert relative_error(got, through_dense(kind, want[path.name])) < 1e-5, path.name
