@@ -56,6 +56,18 @@ def test_equality_is_of_effect_not_of_factors():
     assert a != dataclasses.replace(a, carried={"head": torch.ones(1)})
 
 
+def test_nothing_equals_nothing():
+    a, b = adapter(1), adapter(2)
+    assert a - a == 0 * a
+    assert a - a == b - b
+    assert a != 0 * a
+
+
+def test_adapters_of_different_bases_are_not_equal():
+    a = adapter(1)
+    assert a != a.map(lambda _, d: Delta(d.B[:-1], d.A, d.scaling))
+
+
 def test_adapters_cannot_be_hashed_since_equality_is_up_to_rounding():
     with pytest.raises(TypeError, match="unhashable"):
         hash(adapter(1))

@@ -20,8 +20,9 @@ from devec.delta import Delta, require_device
 from devec.errors import FormatError, IncompatibleError, listed, located
 from devec.output import Writer, write_all
 
-# Two adapters are equal in effect when they differ by less than this fraction of their norm:
-# a few units of float32 roundoff, the precision factors are combined in.
+# Two adapters are equal in effect when they differ by less than this fraction of their factors: a
+# few units of float32 roundoff, the precision factors are combined in. Of the factors, not of the
+# norm: a - a is zero but for rounding of terms as large as a.
 EFFECT_RTOL = 1e-6
 
 Reader = Callable[[Path, str], "Adapter | None"]
@@ -35,6 +36,9 @@ class Layout(Protocol):
 
     def merged(self, others: Sequence[Layout]) -> Layout:
         """The layout of a combination of adapters, or `IncompatibleError`."""
+
+    def carrying(self, other: Layout) -> Layout:
+        """The layout of a result that keeps the whole trained tensors of another adapter."""
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
         """A function that writes the adapter at a path; refusals are raised before it runs."""
@@ -84,8 +88,11 @@ class Adapter:
             FormatError: If there is no readable adapter at the path.
             UnsupportedError: If the adapter is not a sum of low-rank deltas; the message says why.
         """
-        if not str(path).strip() or not Path(path).exists():
-            raise FormatError(f"no such file or directory: {str(path)!r}")
+        if not _exists(path):
+            raise FormatError(
+                f"no such file or directory: {str(path)!r}; an adapter on the Hugging Face Hub has "
+                "to be downloaded first"
+            )
         path = Path(path)
         for read in READERS:
             adapter = read(path, name or _default_name(path))
@@ -184,16 +191,28 @@ class Adapter:
         """Equality of effect: the distance is rounding, and carried tensors are identical."""
         if not isinstance(other, Adapter):
             return NotImplemented
-        scale = max(self.norm(), other.norm())
-        return _same_tensors(self.carried, other.carried) and (
-            distance(self, other) <= EFFECT_RTOL * scale
-        )
+        try:
+            apart = distance(self, other)
+        except IncompatibleError:
+            return False
+        deltas = [*self.modules.values(), *other.modules.values()]
+        scale = math.hypot(*(delta.factor_norm() for delta in deltas))
+        same = _same_tensors(self.carried, other.carried)
+        return same and apart <= EFFECT_RTOL * scale
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
 
     def norm(self) -> float:
         """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
         return math.hypot(*(delta.norm() for delta in self.modules.values()))
+
+
+def _exists(path: str | Path) -> bool:
+    """Whether there is anything at a path, however odd the path."""
+    try:
+        return bool(str(path).strip()) and Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _default_name(path: Path) -> str:
@@ -287,12 +306,15 @@ def linear_combination(
         for module, delta in adapter.modules.items():
             term = delta if weight == 1 else weight * delta
             terms[module] = terms[module] + term if module in terms else term
-    first = adapters[0]
+    carrier = _carrier(adapters, weights, carried_from)
+    layout = merged_layout(adapters)
+    if layout is not None and carrier is not None and carrier.layout is not None:
+        layout = layout.carrying(carrier.layout)
     return dataclasses.replace(
-        first,
+        adapters[0],
         modules=terms,
-        layout=merged_layout(adapters),
-        carried=_carried(adapters, weights, carried_from),
+        layout=layout,
+        carried={} if carrier is None else carrier.carried,
         provenance=provenance(
             "combine", adapters, weights=list(weights), carried_from=carried_from
         ),
@@ -359,34 +381,32 @@ def provenance(operation: str, inputs: Sequence[Adapter], **parameters: Any) -> 
     }
 
 
-def _carried(
+def _carrier(
     adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None
-) -> Mapping[str, Tensor]:
-    """The carried tensors of a combination: those of the adapter named, or where that is exact.
+) -> Adapter | None:
+    """The adapter whose carried tensors a combination keeps: the one named, or where that is exact.
 
     A whole tensor T stands for the change T - T0. With one carrier, at weight 1, the combination
     holds that change once, and so holds T.
 
     Returns:
-        Key → tensor.
+        The adapter, or None where no tensors are kept.
 
     Raises:
         IncompatibleError: If the combination of tensors would not be one of them.
     """
-    if carried_from == "none":
-        return {}
-    if carried_from is not None:
+    if carried_from is not None and carried_from != "none":
         for adapter in adapters:
             if adapter.name == carried_from:
-                return adapter.carried
+                return adapter
         names = listed([a.name for a in adapters])
         raise IncompatibleError(f"no adapter is named {carried_from!r}; there are {names}")
     carriers = [(a, w) for a, w in zip(adapters, weights, strict=True) if a.carried]
-    if not carriers:
-        return {}
+    if not carriers or carried_from == "none":
+        return None
     adapter, weight = carriers[0]
     if len(carriers) == 1 and weight == 1:
-        return adapter.carried
+        return adapter
     raise IncompatibleError(
         f"{adapter.label} holds whole trained tensors ({listed(sorted(adapter.carried))}) which "
         "are not deltas and cannot be added or scaled; name the one adapter whose tensors the "

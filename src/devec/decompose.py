@@ -85,7 +85,9 @@ class Decomposition:
         }
         if compact:
             held = {key: _compacted(adapter, scales[key]) for key, adapter in held.items()}
-        if self.common is not None and self.common.modules:
+        if self.common is not None and self.common.norm() > _EMPTY_RTOL * math.hypot(
+            *(norm for split in self.splits for norm in split.norms)
+        ):
             held["common"] = self.common
         return held
 
@@ -264,7 +266,5 @@ def _original_norms(parts: Decomposition, name: str) -> dict[str, float]:
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     """Every module at its true rank: what is cut is rounding beside the original module."""
-    return truncate(
-        adapter,
-        lambda module, S: int((S > _EMPTY_RTOL * scales[module]).sum()),
-    ).adapter
+    cut = truncate(adapter, lambda module, S: int((S > _EMPTY_RTOL * scales[module]).sum())).adapter
+    return cut if cut.modules else adapter  # kept for its carried tensors alone

@@ -114,15 +114,20 @@ class Delta:
         self._require_same_shape(other)
         weights = linalg.product_inner(self.B, self.A, other.B, other.A)
         if self.bias is not None and other.bias is not None:
-            weights += float(self.bias.double() @ other.bias.double())
+            dtype = linalg.basis_dtype(self.B.device)
+            weights += float(self.bias.to(dtype) @ other.bias.to(dtype))
         return self.scaling * other.scaling * weights
 
     def norm(self) -> float:
         """Frobenius norm of (ΔW, Δb), accurate also where factors cancel; O((out + in)·r²)."""
         norm = linalg.product_norm(self.B, self.A)
         if self.bias is not None:
-            norm = math.hypot(norm, float(self.bias.double().norm()))
+            norm = math.hypot(norm, float(self.bias.to(linalg.basis_dtype(self.B.device)).norm()))
         return abs(self.scaling) * norm
+
+    def factor_norm(self) -> float:
+        """|s|·‖B‖_F·‖A‖_F, to which rounding in products of the factors is relative."""
+        return abs(self.scaling) * float(self.B.float().norm() * self.A.float().norm())
 
     def projected(self, Z: Float[Tensor, "out k"]) -> Delta:
         """The part of this delta in the span of Z: ``Z·Zᵀ·ΔW`` (Eq. 12), bias alike.

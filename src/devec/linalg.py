@@ -20,10 +20,10 @@ from torch import Tensor
 # roundoff of the precision in which factors are combined.
 RANK_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
-# The Gram route squares the condition number. Down to eps^(1/4) of the largest singular value it
-# leaves half of the digits, and one polishing step restores the rest; below, it is not used.
-_GRAM_RANGE = {dtype: torch.finfo(dtype).eps ** 0.25 for dtype in (torch.float32, torch.float64)}
-_POLISH_BELOW = {torch.float32: 0.5, torch.float64: 0.05}
+# The Gram route squares condition numbers. Up to this loss of orthogonality one polishing step
+# restores all digits; beyond it, the route is not taken. Below the second figure there is no loss.
+_LARGEST_LOSS = 1e-8
+_NO_LOSS = 1e-13
 
 
 class ProductSVD(NamedTuple):
@@ -116,13 +116,17 @@ def _column_space_by_gram(B: Tensor, gram: Tensor) -> ColumnSpace | None:
     L, info = torch.linalg.cholesky_ex(gram)
     if int(info) or B.shape[0] < B.shape[1]:
         return None
-    values, V = torch.linalg.eigh(L.mT @ _gram(B) @ L)
-    S = values.clamp(min=0).sqrt().flip(0)
-    if S.numel() == 0 or not S[-1] > _GRAM_RANGE[B.dtype] * S[0]:
+    gram_B = _gram(B)
+    values, V = torch.linalg.eigh(L.mT @ gram_B @ L)
+    if values.numel() == 0 or not values[0] > 0:
         return None
+    # What rounding in the Gram matrices costs: the factors may be large where their product is not.
+    loss = float(torch.finfo(B.dtype).eps * gram_B.norm() * gram.norm() / values[0])
+    if not loss < _LARGEST_LOSS:
+        return None
+    S = values.sqrt().flip(0)
     U = B @ (L @ V.flip(1) / S)
-    # UᵀU - 1 is at most about eps·(S_1/S_r)²; where that is rounding there is nothing to polish.
-    if S[-1] < _POLISH_BELOW[B.dtype] * S[0]:
+    if loss > _NO_LOSS:
         U = U @ (1.5 * torch.eye(len(S)).to(U) - 0.5 * _gram(U))
     return ColumnSpace(U, S)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -39,25 +39,45 @@ def write_all(
     _require_replaceable([*outputs, *obsolete], overwrite)
     staging: dict[Path, Path] = {}
     try:
-        for parent in {path.parent for path in outputs}:
+        for parent in {path.parent for path in [*outputs, *obsolete]}:
             staging[parent] = Path(tempfile.mkdtemp(prefix=".devec-", dir=_existing(parent)))
         for path, write in outputs.items():
             staged = staging[path.parent] / path.name
             write(staged)
             _flush(staged)
-        for path in outputs:
-            _require_same_kind(staging[path.parent] / path.name, path)
-        for path in outputs:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _rename(staging[path.parent] / path.name, path)
-        for path in obsolete:
-            _remove(path)
+            _require_same_kind(staged, path)
+        _commit(outputs, obsolete, staging)
     except (OSError, SafetensorError) as error:
         target = listed([str(path) for path in outputs], 1)
         raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
     finally:
         for directory in staging.values():
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _commit(
+    outputs: Iterable[Path], obsolete: Iterable[Path], staging: Mapping[Path, Path]
+) -> None:
+    """Give finished outputs their names and take obsolete ones away; undo all if any step fails."""
+    done: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        source.rename(target)
+        done.append((source, target))
+
+    try:
+        for path in outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                move(path, staging[path.parent] / f"{path.name}.replaced")
+            move(staging[path.parent] / path.name, path)
+        for path in obsolete:
+            if path.exists():
+                move(path, staging[path.parent] / f"{path.name}.replaced")
+    except OSError:
+        for source, target in reversed(done):
+            target.rename(source)
+        raise
 
 
 def _require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
@@ -91,28 +111,6 @@ def _existing(path: Path) -> Path:
     if not path.is_dir():
         raise OutputError(f"cannot write in {path}: it is a file, expected a directory")
     return path
-
-
-def _rename(staged: Path, target: Path) -> None:
-    """Give a finished output its name; what was there comes back if that fails."""
-    aside = staged.with_name(f"{staged.name}.replaced")
-    replaced = target.exists()
-    if replaced:
-        target.rename(aside)
-    try:
-        staged.rename(target)
-    except OSError:
-        if replaced:
-            aside.rename(target)
-        raise
-
-
-def _remove(path: Path) -> None:
-    """Remove an output of an earlier run."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def _flush(path: Path) -> None:

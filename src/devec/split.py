@@ -15,7 +15,15 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.linalg import ColumnSpace, column_space, working_dtype
-from devec.subspace import METHODS, SharedSubspace, chance_level, deflate, pool_level, random_edge
+from devec.subspace import (
+    METHODS,
+    SharedSubspace,
+    chance_level,
+    deflate,
+    held_by_all,
+    pool_level,
+    random_edge,
+)
 
 Threshold = float | Literal["auto"]
 
@@ -107,7 +115,8 @@ class ModulePool:
         self.module = module
         self.deltas = deltas
         self.spaces: dict[str, ColumnSpace] = {
-            name: column_space(delta.B, delta.A) for name, delta in deltas.items()
+            name: column_space(delta.B if delta.scaling else 0 * delta.B, delta.A)
+            for name, delta in deltas.items()
         }
 
     @property
@@ -121,7 +130,10 @@ class ModulePool:
         ranks = [basis.shape[1] for basis in bases]
         if not all(ranks):
             return SharedSubspace(bases[0][:, :0], bases[0].new_zeros(0))
-        return METHODS[question.method](bases, question.level(len(bases[0]), ranks))
+        found = METHODS[question.method](bases, question.level(len(bases[0]), ranks))
+        if question.threshold == "auto" and len(group) > 2:
+            return held_by_all(found, bases, lambda n, rank: chance_level(n, rank, 1))
+        return found
 
     def split(self, name: str, Z: Float[Tensor, "out k"]) -> tuple[Delta, Delta]:
         """Shared and unique part of one delta (Eq. 12 and 13); the original where Z is empty."""

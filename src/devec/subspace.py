@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float
@@ -199,9 +199,39 @@ def deflate(
     return steps
 
 
+def held_by_all(
+    found: SharedSubspace, bases: Sequence[Float[Tensor, "n _"]], level: Callable[[int, int], float]
+) -> SharedSubspace:
+    """The directions of a shared subspace that every one of the subspaces holds beyond chance.
+
+    A spectrum measures a direction in all subspaces together. For three or more, a low threshold
+    can be exceeded by a direction that some of them share and another does not have at all.
+
+    Args:
+        found: The shared subspace of a method.
+        bases: Orthonormal bases U_i of the subspaces.
+        level: From n and the dimension of a subspace to the squared cosine ‖U_iᵀz‖² that a random
+            direction z rarely exceeds.
+
+    Returns:
+        The subspace of the columns z of Z, rotated to the eigenvectors of Σ ZᵀU_iU_iᵀZ, for which
+        ‖U_iᵀz‖² exceeds the level for every i.
+    """
+    Z = found.basis
+    parts = [U.mT @ Z for U in bases]
+    _, V = torch.linalg.eigh(
+        sum((P.mT @ P for P in parts), start=Z.new_zeros(found.rank, found.rank))
+    )
+    V = V.flip(1)
+    held = torch.ones(found.rank, dtype=torch.bool, device=Z.device)
+    for U, P in zip(bases, parts, strict=True):
+        held &= (P @ V).square().sum(0) > level(*U.shape)
+    return replace(found, basis=Z @ V[:, held])
+
+
 def _shared_count(spectrum: Float[Tensor, " k"], threshold: float) -> int:
     """How many values of a descending spectrum exceed the threshold, but for rounding."""
-    return int((spectrum > threshold - _ROUNDING).sum())
+    return int((spectrum >= threshold * (1 - _ROUNDING)).sum())
 
 
 METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {

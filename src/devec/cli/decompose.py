@@ -99,7 +99,8 @@ def decompose(
     written = sorted(str(path) for path in [*outputs, *report])
     typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
     if obsolete:
-        typer.echo(f"Not written, since zero: {', '.join(path.name for path in obsolete)}")
+        gone = ", ".join(path.name for path in obsolete)
+        typer.echo(f"Not written, since zero (and removed, if there before): {gone}")
 
 
 def parse_threshold(text: str) -> Threshold:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from devec import Adapter, Decomposition, Overlap, combine, decompose, overlap, save_adapters
 from devec.demo.domains import DOMAINS
 from devec.demo.evaluate import POOL, TASKS, accuracy, heldout_sets, load_base
+from devec.formats.card import adapter_name
 from devec.split import Threshold
 
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 1.0)
@@ -98,21 +99,16 @@ def loaded(paths: Mapping[str, Path]) -> PeftModel:
     (first, path), *others = paths.items()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers about each other
-        model = PeftModel.from_pretrained(load_base(), path, adapter_name=_key(first))
+        model = PeftModel.from_pretrained(load_base(), path, adapter_name=adapter_name(first))
         for name, path in others:
-            model.load_adapter(path, adapter_name=_key(name))
+            model.load_adapter(path, adapter_name=adapter_name(name))
     return model
-
-
-def _key(name: str) -> str:
-    """An adapter name PEFT accepts."""
-    return name.replace("-", "_").replace(".", "_")
 
 
 @torch.no_grad()
 def _accuracy(model: PeftModel, name: str, sets: Sets, tasks: Sequence[str]) -> float:
     """Mean accuracy over tasks with one adapter active."""
-    model.set_adapter(_key(name))
+    model.set_adapter(adapter_name(name))
     return sum(accuracy(model, *sets[task]) for task in tasks) / len(tasks)
 
 

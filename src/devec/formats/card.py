@@ -42,8 +42,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} is not readable JSON: {error}; remove it") from error
-    if not isinstance(record, dict):
-        raise FormatError(f"{path} should hold a JSON object; remove it")
+    if not isinstance(record, dict) or "operation" not in record:
+        raise FormatError(f"{path} should hold a JSON object with an operation; remove it")
     return record
 
 

@@ -29,7 +29,7 @@ from devec.errors import (
 from devec.formats import card, peft_config
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_slots import Slot, padded, slot_for
-from devec.formats.tensors import read_tensors, require_finite, sha256
+from devec.formats.tensors import read_tensors, require_factor, require_finite, sha256
 from devec.output import Writer
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,14 +49,14 @@ class PeftLayout:
         config: The configuration, as read.
         slots: The stored pairs of factors, in the order of the file.
         base_copies: Weights of the base model that PEFT stores beside adapted embeddings.
-        merged_from: Whether the slots come from several adapters, so that the configuration does
-            not speak for all of them.
+        merged_from: Configurations of all the adapters that the slots come from, if they are
+            several, so that `config` does not speak for all of them.
     """
 
     config: Config
     slots: tuple[Slot, ...]
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
-    merged_from: bool = False
+    merged_from: tuple[Config, ...] = ()
 
     def merged(self, others: Sequence[Layout]) -> PeftLayout:
         """The layout of a combination with other adapters.
@@ -98,9 +98,28 @@ class PeftLayout:
                         f"the adapters hold different base weights under {key!r}, so they are "
                         "adapters of different base models"
                     )
+        configs = tuple(c for layout in layouts for c in layout.merged_from or (layout.config,))
         return dataclasses.replace(
-            self, slots=tuple(slots.values()), base_copies=copies, merged_from=len(layouts) > 1
+            self,
+            slots=tuple(slots.values()),
+            base_copies=copies,
+            merged_from=configs if others else self.merged_from,
         )
+
+    def carrying(self, other: Layout) -> PeftLayout:
+        """This layout for a result that keeps the whole trained tensors of another adapter.
+
+        Args:
+            other: The layout of the adapter whose tensors are kept.
+
+        Returns:
+            The layout, its configuration naming those tensors.
+        """
+        config = dict(self.config)
+        if isinstance(other, PeftLayout):
+            for name in peft_config.CARRIED_FIELDS:
+                config[name] = other.config.get(name, peft_config.CARRIED_FIELDS[name])
+        return dataclasses.replace(self, config=config)
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
         """A function that writes an adapter as a PEFT directory.
@@ -141,10 +160,18 @@ class PeftLayout:
 
         Raises:
             OutputError: If no module is left.
+            IncompatibleError: If a module has no place in the files.
         """
+        self._require_places(adapter)
         held = {slot: slot.held(adapter.modules) for slot in self.slots}
         config = peft_config.plain(self.config, carried=bool(adapter.carried))
         with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
+        without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
+        if with_bias and without:
+            raise IncompatibleError(
+                f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "
+                "are embeddings or parameters; leave one kind out"
+            )
         if with_bias != config.get("lora_bias", False):
             config["lora_bias"] = with_bias
         if not self._as_read(held):
@@ -157,6 +184,7 @@ class PeftLayout:
                 {name: d[0].rank for s, d in held.items() for name in s.parameters or (s.name,)},
                 [slot.name for slot in held if not slot.parameters],
                 left_out,
+                listed=all(map(peft_config.is_plain_list, self.merged_from or (self.config,))),
             )
         tensors: dict[str, Tensor] = {}
         for slot, deltas in held.items():
@@ -166,6 +194,16 @@ class PeftLayout:
             copies = (k for k in self.base_copies if k.startswith(f"{slot.path}."))
             tensors |= {key: self.base_copies[key] for key in copies}
         return config, {**tensors, **adapter.carried}
+
+    def _require_places(self, adapter: Adapter) -> None:
+        """Refuse modules that the layout has no slot for: they would be lost."""
+        shapes = {name: slot.shape for slot in self.slots for name in slot.modules}
+        lost = [m for m, delta in adapter.modules.items() if shapes.get(m) != delta.shape]
+        if lost:
+            raise IncompatibleError(
+                f"the layout has no place for the modules {listed(lost)}; it is that of an adapter "
+                "without them, or of another base model"
+            )
 
     def _as_read(self, held: Mapping[Slot, Sequence[Delta]]) -> bool:
         """Whether ranks and scalings are still what the configuration says."""
@@ -252,7 +290,7 @@ def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
         if match and (match["end"] == ".bias") <= (match["factor"] == "B"):
             part = "bias" if match["end"] == ".bias" else match["factor"]
             factors = result.factors.setdefault(match["path"], {})
-            factors[part] = require_finite(key, tensor)
+            factors[part] = require_factor(key, tensor)
             if match["embedding"]:
                 factors["embedding"] = tensor
         elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):

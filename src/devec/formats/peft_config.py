@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ _REFUSED_FIELDS = {
 _TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
 TRAINING_ONLY_TENSORS = (".lora_velora_embed", ".lora_monteclora_sampler")
 
+# What a configuration says of whole trained tensors, with PEFT's defaults.
+CARRIED_FIELDS: Config = {
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "bias": "none",
+    "ensure_weight_tying": False,
+}
+
 # Adapters that differ in one of these do not change the same model in the same way.
 POOL_FIELDS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "qalora_group_size")
 
@@ -74,9 +82,36 @@ def read_config(directory: Path) -> Config:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
+    _require_types(config, path)
     _require_plain(config, path)
     _require_numbers(config, path)
     return config
+
+
+def _require_types(config: Config, path: Path) -> None:
+    """Check the fields that are read for what they are."""
+    for field in ("use_rslora", "lora_bias", "use_dora"):
+        if not isinstance(config.get(field, False), bool | None):
+            raise FormatError(f"{path}: {field} should be true or false, is {config[field]!r}")
+    for field in ("target_modules", "target_parameters"):
+        value = config.get(field)
+        if isinstance(value, str) and field == "target_modules":
+            _compiled(value, field, path)
+        elif not (value is None or _is_list_of_names(value)):
+            raise FormatError(f"{path}: {field} should be a list of names, is {value!r}")
+
+
+def _is_list_of_names(value: Any) -> bool:  # noqa: ANN401
+    """Whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _compiled(pattern: str, field: str, path: Path) -> None:
+    """Check that a field holds a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise FormatError(f"{path}: {field} has a key that is no pattern: {error}") from error
 
 
 def _require_plain(config: Config, path: Path) -> None:
@@ -101,7 +136,11 @@ def _require_numbers(config: Config, path: Path) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise FormatError(f"{path}: rank {field!r} should be a positive integer, is {rank!r}")
     for field, alpha in alphas.items():
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if (
+            not isinstance(alpha, int | float)
+            or isinstance(alpha, bool)
+            or not math.isfinite(alpha)
+        ):
             raise FormatError(f"{path}: alpha {field!r} should be a finite number, is {alpha!r}")
 
 
@@ -110,10 +149,8 @@ def _pattern(config: Config, field: str, path: Path) -> dict[str, Any]:
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
         raise FormatError(f"{path}: {field} should be an object, is {pattern!r}")
-    try:
-        re.compile("|".join(f"({key})" for key in pattern))
-    except re.error as error:
-        raise FormatError(f"{path}: {field} has a key that is no pattern: {error}") from error
+    for key in pattern:
+        _compiled(key, field, path)
     return pattern
 
 
@@ -219,6 +256,8 @@ def with_ranks(
     ranks: Mapping[str, int],
     modules: Sequence[str],
     left_out: Sequence[str],
+    *,
+    listed: bool,
 ) -> Config:
     """A configuration for modules of these ranks, with alpha = r, so that the scaling is 1.
 
@@ -230,6 +269,7 @@ def with_ranks(
         ranks: Name (of a module or parameter) in the base model → rank.
         modules: Names of the modules to target by name, which excludes those of parameters.
         left_out: Names of the modules that the input had and the result has not.
+        listed: Whether all inputs named their modules by lists, and by nothing else.
 
     Returns:
         The configuration.
@@ -245,7 +285,7 @@ def with_ranks(
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "use_rslora": False,
-        "target_modules": _exact_targets(config, modules, left_out),
+        "target_modules": _exact_targets(config, modules, left_out, listed=listed),
     }
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field) is not None:
@@ -253,25 +293,30 @@ def with_ranks(
     return {**config, **changes}
 
 
+def is_plain_list(config: Config) -> bool:
+    """Whether a configuration names its modules by a list, and by nothing else."""
+    narrowed = any(config.get(field) for field in ("exclude_modules", "layers_to_transform"))
+    return isinstance(config.get("target_modules"), list) and not narrowed
+
+
 def _exact_targets(
-    config: Config, modules: Sequence[str], left_out: Iterable[str]
+    config: Config, modules: Sequence[str], left_out: Sequence[str], *, listed: bool
 ) -> list[str] | str | None:
     """``target_modules`` that names these modules and no other.
 
-    A list matches names and endings of names. That is exact where the input's own list was, since
-    whatever ends like one of its modules was a module of it, and no module left out ends like one
-    that stays. Otherwise an alternation, which is matched as a whole.
+    A list matches names and endings of names. That is exact where the inputs' own lists were, since
+    whatever ends like one of their modules was a module of theirs, and no module left out ends like
+    one that stays. Otherwise an alternation, which is matched as a whole.
 
     Returns:
         The value of the field.
     """
     if not modules:
         wanted: list[str] | str | None = config.get("target_modules")
-        return wanted if not isinstance(wanted, list) else []
-    narrowed = any(config.get(f) for f in ("exclude_modules", "layers_to_transform"))
+        return [] if left_out or isinstance(wanted, list) else wanted
     endings = {f".{name}" for name in modules}
     ambiguous = any(name.endswith(end) for name in left_out for end in endings)
-    if isinstance(config.get("target_modules"), list) and not narrowed and not ambiguous:
+    if listed and not ambiguous:
         return list(modules)
     return f"(?:{'|'.join(re.escape(name) for name in modules)})"
 

@@ -134,7 +134,7 @@ class Slot:
 
 def _stored(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor as it is stored, refused where the storage type cannot hold it."""
-    stored = tensor.to("cpu", dtype).contiguous()
+    stored = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(stored).all()):
         raise OutputError(
             f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "

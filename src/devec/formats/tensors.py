@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def require_finite(key: str, tensor: Tensor) -> Tensor:
+def require_factor(key: str, tensor: Tensor) -> Tensor:
     """Check that a tensor can be computed with.
 
     Args:
@@ -63,7 +63,23 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
         raise UnsupportedError(
             f"tensor {key!r} has type {tensor.dtype}; expected one of {', '.join(STORAGE_DTYPES)}"
         )
-    if not bool(torch.isfinite(tensor).all()):
+    return require_finite(key, tensor)
+
+
+def require_finite(key: str, tensor: Tensor) -> Tensor:
+    """Check that a tensor has no NaN and no infinity.
+
+    Args:
+        key: Its name, for messages.
+        tensor: The tensor, of any type.
+
+    Returns:
+        The tensor itself.
+
+    Raises:
+        FormatError: If it has.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise FormatError(f"tensor {key!r} holds NaN or infinity in {bad} of its values")
     return tensor
