@@ -284,3 +284,40 @@ def test_whole_tensors_go_to_unique_never_to_shared(tmp_path):
     assert list(parts.unique["a"].carried) == ["head.weight"]
     assert not parts.shared["a"].carried
     assert not parts.common.carried
+
+
+def test_auto_does_not_call_shared_what_an_adapter_lacks():
+    g = torch.Generator().manual_seed(0)
+    common = torch.randn(400, 1, generator=g)
+    adapters = []
+    for i, name in enumerate("abc"):
+        B = torch.randn(400, 4, generator=g)
+        if i < 2:
+            B[:, :1] = common
+        adapters.append(Adapter(name, {"q": Delta(B, torch.randn(4, 20, generator=g))}))
+    for method in ("chain", "mean"):
+        assert decompose(adapters, threshold="auto", method=method).nothing_shared
+        two = decompose(adapters[:2], threshold="auto", method=method)
+        assert two.splits[0].shared_rank == 1
+
+
+@pytest.mark.parametrize("method", ["chain", "mean"])
+def test_tiny_thresholds_select_nothing_that_is_zero(method):
+    a, _ = pool(2)
+    parts = decompose([a, Adapter("b", a.modules)], threshold=1e-12, method=method)
+    assert [s.shared_rank for s in parts.splits] == [6, 6]
+    assert parts.unique["a"].norm() < 1e-5 * a.norm()
+
+
+def test_a_common_vector_that_cancels_is_not_written():
+    a, _ = pool(2)
+    outputs = decompose([a, dataclasses.replace(-a, name="b")]).outputs()
+    assert set(outputs) == {"a-shared", "b-shared"}
+
+
+def test_an_adapter_of_scaling_zero_shares_nothing():
+    a, b = pool(2)
+    off = b.map(lambda _, d: Delta(d.B, d.A, 0.0))
+    parts = decompose([a, off])
+    assert parts.nothing_shared
+    assert parts.splits[0].ranks == (6, 0)

@@ -126,3 +126,18 @@ def test_rank_for_energy_is_the_smallest_that_holds_it(energy):
 
 def test_rank_for_energy_of_nothing_is_zero():
     assert linalg.rank_for_energy(torch.zeros(3), 1.0) == 0
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e7])
+def test_an_ill_conditioned_gauge_does_not_matter(condition):
+    B, A = factors(dtype=torch.float64)
+    left, right = (
+        torch.linalg.qr(torch.randn(5, 5).double()).Q,
+        torch.linalg.qr(torch.randn(5, 5).double()).Q,
+    )
+    scales = torch.logspace(0, -np.log10(condition), 5, dtype=torch.float64)
+    U1, S1 = linalg.column_space(B, A)
+    U2, S2 = linalg.column_space(B @ (left * scales @ right), right.mT @ (left / scales).mT @ A)
+    assert_close(S1, S2, rtol=1e-8, atol=0)
+    assert_close(U1 @ U1.mT, U2 @ U2.mT, rtol=0, atol=1e-7)
+    assert_close(U2.mT @ U2, torch.eye(5, dtype=U2.dtype), rtol=0, atol=1e-13)

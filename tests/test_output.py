@@ -54,6 +54,27 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
+@pytest.mark.parametrize("fails", [1, 2, 3, 4, 5])
+def test_a_rename_that_fails_undoes_the_others(tmp_path, monkeypatch, fails):
+    for name in ("a", "b", "old"):
+        (tmp_path / name).write_text(f"old {name}")
+    rename, calls = type(tmp_path).rename, []
+
+    def failing(self, target):
+        calls.append(self)
+        if len(calls) == fails:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", failing)
+    outputs = {tmp_path / "a": text("new"), tmp_path / "b": text("new")}
+    with pytest.raises(DevecError, match=r"Input/output error; nothing was changed"):
+        write_all(outputs, overwrite=True, obsolete=[tmp_path / "old"])
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        name: f"old {name}" for name in ("a", "b", "old")
+    }
+
+
 def test_what_an_earlier_run_left_goes_with_it(tmp_path):
     adapter = Adapter.from_pretrained(save_adapter(tmp_path / "in", "linear", "plain", 0))
     save_adapters({tmp_path / "one": adapter, tmp_path / "two": adapter})

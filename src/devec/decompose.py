@@ -113,7 +113,8 @@ def decompose(
     Args:
         adapters: Two or more adapters of one base model, with different names.
         threshold: Squared cosine above which directions count as shared, in (0, 1], or ``"auto"``:
-            the value that random subspaces of the same ranks exceed once in a hundred cases.
+            the value that two random subspaces of the same ranks exceed once in a hundred cases,
+            for more than two a bound of it; then every adapter must hold the direction, too.
         method: ``"chain"`` (the paper), ``"mean"`` (independent of order, does not shrink with the
             number of adapters) or ``"principal"`` (two adapters).
         scope: ``"all"``: one shared subspace for the pool. ``"pairwise"``: one for every pair.

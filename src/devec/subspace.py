@@ -214,19 +214,20 @@ def held_by_all(
             direction z rarely exceeds.
 
     Returns:
-        The subspace of the columns z of Z, rotated to the eigenvectors of Σ ZᵀU_iU_iᵀZ, for which
-        ‖U_iᵀz‖² exceeds the level for every i.
+        The subspace of the columns z of Z, rotated to the eigenvectors of Σ ZᵀU_iU_iᵀZ, that every
+        U_i holds beyond the level. What U_i holds is measured on Σ_{j≠i} U_jU_jᵀz, the direction
+        that the others agree on: z itself leans towards each U_i by having been chosen.
     """
-    Z = found.basis
-    parts = [U.mT @ Z for U in bases]
-    _, V = torch.linalg.eigh(
-        sum((P.mT @ P for P in parts), start=Z.new_zeros(found.rank, found.rank))
-    )
+    overlaps = [U.mT @ found.basis for U in bases]
+    _, V = torch.linalg.eigh(torch.stack([overlap.mT @ overlap for overlap in overlaps]).sum(0))
     V = V.flip(1)
-    held = torch.ones(found.rank, dtype=torch.bool, device=Z.device)
-    for U, P in zip(bases, parts, strict=True):
-        held &= (P @ V).square().sum(0) > level(*U.shape)
-    return replace(found, basis=Z @ V[:, held])
+    parts = [U @ (overlap @ V) for U, overlap in zip(bases, overlaps, strict=True)]
+    total = torch.stack(parts).sum(0)
+    held = [
+        (U.mT @ (total - part)).square().sum(0) > level(*U.shape) * (total - part).square().sum(0)
+        for U, part in zip(bases, parts, strict=True)
+    ]
+    return replace(found, basis=found.basis @ V[:, torch.stack(held).all(0)])
 
 
 def _shared_count(spectrum: Float[Tensor, " k"], threshold: float) -> int:

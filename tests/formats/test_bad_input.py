@@ -44,7 +44,7 @@ def refused(path, *parts):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["", "  ", "/no/such/adapter"])
+@pytest.mark.parametrize("path", ["", "  ", "/no/such/adapter", "x" * 300, "a\0b"])
 def test_missing_paths(path):
     refused(path, "no such file or directory", repr(path))
 
@@ -138,6 +138,11 @@ def test_lora_bias_that_the_tensors_contradict(adapter):
         ({"rank_pattern": {"first": -2}}, "rank 'first'"),
         ({"rank_pattern": {"fir(st": 2}}, "rank_pattern has a key that is no pattern"),
         ({"alpha_pattern": [3]}, "alpha_pattern should be an object"),
+        ({"lora_alpha": True}, "is True"),
+        ({"use_rslora": "false"}, "use_rslora should be true or false, is 'false'"),
+        ({"target_modules": "("}, "target_modules has a key that is no pattern"),
+        ({"target_modules": 5}, "target_modules should be a list of names, is 5"),
+        ({"target_parameters": [1]}, "target_parameters should be a list of names"),
     ],
 )
 def test_configs_with_bad_numbers(adapter, change, message):
@@ -246,8 +251,9 @@ def test_different_base_models_on_record_are_warned_of(tmp_path):
 
 
 def test_a_broken_record_of_origin(adapter):
-    (adapter / "devec.json").write_text("{")
-    refused(adapter, "devec.json", "remove it")
+    for text in ("{", "[]", "{}"):
+        (adapter / "devec.json").write_text(text)
+        refused(adapter, "devec.json", "remove it")
 
 
 def test_values_too_large_for_the_storage_type(tmp_path, adapter):
