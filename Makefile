@@ -54,6 +54,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing devec with torch and peft into $(VENV), which takes minutes the first time"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 

@@ -118,3 +118,16 @@ def test_adapters_move_between_devices():
     assert a.to("cpu") == a
     with pytest.raises(DevecError, match="'meta' cannot be used"):
         a.to("meta")
+
+
+def test_adapters_say_in_a_line_what_they_are():
+    assert repr(adapter(1)) == "Adapter('a', 2 modules, rank 3)"
+    assert repr(adapter(1).modules["q"]) == "Delta(9×7, rank 3)"
+
+
+@pytest.mark.parametrize("other", [1, None, "b"])
+def test_adapters_add_to_adapters_only(other):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        adapter(1) + other
+    with pytest.raises(TypeError, match="unsupported operand"):
+        adapter(1) - other

@@ -321,3 +321,9 @@ def test_an_adapter_of_scaling_zero_shares_nothing():
     parts = decompose([a, off])
     assert parts.nothing_shared
     assert parts.splits[0].ranks == (6, 0)
+
+
+@pytest.mark.parametrize("adapters", [["anime", "pixel"], {"a": 1, "b": 2}])
+def test_paths_are_no_adapters(adapters):
+    with pytest.raises(DevecError, match=r"expected adapters, got str.*from_pretrained"):
+        decompose(adapters)

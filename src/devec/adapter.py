@@ -50,7 +50,7 @@ class Layout(Protocol):
         """What there is to say of the files, as JSON values."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """A LoRA adapter as an element of a vector space.
 
@@ -170,10 +170,19 @@ class Adapter:
                 modules[module] = change(module, delta)
         return dataclasses.replace(self, modules=modules, **changes)
 
+    def __repr__(self) -> str:
+        ranks = [delta.rank for delta in self.modules.values()] or [0]
+        spread = f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
+        return f"Adapter({self.name!r}, {len(self.modules)} modules, rank {spread})"
+
     def __add__(self, other: Adapter) -> Adapter:
+        if not isinstance(other, Adapter):
+            return NotImplemented
         return linear_combination([self, other], [1.0, 1.0])
 
     def __sub__(self, other: Adapter) -> Adapter:
+        if not isinstance(other, Adapter):
+            return NotImplemented
         return linear_combination([self, other], [1.0, -1.0])
 
     def __mul__(self, weight: float) -> Adapter:

@@ -30,7 +30,7 @@ from devec.subspace import METHODS
 _EMPTY_RTOL = 1e-6
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decomposition:
     """The parts of a pool of adapters.
 
@@ -49,6 +49,11 @@ class Decomposition:
     common: Adapter | None
     splits: Sequence[ModuleSplit]
     record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        shared = sum(split.shared_rank for split in self.splits)
+        names = f"unique={list(self.unique)}, shared={list(self.shared)}"
+        return f"Decomposition({names}, {shared} shared directions)"
 
     @property
     def spectrum(self) -> dict[str, Tensor]:
@@ -184,10 +189,10 @@ def _check_arguments(
     adapters: Sequence[Adapter], threshold: Threshold, method: str, scope: str, target: str | None
 ) -> None:
     """Refuse arguments that are out of range, before any work is done."""
+    require_distinct_names(adapters)
     names = [a.name for a in adapters]
     if len(names) < 2:
         raise IncompatibleError(f"decompose needs at least two adapters, got {len(names)}")
-    require_distinct_names(adapters)
     if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
         raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
     for value, table, what in ((method, METHODS, "method"), (scope, SCOPES, "scope")):

@@ -15,7 +15,7 @@ from devec.errors import IncompatibleError
 from devec.linalg import ProductSVD, working_dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Delta:
     """The change an adapter makes to one module: ``ΔW = scaling · B · A`` and ``Δb = scaling · b``.
 
@@ -49,6 +49,10 @@ class Delta:
             raise IncompatibleError(
                 f"bias has shape {tuple(self.bias.shape)}, expected ({self.B.shape[0]},)"
             )
+
+    def __repr__(self) -> str:
+        biased = ", with bias" if self.bias is not None else ""
+        return f"Delta({self.shape[0]}×{self.shape[1]}, rank {self.rank}{biased})"
 
     @property
     def shape(self) -> tuple[int, int]:

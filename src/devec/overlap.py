@@ -43,7 +43,7 @@ class ModuleOverlap:
         return float(self.squared_cosines[0]) if self.squared_cosines.numel() else 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Overlap:
     """The overlap of every pair of a pool.
 
@@ -54,6 +54,9 @@ class Overlap:
 
     modules: Sequence[ModuleOverlap]
     cosines: dict[tuple[str, str], float]
+
+    def __repr__(self) -> str:
+        return f"Overlap({len(self.modules)} rows, cosines={self.cosines})"
 
 
 def overlap(adapters: Sequence[Adapter]) -> Overlap:
@@ -73,9 +76,9 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
 
     Reference: Björck and Golub 1973; Wachter 1980 for the edge.
     """
+    require_distinct_names(adapters)
     if len(adapters) < 2:
         raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
-    require_distinct_names(adapters)
     require_same_base(adapters)
     warn_of_strangers(adapters)
     rows = []

@@ -23,6 +23,12 @@ def require_distinct_names(adapters: Sequence[Adapter]) -> None:
     Raises:
         IncompatibleError: If two have the same name.
     """
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise IncompatibleError(
+                f"expected adapters, got {type(adapter).__name__} {adapter!r}; read one with "
+                "devec.Adapter.from_pretrained"
+            )
     names = [adapter.name for adapter in adapters]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -43,14 +49,14 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
     if len(set(bases)) > 1:
         warnings.warn(
             f"the adapters name different base models ({listed(list(dict.fromkeys(bases)))}); "
-            "their shapes agree, but what they share means something only if the weights do too",
+            "the result means something only if the weights of those are the same",
             DevecWarning,
             stacklevel=3,
         )
     if not any(a.modules.keys() & b.modules.keys() for a, b in combinations(adapters, 2)):
         some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
         warnings.warn(
-            f"the adapters have no module in common, so nothing can be shared: {some}",
+            f"the adapters have no module in common, so they may not belong together: {some}",
             DevecWarning,
             stacklevel=3,
         )

@@ -378,6 +378,7 @@ def test_decompose_prints_a_row_for_each_type_of_module(run):
             "shared energy": f"{100 * energy:.1f} %",
             "largest cos²": f"{best.largest:.3f}",
             "random edge": f"{best.edge:.3f}",
+            "threshold": "0.850",
         }
     }
 
@@ -805,3 +806,10 @@ def test_overlap_warns_of_adapters_without_a_module_in_common(run):
 
 def test_different_base_models_are_warned_of_once(run):
     assert run("decompose", "based0", "based1", "--out", "out").err.count("warning: ") == 1
+
+
+def test_an_adapter_that_devec_did_not_make_is_left_where_a_part_is_zero(here, run):
+    shutil.copytree("a", here / "out" / "common")
+    text = run("decompose", "a", "b", "--out", "out", "--overwrite", *NOTHING_SHARED).wrote().out
+    assert "out/common; left as it was" in text
+    assert read("out/common") == read("a")

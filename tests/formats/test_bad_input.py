@@ -268,3 +268,11 @@ def test_experts_of_older_and_newer_peft_do_not_combine(tmp_path):
     with_config(paths[1], peft_version="0.18.1")
     with pytest.raises(DevecError, match=r"differ in which axis of an expert is its input"):
         decompose([Adapter.from_pretrained(p) for p in paths])
+
+
+def test_unknown_fields_are_warned_of_and_kept(tmp_path, adapter):
+    with_config(adapter, use_something_new=True, off_by_default=None)
+    with pytest.warns(DevecWarning, match="'use_something_new'.* not known"):
+        read = Adapter.from_pretrained(adapter)
+    read.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["use_something_new"] is True

@@ -71,6 +71,7 @@ def decompose(
     iterative: DIR/TARGET-unique and DIR/TARGET-shared). Parts that are zero are not written.
     """
     from devec import decompose as split
+    from devec.formats.card import RECORD_NAME
     from devec.output import write_all
 
     storage = storage_dtype(dtype)
@@ -93,14 +94,16 @@ def decompose(
     held = parts.outputs(compact=compact)
     outputs = {out / name: adapter.writer(storage) for name, adapter in held.items()}
     report = {json: json_writer(_report(parts, list(held)))} if json else {}
-    obsolete = [path for path in planned if path not in outputs]
+    zero = [path for path in planned if path not in outputs]
+    obsolete = [path for path in zero if (path / RECORD_NAME).exists()]
+    there = [path for path in zero if path.exists()]
     write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
     print_parts(parts)
     written = sorted(str(path) for path in [*outputs, *report])
     typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
-    if obsolete:
-        gone = ", ".join(path.name for path in obsolete)
-        typer.echo(f"Not written, since zero (and removed, if there before): {gone}")
+    for path in zero:
+        fate = "an older one was removed" if path in obsolete else "left as it was"
+        typer.echo(f"Zero, not written: {path}" + (f"; {fate}" if path in there else ""))
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -148,6 +151,7 @@ def print_parts(parts: Decomposition) -> None:
         "shared energy",
         f"largest {parts.splits[0].quantity if parts.splits else 'cos²'}",
         "random edge",
+        "threshold",
     )
     rows: dict[tuple[str, str], list[ModuleSplit]] = {}
     several = len({split.group for split in parts.splits}) > 1
@@ -165,6 +169,7 @@ def print_parts(parts: Decomposition) -> None:
             _percent(_energy(splits)),
             f"{best.largest:.3f}",
             f"{best.edge:.3f}",
+            f"{best.threshold:.3f}",
         )
     show("Shared subspaces, by type of module", table)
     _print_carried(parts)
@@ -205,7 +210,7 @@ def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
         return "Nothing is shared: the adapters have no module in common."
     if not compared:
         return "Nothing is shared: at least one of the adapters is zero in every module."
-    best = max(compared, key=lambda s: (s.edge < 1, s.largest - s.edge))
+    best = max(compared, key=lambda s: (s.edge < 1, s.largest))
     if best.edge >= 1:
         ranks = " + ".join(str(rank) for rank in best.ranks)
         return (
@@ -218,7 +223,7 @@ def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
         f"{best.quantity} = {best.largest:.3f}, in {best.module}, where chance alone reaches "
         f"{best.edge:.3f}."
     )
-    if best.largest <= best.edge:
+    if all(split.largest <= split.edge for split in compared):
         return f"{found} That is no more than chance: these adapters are already apart."
     unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
     lower = f"{math.floor(best.largest / unit) * unit:.2g}"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from devec.errors import FormatError, UnsupportedError, listed
+from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
 
 Config = dict[str, Any]
 
@@ -46,6 +47,54 @@ _REFUSED_FIELDS = {
 # State of training methods that leaves no trace in the forward pass once training is over.
 _TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
 TRAINING_ONLY_TENSORS = (".lora_velora_embed", ".lora_monteclora_sampler")
+
+# All fields of PEFT 0.21.2. A later one may change what an adapter does.
+_KNOWN_FIELDS = frozenset(
+    [
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "kasa_config",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+    ]
+)
 
 # What a configuration says of whole trained tensors, with PEFT's defaults.
 CARRIED_FIELDS: Config = {
@@ -85,6 +134,14 @@ def read_config(directory: Path) -> Config:
     _require_types(config, path)
     _require_plain(config, path)
     _require_numbers(config, path)
+    unknown = [field for field, value in config.items() if value and field not in _KNOWN_FIELDS]
+    if unknown:
+        warnings.warn(
+            f"{path}: the fields {listed(unknown)} are not known; they are kept, and taken not to "
+            "change what the adapter does",
+            DevecWarning,
+            stacklevel=4,
+        )
     return config
 
 
