@@ -31,7 +31,8 @@ def combine(
             (one adapter has them, at weight 1) and refused otherwise.
 
     Returns:
-        The combination, exact to rounding of the working precision, stored like the first adapter.
+        The combination, exact to rounding of the working precision, stored like the first adapter:
+        in its format and, unless another is asked for when saving, in its storage types.
 
     Raises:
         IncompatibleError: If the adapters do not fit together, or the numbers of adapters and

@@ -219,11 +219,17 @@ def test_multihead_attention_is_linear_in_its_parts(tmp_path):
     with pytest.warns(DevecWarning, match="MultiheadAttention"):
         adapters = [Adapter.from_pretrained(tmp_path / n) for n in "ab"]
     assert sorted(adapters[0].modules) == ["attn", "attn.base_layer.out_proj"]
-    parts = decompose(adapters)
-    parts.unique["a"].save_pretrained(tmp_path / "unique")
-    torch.manual_seed(5)
-    model = PeftModel.from_pretrained(Attention(), str(tmp_path / "unique"))
-    assert {type(m).__name__ for m in model.modules()} >= {"MultiheadAttention"}
+    parts = decompose(adapters, threshold=0.3)
+    (parts.unique["a"] + parts.shared["a"]).save_pretrained(tmp_path / "back")
+    x = torch.randn(3, 5, 16)
+    changes = []
+    for name in ("a", "back"):
+        torch.manual_seed(5)
+        base = Attention().eval()
+        before = base(x)
+        changes.append(PeftModel.from_pretrained(base, str(tmp_path / name))(x) - before)
+    assert relative_error(changes[0].detach(), 0 * changes[0].detach()) > 1e-3
+    assert relative_error(changes[1].detach(), changes[0].detach()) < 1e-5
 
 
 def vit():
