@@ -15,7 +15,7 @@ ROOT = Path(devec.__file__).parent
 LAYERS = [
     {"errors", "_version"},
     {"linalg", "output"},
-    {"subspace", "delta"},
+    {"subspace", "delta", "layout"},
     {"adapter", "split"},
     {"pool"},
     {"combine", "compress", "overlap", "formats"},

@@ -11,43 +11,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from devec.delta import Delta, require_device
 from devec.errors import FormatError, IncompatibleError, listed, located
+from devec.layout import READERS, Layout
 from devec.output import Writer, write_all
 
 # Two adapters are equal in effect when they differ by less than this fraction of their factors: a
 # few units of float32 roundoff, the precision factors are combined in. Of the factors, not of the
 # norm: a - a is zero but for rounding of terms as large as a.
 EFFECT_RTOL = 1e-6
-
-Reader = Callable[[Path, str], "Adapter | None"]
-
-# Filled by `devec.formats`, in order of precedence; a reader returns None for what is not its own.
-READERS: list[Reader] = []
-
-
-class Layout(Protocol):
-    """How an adapter was stored and is to be written; the algebra never looks inside."""
-
-    def merged(self, others: Sequence[Layout]) -> Layout:
-        """The layout of a combination of adapters, or `IncompatibleError`."""
-
-    def carrying(self, other: Layout) -> Layout:
-        """The layout of a result that keeps the whole trained tensors of another adapter."""
-
-    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that writes the adapter at a path; refusals are raised before it runs."""
-
-    def rebased(self, base: str) -> Layout:
-        """The same layout with another base model on record."""
-
-    def describe(self) -> dict[str, Any]:
-        """What there is to say of the files, as JSON values."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from devec.adapter import (
     Adapter,
-    Layout,
     merged_layout,
     provenance,
     require_same_base,
@@ -22,6 +21,7 @@ from devec.adapter import (
 from devec.compress import truncate
 from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed, located
+from devec.layout import Layout
 from devec.pool import require_distinct_names, warn_of_strangers
 from devec.split import SCOPES, ModulePool, ModuleSplit, Question, Threshold
 from devec.subspace import METHODS

@@ -174,6 +174,7 @@ def require_device(device: torch.device | str) -> None:
     """
     try:
         torch.zeros(1, device=device).item()
+    # torch asserts that it was built for a device before it raises anything of its own
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise IncompatibleError(

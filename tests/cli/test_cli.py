@@ -813,3 +813,8 @@ def test_an_adapter_that_devec_did_not_make_is_left_where_a_part_is_zero(here, r
     text = run("decompose", "a", "b", "--out", "out", "--overwrite", *NOTHING_SHARED).wrote().out
     assert "out/common; left as it was" in text
     assert read("out/common") == read("a")
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "a=" + "x" * 300, "=".join(["x" * 300] * 2)])
+def test_paths_that_no_system_takes_are_refused(run, source):
+    run("inspect", source).refused("x" * 300)

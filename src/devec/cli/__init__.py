@@ -58,7 +58,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without "²" is no reason to stop
     try:
         app()
-    except DevecError as error:
+    except (DevecError, OSError) as error:  # OSError: a path that no system call takes
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

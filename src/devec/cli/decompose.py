@@ -225,6 +225,8 @@ def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
     )
     if all(split.largest <= split.edge for split in compared):
         return f"{found} That is no more than chance: these adapters are already apart."
+    if best.largest > best.threshold:
+        return f"{found} But not every adapter holds that direction beyond chance."
     unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
     lower = f"{math.floor(best.largest / unit) * unit:.2g}"
     if asked == "auto":

@@ -3,7 +3,7 @@
 Importing this package makes its readers known to `devec.Adapter.from_pretrained`.
 """
 
-from devec.adapter import READERS
 from devec.formats import peft
+from devec.layout import READERS
 
 READERS.append(peft.read)

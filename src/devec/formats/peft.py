@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from devec.adapter import Adapter, Layout
+from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import (
     DevecWarning,
@@ -30,6 +30,7 @@ from devec.formats import card, peft_config
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_slots import Slot, padded, slot_for
 from devec.formats.tensors import read_tensors, require_factor, require_finite, sha256
+from devec.layout import Layout
 from devec.output import Writer
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,7 +38,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<path>.+)\.(?:(?P<embedding>lora_embedding_)|lora_)"
-    r"(?P<factor>[AB])(?P<end>\.weight|\.bias)?"
+    r"(?P<factor>[AB](?!\.bias)|B)(?P<end>\.weight|\.bias)?"
 )
 
 
@@ -287,7 +288,7 @@ def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
     result = _SortedKeys()
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
-        if match and (match["end"] == ".bias") <= (match["factor"] == "B"):
+        if match:
             part = "bias" if match["end"] == ".bias" else match["factor"]
             factors = result.factors.setdefault(match["path"], {})
             factors[part] = require_factor(key, tensor)

@@ -300,11 +300,9 @@ def plain(config: Config, *, carried: bool) -> Config:
     if config.get("init_lora_weights", True) is not True:
         changes["init_lora_weights"] = True
     if not carried:
-        for field in ("modules_to_save", "trainable_token_indices"):
-            if config.get(field):
-                changes[field] = None
-        if config.get("bias", "none") != "none":
-            changes["bias"] = "none"
+        for field in ("modules_to_save", "trainable_token_indices", "bias"):
+            if config.get(field, CARRIED_FIELDS[field]) != CARRIED_FIELDS[field]:
+                changes[field] = CARRIED_FIELDS[field]
     return {**config, **changes}
 
 
