@@ -14,8 +14,8 @@ ROOT = Path(devec.__file__).parent
 # From the ground up; a module may import what stands on a lower line, or beside it in its folder.
 LAYERS = [
     {"errors", "_version"},
-    {"linalg", "output"},
-    {"subspace", "delta", "layout"},
+    {"linalg", "output", "sources"},
+    {"subspace", "delta", "layout", "products"},
     {"adapter", "split"},
     {"pool"},
     {"combine", "compress", "overlap", "formats"},

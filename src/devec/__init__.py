@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from devec.decompose import Decomposition, decompose
     from devec.delta import Delta
     from devec.errors import DevecError, DevecWarning
+    from devec.formats.convert import convert
     from devec.overlap import Overlap, overlap
     from devec.pool import save_adapters
 
@@ -39,6 +40,7 @@ _HOME = {
     "Overlap": "overlap",
     "combine": "combine",
     "compress": "compress",
+    "convert": "formats.convert",
     "cosine": "adapter",
     "decompose": "decompose",
     "distance": "adapter",
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "combine",
     "compress",
+    "convert",
     "cosine",
     "decompose",
     "distance",

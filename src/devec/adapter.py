@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from devec.delta import Delta, require_device
 from devec.errors import FormatError, IncompatibleError, listed, located
-from devec.layout import READERS, Layout
+from devec.layout import MAX_RANK, READERS, Layout, ReadOptions
 from devec.output import Writer, write_all
+from devec.sources import default_name, exists, locate, upload
 
 # Two adapters are equal in effect when they differ by less than this fraction of their factors: a
 # few units of float32 roundoff, the precision factors are combined in. Of the factors, not of the
@@ -51,12 +53,33 @@ class Adapter:
     sha256: str = ""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, name: str | None = None) -> Adapter:
-        """Read an adapter.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        subfolder: str | None = None,
+        weight_name: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        max_rank: int = MAX_RANK,
+        allow_pickle: bool = False,
+    ) -> Adapter:
+        """Read an adapter: LoRA, LoHa or LoKr, in any format that devec knows.
 
         Args:
-            path: A PEFT adapter directory.
-            name: What to call it; the name of the directory by default.
+            path: A file, a directory that holds one (of PEFT, or with one ``.safetensors`` file),
+                or the id of a repository on the Hugging Face Hub, ``"user/repo"``. What exists on
+                the disk comes first.
+            name: What to call it; by default the stem of the file or the name of the directory or
+                repository.
+            subfolder: Folder within the directory or repository.
+            weight_name: File within it, where there are several.
+            revision: Branch, tag or commit of the repository.
+            token: Access token for the Hub; by default the one of the login.
+            max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to. What has a
+                larger one is truncated at the least error, and a warning states the error.
+            allow_pickle: Whether pickled state dicts may be read; of these, tensors only.
 
         Returns:
             The adapter, its tensors as stored.
@@ -64,33 +87,75 @@ class Adapter:
         Raises:
             FormatError: If there is no readable adapter at the path.
             UnsupportedError: If the adapter is not a sum of low-rank deltas; the message says why.
+            IncompatibleError: If an argument is out of range.
         """
-        if not _exists(path):
-            raise FormatError(
-                f"no such file or directory: {str(path)!r}; an adapter on the Hugging Face Hub has "
-                "to be downloaded first"
-            )
-        path = Path(path)
+        found = locate(path, subfolder, weight_name, revision, token)
+        name = name or (default_name(found) if exists(path) or weight_name else _hub_name(path))
+        if max_rank < 1:
+            raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
         for read in READERS:
-            adapter = read(path, name or _default_name(path))
+            adapter = read(found, name, ReadOptions(max_rank, allow_pickle))
             if adapter is not None:
                 return adapter
-        raise FormatError(f"{path} is not an adapter: expected a PEFT adapter directory")
+        raise FormatError(
+            f"{found} is not an adapter: expected a .safetensors file, a directory with one, or a "
+            "PEFT adapter directory"
+        )
 
     def save_pretrained(
         self, path: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
-    ) -> None:
+    ) -> Path:
         """Write the adapter in the format it came in, atomically.
 
         Args:
-            path: Where to write.
+            path: Where to write; formats of a single file add ``.safetensors`` where it is missing.
             dtype: Storage precision; by default that of the input.
             overwrite: Whether an existing output may be replaced.
+
+        Returns:
+            The path written.
 
         Raises:
             OutputError: If the output exists and may not be replaced, or cannot be written.
         """
-        write_all({Path(path): self.writer(dtype)}, overwrite=overwrite)
+        target = self.output_path(path)
+        write_all({target: self.writer(dtype)}, overwrite=overwrite)
+        return target
+
+    def output_path(self, path: str | Path) -> Path:
+        """Where the adapter is written when asked to be written at a path."""
+        path, suffix = Path(path), self.layout.suffix if self.layout is not None else ""
+        return path if path.suffix == suffix or not suffix else path.with_name(path.name + suffix)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the adapter to the Hugging Face Hub, in the format it came in.
+
+        Args:
+            repo_id: ``"user/repo"``; made if it does not exist.
+            dtype: Storage precision; by default that of the input.
+            commit_message: What to say of it.
+            private: Whether a new repository is private.
+            token: Access token; by default the one of the login.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            OutputError: If it cannot be written or the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = self.save_pretrained(Path(folder) / self.name, dtype=dtype)
+            root = target if target.is_dir() else target.parent
+            message = commit_message or f"Upload {self.name}"
+            return upload(root, repo_id, message, private=private, token=token)
 
     def writer(self, dtype: torch.dtype | None = None) -> Writer:
         """A function that writes the adapter at a path, for writing several outputs at once.
@@ -178,6 +243,7 @@ class Adapter:
         if not isinstance(other, Adapter):
             return NotImplemented
         try:
+            self, other = on_common_modules([self, other])
             apart = distance(self, other)
         except IncompatibleError:
             return False
@@ -193,20 +259,10 @@ class Adapter:
         return math.hypot(*(delta.norm() for delta in self.modules.values()))
 
 
-def _exists(path: str | Path) -> bool:
-    """Whether there is anything at a path, however odd the path."""
-    try:
-        return bool(str(path).strip()) and Path(path).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def _default_name(path: Path) -> str:
-    """The stem of a file, or the name of a directory, also where the file in it is named."""
-    path = path.resolve()
-    if path.is_file() and (path.parent / "adapter_config.json").exists():
-        path = path.parent
-    return path.name.removesuffix(".safetensors")
+def _hub_name(path: str | Path) -> str:
+    """The name of a repository, or of the file in it."""
+    name = Path(path).name
+    return Path(name).stem if name.endswith(".safetensors") else name.partition("@")[0]
 
 
 def inner(a: Adapter, b: Adapter) -> float:
@@ -222,7 +278,7 @@ def inner(a: Adapter, b: Adapter) -> float:
     Raises:
         IncompatibleError: If a module has different shapes in the two.
     """
-    require_same_base([a, b])
+    a, b = on_common_modules([a, b])
     return math.fsum(
         delta.inner(b.modules[module]) for module, delta in a.modules.items() if module in b.modules
     )
@@ -258,7 +314,7 @@ def distance(a: Adapter, b: Adapter) -> float:
     Raises:
         IncompatibleError: If a module has different shapes in the two.
     """
-    require_same_base([a, b])
+    a, b = on_common_modules([a, b])
     norms = [delta.norm() for m, delta in b.modules.items() if m not in a.modules]
     for module, delta in a.modules.items():
         other = b.modules.get(module)
@@ -283,7 +339,7 @@ def linear_combination(
     Raises:
         IncompatibleError: If the adapters do not fit together or carry tensors.
     """
-    require_same_base(adapters)
+    adapters = on_common_modules(adapters)
     for weight in weights:
         if not math.isfinite(weight):
             raise IncompatibleError(f"weights must be finite numbers, got {weight}")
@@ -309,15 +365,23 @@ def linear_combination(
     )
 
 
-def require_same_base(adapters: Sequence[Adapter]) -> None:
-    """Check that the modules adapters have in common have one shape.
+def on_common_modules(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """Adapters of one base model whose modules have the same names in all of them.
 
     Args:
-        adapters: The adapters to check.
+        adapters: The adapters. Those of different file formats are cut into common pieces.
+
+    Returns:
+        The adapters, changed only where their formats name or store modules differently.
 
     Raises:
-        IncompatibleError: If not, with the modules and the adapters named.
+        IncompatibleError: If the modules they have in common differ in shape; the message names
+            the modules and the adapters.
     """
+    layouts = [adapter.layout for adapter in adapters]
+    if len(adapters) > 1 and layouts[0] is not None and None not in layouts:
+        with located(" and ".join(a.label for a in adapters)):
+            adapters = layouts[0].aligned(adapters)
     first_with: dict[str, Adapter] = {}
     for adapter in adapters:
         clashes = []
@@ -333,6 +397,7 @@ def require_same_base(adapters: Sequence[Adapter]) -> None:
                 f"e.g. {module!r} is {adapter.modules[module].shape} in {adapter.name!r} and "
                 f"{known.modules[module].shape} in {known.name!r} (out, in)"
             )
+    return adapters
 
 
 def merged_layout(adapters: Sequence[Adapter]) -> Layout | None:

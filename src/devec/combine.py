@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from devec.adapter import Adapter, linear_combination
+from devec.adapter import Adapter, linear_combination, on_common_modules
 from devec.errors import IncompatibleError
 from devec.pool import warn_of_strangers
 
@@ -45,6 +45,7 @@ def combine(
             f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "
             f"{len(weights)}"
         )
+    adapters = on_common_modules(adapters)
     if len(adapters) > 1:
         warn_of_strangers(adapters)
     return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)

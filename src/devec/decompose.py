@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.adapter import (
-    Adapter,
-    merged_layout,
-    provenance,
-    require_same_base,
-)
+from devec.adapter import Adapter, merged_layout, on_common_modules, provenance
 from devec.compress import truncate
 from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed, located
@@ -144,7 +139,7 @@ def decompose(
     _check_arguments(adapters, threshold, method, scope, target)
     if device is not None:
         require_device(device)
-    require_same_base(adapters)
+    adapters = on_common_modules(adapters)
     warn_of_strangers(adapters)
     layout = merged_layout(adapters)  # refuses adapters that do not compose
     level: Threshold = "auto" if threshold == "auto" else float(threshold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +14,26 @@ from devec.output import Writer
 if TYPE_CHECKING:
     from devec.adapter import Adapter
 
-Reader = Callable[[Path, str], "Adapter | None"]
+# A LoHa of rank 16 and a LoKr of factor 8 and rank 32 are still exact with this many columns, which
+# are as many as a large LoRA has.
+MAX_RANK = 256
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
+
+    Attributes:
+        max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to; what has a larger
+            one is truncated, and its error stated.
+        allow_pickle: Whether pickled state dicts may be read.
+    """
+
+    max_rank: int = MAX_RANK
+    allow_pickle: bool = False
+
+
+Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]
 
 # Filled by `devec.formats`, in order of precedence; a reader returns None for what is not its own.
 READERS: list[Reader] = []
@@ -21,6 +41,13 @@ READERS: list[Reader] = []
 
 class Layout(Protocol):
     """How an adapter was stored and is to be written; the algebra never looks inside."""
+
+    @property
+    def suffix(self) -> str:
+        """What the paths of outputs end with; empty for directories."""
+
+    def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+        """Adapters whose modules are named alike, to be written as this layout writes."""
 
     def merged(self, others: Sequence[Layout]) -> Layout:
         """The layout of a combination of adapters, or `IncompatibleError`."""

@@ -9,7 +9,7 @@ from itertools import combinations
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.adapter import Adapter, cosine, require_same_base
+from devec.adapter import Adapter, cosine, on_common_modules
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.linalg import column_space
@@ -79,7 +79,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
     require_distinct_names(adapters)
     if len(adapters) < 2:
         raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
-    require_same_base(adapters)
+    adapters = on_common_modules(adapters)
     warn_of_strangers(adapters)
     rows = []
     for module in dict.fromkeys(m for a in adapters for m in a.modules):

@@ -45,14 +45,16 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
         adapters: The adapters of a pool.
     """
     described = [a.layout.describe() for a in adapters if a.layout is not None]
-    bases = [str(d["base_model"]) for d in described if d.get("base_model")]
-    if len(set(bases)) > 1:
-        warnings.warn(
-            f"the adapters name different base models ({listed(list(dict.fromkeys(bases)))}); "
-            "the result means something only if the weights of those are the same",
-            DevecWarning,
-            stacklevel=3,
-        )
+    for field in ("base_model", "base_version"):  # as Hugging Face and as kohya's trainers say it
+        bases = list(dict.fromkeys(str(d[field]) for d in described if d.get(field)))
+        if len(bases) > 1:
+            warnings.warn(
+                f"the adapters name different base models ({listed(bases)}); the result means "
+                "something only if the weights of those are the same",
+                DevecWarning,
+                stacklevel=3,
+            )
+            break
     if not any(a.modules.keys() & b.modules.keys() for a, b in combinations(adapters, 2)):
         some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
         warnings.warn(
@@ -80,5 +82,5 @@ def save_adapters(
         OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
             changed then.
     """
-    writers = {Path(path): adapter.writer(dtype) for path, adapter in adapters.items()}
+    writers = {a.output_path(path): a.writer(dtype) for path, a in adapters.items()}
     write_all(writers, overwrite=overwrite)

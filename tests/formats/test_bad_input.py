@@ -62,7 +62,7 @@ def test_missing_weights(adapter):
 
 def test_weights_in_a_pickle(adapter):
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    refused(adapter, "pickle", "safe_serialization=True")
+    refused(adapter, "pickle", "--allow-pickle")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 1000, -1])

@@ -14,6 +14,7 @@ import typer
 from devec._version import __version__
 from devec.cli.combine import combine
 from devec.cli.compress import compress
+from devec.cli.convert import convert
 from devec.cli.decompose import decompose
 from devec.cli.demo import demo
 from devec.cli.inspect import inspect
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (decompose, combine, negate, compress, overlap, inspect, demo):
+for command in (decompose, combine, negate, compress, convert, overlap, inspect, demo):
     app.command()(command)
 
 

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from devec.cli.common import (
+    AllowPickle,
     Base,
     CarriedFrom,
     Dtype,
+    Format,
+    MaxRank,
     OutPath,
     Overwrite,
     Sources,
+    in_format,
     read_source,
     require_new,
+    save,
     storage_dtype,
 )
 from devec.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    import torch
+
+    from devec.adapter import Adapter
 
 
 def combine(
@@ -29,8 +39,11 @@ def combine(
     ],
     out: OutPath,
     carried_from: CarriedFrom = None,
+    format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Add adapters with weights, exactly, into one; ranks add."""
@@ -40,36 +53,36 @@ def combine(
         raise IncompatibleError(
             f"--weights are numbers separated by commas, e.g. 1.0,-0.4, got {weights!r}"
         ) from None
-    write_sum(sources, numbers, out, carried_from, base, dtype, overwrite=overwrite)
+    storage = storage_dtype(dtype)
+    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
+    write_sum(adapters, numbers, out, carried_from, format, storage, overwrite=overwrite)
 
 
 def write_sum(
-    sources: Sequence[str],
+    adapters: Sequence[Adapter],
     weights: Sequence[float],
     out: Path,
     carried_from: str | None,
-    base: str | None,
-    dtype: str | None,
+    format: str | None,
+    dtype: torch.dtype | None,
     *,
     overwrite: bool,
 ) -> None:
-    """Read adapters, add them with weights, write the sum and say so.
+    """Add adapters with weights, write the sum and say so.
 
     Args:
-        sources: As on the command line.
+        adapters: The adapters.
         weights: One for each.
         out: Where to write.
         carried_from: As of `devec.combine`.
-        base: Base model to put on record.
-        dtype: Storage type, as on the command line.
+        format: As on the command line.
+        dtype: Storage type.
         overwrite: Whether an output that exists may be replaced.
     """
     from devec import combine as add
 
-    storage = storage_dtype(dtype)
-    require_new([out], overwrite=overwrite)
-    adapters = [read_source(source, base) for source in sources]
-    result = add(adapters, weights, name=out.name, carried_from=carried_from)
-    result.save_pretrained(out, dtype=storage, overwrite=overwrite)
+    result = in_format(add(adapters, weights, carried_from=carried_from), format)
+    require_new([result.output_path(out)], overwrite=overwrite)
+    path = save(result, out, dtype, overwrite=overwrite)
     terms = " ".join(f"{w:+g}·{a.name}" for a, w in zip(adapters, weights, strict=True))
-    typer.echo(f"Written: {out} = {terms}, norm {result.norm():.4g}")
+    typer.echo(f"Written: {path} = {terms}, norm {result.norm():.4g}")

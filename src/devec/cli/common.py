@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from devec.adapter import Adapter
     from devec.output import Writer
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="PATH or NAME=PATH of an adapter.")]
-Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE", help="PATH or NAME=PATH of each adapter.")
-]
+_SOURCE = "PATH or NAME=PATH; a PATH may be user/repo[@revision][/file] on the Hugging Face Hub."
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE)]
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help=_SOURCE)]
 OutPath = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report as JSON.")
@@ -55,15 +54,44 @@ CarriedFrom = Annotated[
     ),
 ]
 
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rank",
+        metavar="N",
+        help="Largest rank that a LoHa or LoKr is rewritten to; beyond it, it is truncated. "
+        "[default: 256]",
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled files (.pt, .bin, .ckpt), too.")
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="F",
+        help="Write as kohya, diffusers or peft. [default: as the first source]",
+    ),
+]
+
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
-def read_source(source: str, base: str | None = None) -> Adapter:
+def read_source(
+    source: str,
+    base: str | None = None,
+    max_rank: int | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> Adapter:
     """Read ``PATH`` or ``NAME=PATH``.
 
     Args:
         source: As on the command line.
         base: Base model to put on record.
+        max_rank: Largest rank that a LoHa or LoKr is rewritten to.
+        allow_pickle: Whether pickled files are read.
 
     Returns:
         The adapter, under its name.
@@ -74,12 +102,54 @@ def read_source(source: str, base: str | None = None) -> Adapter:
     import dataclasses
 
     from devec import Adapter
+    from devec.layout import MAX_RANK
 
     name, path = _name_and_path(source)
-    adapter = Adapter.from_pretrained(path, name)
+    adapter = Adapter.from_pretrained(
+        path, name, max_rank=MAX_RANK if max_rank is None else max_rank, allow_pickle=allow_pickle
+    )
     if base is not None and adapter.layout is not None:
         adapter = dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
     return adapter
+
+
+def in_format(adapter: Adapter, wanted: str | None) -> Adapter:
+    """A result in the format asked for, under the record of the operation that made it.
+
+    Args:
+        adapter: The result.
+        wanted: As on the command line; None for the format it has.
+
+    Returns:
+        The adapter.
+    """
+    import dataclasses
+
+    from devec import convert
+
+    if wanted is None:
+        return adapter
+    return dataclasses.replace(convert(adapter, wanted), provenance=adapter.provenance)
+
+
+def save(adapter: Adapter, out: Path, dtype: torch.dtype | None, *, overwrite: bool) -> Path:
+    """Write a result under the name that its path gives it.
+
+    Args:
+        adapter: The result.
+        out: As on the command line.
+        dtype: Storage type.
+        overwrite: Whether an output that exists may be replaced.
+
+    Returns:
+        The path written.
+    """
+    import dataclasses
+
+    path = adapter.output_path(out)
+    suffix = adapter.layout.suffix if adapter.layout is not None else ""
+    named = dataclasses.replace(adapter, name=path.name.removesuffix(suffix))
+    return named.save_pretrained(path, dtype=dtype, overwrite=overwrite)
 
 
 def _name_and_path(source: str) -> tuple[str | None, str]:
@@ -154,8 +224,15 @@ def require_new(paths: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def module_type(module: str) -> str:
-    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])", "*", module)
+    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``.
+
+    Where dots are written as underscores, a number behind a plural is an index.
+
+    Returns:
+        The name.
+    """
+    dotted = r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])"
+    return re.sub(dotted if "." in module else r"(?<=s_)\d+(?=_|$)", "*", module)
 
 
 def new_table(*columns: str) -> Table:

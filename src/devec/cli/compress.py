@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from devec.cli.common import (
+    AllowPickle,
     Base,
     Device,
     Dtype,
+    Format,
+    MaxRank,
     OutPath,
     Overwrite,
     Source,
+    in_format,
     module_type,
     new_table,
     ranged,
     read_source,
     require_new,
+    save,
     show,
     storage_dtype,
 )
@@ -38,24 +42,27 @@ def compress(
         float | None,
         typer.Option(metavar="F", help="Fraction of each module's squared norm to keep."),
     ] = None,
+    format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
     device: Device = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Lower the ranks of an adapter at the least error."""
     from devec import compress as shrink
 
     storage = storage_dtype(dtype)
-    require_new([out], overwrite=overwrite)
-    adapter = read_source(source, base)
+    adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapter = adapter.to(device)
     result = shrink(adapter, rank=rank, energy=energy)
-    named = dataclasses.replace(result.adapter, name=out.name)
-    named.save_pretrained(out, dtype=storage, overwrite=overwrite)
+    written = in_format(result.adapter, format)
+    require_new([written.output_path(out)], overwrite=overwrite)
+    path = save(written, out, storage, overwrite=overwrite)
     _print(adapter, result)
-    typer.echo(f"Written: {out}, relative error {result.error:.3g}")
+    typer.echo(f"Written: {path}, relative error {result.error:.3g}")
 
 
 def _print(adapter: Adapter, result: Compression) -> None:

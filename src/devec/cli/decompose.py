@@ -12,12 +12,16 @@ import typer
 
 from devec._version import __version__
 from devec.cli.common import (
+    AllowPickle,
     Base,
     Device,
     Dtype,
+    Format,
     JsonFile,
+    MaxRank,
     Overwrite,
     Sources,
+    in_format,
     json_writer,
     module_type,
     new_table,
@@ -31,6 +35,7 @@ from devec.cli.common import (
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:
+    from devec.adapter import Adapter
     from devec.decompose import Decomposition
     from devec.split import ModuleSplit, Threshold
 
@@ -56,28 +61,34 @@ def decompose(
     target: Annotated[
         str | None, typer.Option(metavar="NAME", help="Adapter to split, for --scope iterative.")
     ] = None,
+    format: Format = None,
     base: Base = None,
     compact: Annotated[
         bool, typer.Option("--compact", help="Write true ranks; leave out modules of rank 0.")
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
     json: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Split adapters into what they share and what is unique to each.
 
     Writes DIR/NAME-unique, DIR/NAME-shared and DIR/common (scope pairwise: DIR/A+B-shared; scope
-    iterative: DIR/TARGET-unique and DIR/TARGET-shared). Parts that are zero are not written.
+    iterative: DIR/TARGET-unique and DIR/TARGET-shared), directories for PEFT and .safetensors files
+    otherwise. Parts that are zero are not written.
     """
     from devec import decompose as split
-    from devec.formats.card import RECORD_NAME
+    from devec.formats.origin import made_by_devec
     from devec.output import write_all
 
     storage = storage_dtype(dtype)
     level = parse_threshold(threshold)
-    adapters = [read_source(source, base) for source in sources]
-    planned = [out / name for name in _planned([a.name for a in adapters], scope, target)]
+    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
+    suffix = _suffix(adapters, format)
+    names = _planned([a.name for a in adapters], scope, target)
+    planned = [out / f"{name}{suffix}" for name in names]
     _require_apart(json, planned)
     require_new([*planned, *([json] if json else [])], overwrite=overwrite)
     modules = {m for a in adapters for m in a.modules}
@@ -91,11 +102,11 @@ def decompose(
             device=device,
             progress=step,
         )
-    held = parts.outputs(compact=compact)
-    outputs = {out / name: adapter.writer(storage) for name, adapter in held.items()}
+    held = {name: in_format(part, format) for name, part in parts.outputs(compact=compact).items()}
+    outputs = {part.output_path(out / name): part.writer(storage) for name, part in held.items()}
     report = {json: json_writer(_report(parts, list(held)))} if json else {}
     zero = [path for path in planned if path not in outputs]
-    obsolete = [path for path in zero if (path / RECORD_NAME).exists()]
+    obsolete = [path for path in zero if made_by_devec(path)]
     there = [path for path in zero if path.exists()]
     write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
     print_parts(parts)
@@ -126,6 +137,12 @@ def parse_threshold(text: str) -> Threshold:
         raise IncompatibleError(
             f"--threshold is a number in (0, 1] or 'auto', got {text!r}"
         ) from None
+
+
+def _suffix(adapters: Sequence[Adapter], format: str | None) -> str:
+    """What the paths of the outputs end with: as the format has it, or the first adapter."""
+    layout = in_format(adapters[0], format).layout
+    return layout.suffix if layout is not None else ""
 
 
 def _planned(names: Sequence[str], scope: str, target: str | None) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from devec.cli.common import (
+    AllowPickle,
     JsonFile,
+    MaxRank,
     Overwrite,
     Source,
     json_writer,
@@ -23,19 +25,28 @@ if TYPE_CHECKING:
     from devec.adapter import Adapter
 
 
-def inspect(source: Source, json: JsonFile = None, overwrite: Overwrite = False) -> None:
+def inspect(
+    source: Source,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="A row for every module, not for every type.")
+    ] = False,
+    json: JsonFile = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+) -> None:
     """Say what is in an adapter.
 
-    Format, base model, modules, ranks, scalings, types, norms, and what is carried over whole.
+    Convention, base model, modules, ranks, alphas, types, norms, and what is carried over whole.
     """
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
-    adapter = read_source(source)
+    adapter = read_source(source, None, max_rank, allow_pickle=allow_pickle)
     report = _report(adapter)
     if json:
         write_all({json: json_writer(report)}, overwrite=overwrite)
-    _print(adapter, report)
+    _print(adapter, report, by_type=not modules)
 
 
 def _report(adapter: Adapter) -> dict[str, Any]:
@@ -44,6 +55,8 @@ def _report(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "sha256": adapter.sha256,
+        "rewritten": {},
+        "truncated": {},
         **files,
         "norm": adapter.norm(),
         "carried": {
@@ -56,6 +69,7 @@ def _report(adapter: Adapter) -> dict[str, Any]:
                 "module": module,
                 "shape": delta.shape,
                 "rank": delta.rank,
+                "alpha": delta.scaling * delta.rank,
                 "scaling": delta.scaling,
                 "dtype": str(delta.B.dtype).removeprefix("torch."),
                 "bias": delta.bias is not None,
@@ -66,32 +80,44 @@ def _report(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _print(adapter: Adapter, report: dict[str, Any]) -> None:
-    """Print the report by type of module."""
-    lines = [f"{report['name']}: {report.get('format', 'in-memory').upper()} LoRA adapter"]
-    lines.append(f"base model: {report.get('base_model') or 'not on record'}")
+def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
+    """Print the report, a row per type of module or per module."""
+    lines = [f"{report['name']}: adapter in the {report.get('format', 'in-memory')} convention"]
+    lines.append(f"base model: {_base(report)}")
     lines.append(f"{len(adapter.modules)} modules, norm {report['norm']:.4g}")
+    lines += [f"{n} modules rewritten from {kind}" for kind, n in report["rewritten"].items()]
+    if report["truncated"]:
+        worst = max(report["truncated"].values())
+        lines.append(f"{len(report['truncated'])} modules truncated, error up to {worst:.3g}")
     lines.append(f"SHA-256 {report['sha256']}")
     if report["carried"]:
         lines.append(f"carried over whole (not a delta): {', '.join(report['carried'])}")
     if report["provenance"]:
-        lines.append(f"made by {report['provenance'].get('operation')}, see devec.json")
+        lines.append(f"made by devec {report['provenance'].get('operation')}")
     typer.echo("\n".join(lines))
-    table = new_table("module", "modules", "rank", "scaling", "shape", "type", "norm")
+    table = new_table("module", "modules", "rank", "alpha", "scaling", "shape", "type", "norm")
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in report["modules"]:
-        kinds.setdefault(module_type(row["module"]), []).append(row)
+        kind = module_type(row["module"]) if by_type else row["module"]
+        kinds.setdefault(kind, []).append(row)
     for kind, rows in kinds.items():
         table.add_row(
             kind,
             str(len(rows)),
             ranged([r["rank"] for r in rows]),
+            _distinct(f"{r['alpha']:.4g}" for r in rows),
             _distinct(f"{r['scaling']:.4g}" for r in rows),
             _distinct("×".join(str(n) for n in r["shape"]) for r in rows),
             _distinct(r["dtype"] for r in rows),
             _spread([f"{norm:.3g}" for norm in sorted(r["norm"] for r in rows)]),
         )
-    show("Modules, by type", table)
+    show("Modules, by type" if by_type else "Modules", table)
+
+
+def _base(report: dict[str, Any]) -> str:
+    """What is known of the base model: its family, and what is on record."""
+    said = [report.get(key) for key in ("family", "base_model", "base_version")]
+    return ", ".join(str(value) for value in said if value) or "not on record"
 
 
 def _spread(ordered: list[str]) -> str:

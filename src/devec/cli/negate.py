@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from devec.cli.combine import write_sum
-from devec.cli.common import Base, CarriedFrom, Dtype, OutPath, Overwrite, Source
+from devec.cli.common import (
+    AllowPickle,
+    Base,
+    CarriedFrom,
+    Dtype,
+    Format,
+    MaxRank,
+    OutPath,
+    Overwrite,
+    Source,
+    read_source,
+    storage_dtype,
+)
 
 
 def negate(
@@ -15,9 +27,14 @@ def negate(
     out: OutPath,
     scale: Annotated[float, typer.Option(metavar="S", help="Multiply by -S.")] = 1.0,
     carried_from: CarriedFrom = None,
+    format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn an adapter around: what it adds, the result takes away."""
-    write_sum([source], [-scale], out, carried_from, base, dtype, overwrite=overwrite)
+    storage = storage_dtype(dtype)
+    adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
+    write_sum([adapter], [-scale], out, carried_from, format, storage, overwrite=overwrite)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from devec.cli.common import (
+    AllowPickle,
     Device,
     JsonFile,
+    MaxRank,
     Overwrite,
     Sources,
     json_writer,
@@ -27,6 +29,8 @@ def overlap(
     sources: Sources,
     device: Device = None,
     json: JsonFile = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Show how much adapters overlap, beside what chance would give."""
@@ -34,7 +38,7 @@ def overlap(
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
-    adapters = [read_source(source) for source in sources]
+    adapters = [read_source(s, None, max_rank, allow_pickle=allow_pickle) for s in sources]
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
     found = measure(adapters)

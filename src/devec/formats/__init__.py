@@ -1,9 +1,9 @@
-"""Adapter files: detect, read, write.
+"""Adapter files: detect, read, write, convert.
 
 Importing this package makes its readers known to `devec.Adapter.from_pretrained`.
 """
 
-from devec.formats import peft
+from devec.formats import files, peft
 from devec.layout import READERS
 
-READERS.append(peft.read)
+READERS += [peft.read, files.read]

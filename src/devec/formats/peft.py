@@ -6,13 +6,13 @@ import dataclasses
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from devec.adapter import Adapter
@@ -27,13 +27,22 @@ from devec.errors import (
     located,
 )
 from devec.formats import card, peft_config
+from devec.formats.align import Places, aligned
+from devec.formats.conventions import Naming, family_of, naming_of
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_slots import Slot, padded, slot_for
-from devec.formats.tensors import read_tensors, require_factor, require_finite, sha256
-from devec.layout import Layout
+from devec.formats.tensors import (
+    read_tensors,
+    require_factor,
+    require_finite,
+    sha256,
+    write_tensors,
+)
+from devec.layout import Layout, ReadOptions
 from devec.output import Writer
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLED_NAME = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -59,6 +68,66 @@ class PeftLayout:
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     merged_from: tuple[Config, ...] = ()
 
+    suffix = ""
+
+    @property
+    def naming(self) -> Naming:
+        """How the modules are named."""
+        naming = naming_of((slot.name for slot in self.slots), None)
+        return dataclasses.replace(naming, one_model=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most factors are stored in."""
+        types = Counter(slot.dtypes[1] for slot in self.slots)
+        return types.most_common(1)[0][0] if types else torch.float32
+
+    def same_names(self, other: object) -> bool:
+        """Whether the same module has the same name under another layout."""
+        return isinstance(other, PeftLayout)
+
+    def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+        """Adapters named alike, to be written as PEFT directories.
+
+        Args:
+            adapters: The adapters, the first of which this is the layout of.
+
+        Returns:
+            The adapters, cut into common pieces if they are named differently.
+        """
+        return aligned(adapters)
+
+    def kernel(self, module: str) -> tuple[int, ...]:
+        """The kernel of a module, empty if it is none of a convolution.
+
+        Args:
+            module: Name of the module.
+
+        Returns:
+            The kernel.
+
+        Raises:
+            UnsupportedError: If other conventions have no such layer.
+        """
+        slot = next(slot for slot in self.slots if module in slot.modules)
+        if slot.kind not in ("linear", "conv"):
+            raise UnsupportedError(
+                f"module {module!r} is stored as {slot.kind}, for which only PEFT has a form"
+            )
+        return slot.kernel
+
+    def like(self, adapter: Adapter, places: Places) -> PeftLayout:
+        """A layout for modules that come from another convention.
+
+        Args:
+            adapter: The adapter the modules are of.
+            places: Module name → shape (out, in) and kernel.
+
+        Returns:
+            The layout.
+        """
+        return plain_layout(adapter, places, self.config)
+
     def merged(self, others: Sequence[Layout]) -> PeftLayout:
         """The layout of a combination with other adapters.
 
@@ -74,7 +143,7 @@ class PeftLayout:
         layouts = [self]
         for other in others:
             if not isinstance(other, PeftLayout):
-                raise IncompatibleError("adapters of different file formats cannot be combined")
+                raise IncompatibleError("adapters of different kinds of files were not aligned")
             layouts.append(other)
         for name in peft_config.POOL_FIELDS:
             peft_config.require_same(name, [layout.config.get(name) for layout in layouts])
@@ -136,7 +205,7 @@ class PeftLayout:
         def write(directory: Path) -> None:
             config, tensors = self.stored(adapter, dtype)
             directory.mkdir()
-            save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+            write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
             card.write_card(directory, adapter.name, config, adapter.provenance)
@@ -229,19 +298,66 @@ class PeftLayout:
         """What there is to say of the files, as JSON values."""
         return {
             "format": "peft",
+            "family": self._family() or None,
             "base_model": self.config.get("base_model_name_or_path"),
             "task_type": self.config.get("task_type"),
             "peft_version": self.config.get("peft_version"),
             "base_copies": sorted(self.base_copies),
         }
 
+    def _family(self) -> str:
+        """The family of the base model."""
+        shapes = {slot.name: slot.shape for slot in self.slots}
+        return family_of(shapes, str(self.config.get("base_model_name_or_path") or ""))[0]
 
-def read(path: Path, name: str) -> Adapter | None:
+
+def plain_layout(adapter: Adapter, places: Places, config: Config | None = None) -> PeftLayout:
+    """A layout for modules that come from another convention.
+
+    Args:
+        adapter: The adapter the modules are of.
+        places: Module name → shape (out, in) and kernel.
+        config: The configuration to go by; a new one by default, which gives all modules one rank
+            and scaling where the adapter has one.
+
+    Returns:
+        The layout.
+    """
+    layout: Any = adapter.layout
+    ranks = {(delta.rank, delta.scaling) for delta in adapter.modules.values()}
+    rank, scaling = next(iter(ranks)) if len(ranks) == 1 else (0, 1.0)
+    uniform = config is None and rank > 0 and (rank * scaling) / rank == scaling
+    new = peft_config.new_config(
+        list(places), rank if uniform else 1, rank * scaling if uniform else 1,
+        layout.describe().get("base_model"),
+    )  # fmt: skip
+    slots = tuple(
+        Slot(
+            path=f"{_PREFIX}{name}",
+            name=name,
+            kind="conv" if kernel else "linear",
+            shape=shape,
+            rank=rank if uniform else 0,
+            scaling=scaling,
+            dtypes=(layout.dtype, layout.dtype),
+            kernel=kernel,
+        )
+        for name, (shape, kernel) in places.items()
+    )
+    if uniform:
+        return PeftLayout(new, slots)
+    # the names of others may be endings of names that no adapter has, so none is listed
+    named = {**(config or new), "target_modules": new["target_modules"]}
+    return PeftLayout(named, slots, merged_from=(named,))
+
+
+def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     """Read a PEFT adapter directory.
 
     Args:
         path: The directory, or the weights file in it.
         name: What to call the adapter.
+        options: How to read it.
 
     Returns:
         The adapter, or None if the path is no PEFT adapter directory.
@@ -250,15 +366,18 @@ def read(path: Path, name: str) -> Adapter | None:
         FormatError: If files are missing, unreadable or contradict each other.
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
-    directory = path.parent if path.name == WEIGHTS_NAME else path
+    directory = path.parent if path.name in (WEIGHTS_NAME, _PICKLED_NAME) else path
     if not (directory / CONFIG_NAME).is_file():
         return None
     weights = directory / WEIGHTS_NAME
     config = peft_config.read_config(directory)
+    if not weights.is_file() and (directory / _PICKLED_NAME).is_file():
+        weights = directory / _PICKLED_NAME
     if not weights.is_file():
-        raise FormatError(_missing_weights(directory))
+        raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
-        sorted_keys = _sort_keys(config, read_tensors(weights))
+        tensors = read_tensors(weights, allow_pickle=options.allow_pickle).tensors
+        sorted_keys = _sort_keys(config, tensors)
         slots, modules = _slots(config, sorted_keys.factors)
     _warn_of_left_out(weights, sorted_keys.training_only)
     return Adapter(
@@ -350,16 +469,6 @@ def _slots(
             f"lora_bias is {config.get('lora_bias')} in {CONFIG_NAME}, which the tensors contradict"
         )
     return slots, modules
-
-
-def _missing_weights(directory: Path) -> str:
-    """What to say of a directory without a weights file."""
-    if (directory / "adapter_model.bin").exists():
-        return (
-            f"{directory} holds its weights as a pickle (adapter_model.bin), which can run code "
-            "when it is read; load it with PEFT and save it again with safe_serialization=True"
-        )
-    return f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}"
 
 
 def _warn_of_left_out(weights: Path, keys: Sequence[str]) -> None:

@@ -145,6 +145,37 @@ def read_config(directory: Path) -> Config:
     return config
 
 
+def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
+    """A configuration for modules that another format named.
+
+    Args:
+        modules: Their names in the base model.
+        rank: The rank of all of them.
+        alpha: The alpha of all of them.
+        base: The base model, if it is known.
+
+    Returns:
+        The configuration.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "target_modules": alternation(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def alternation(names: Sequence[str]) -> str:
+    """A pattern that matches these names and no other; a list would match endings, too."""
+    return f"(?:{'|'.join(re.escape(name) for name in names)})"
+
+
 def _require_types(config: Config, path: Path) -> None:
     """Check the fields that are read for what they are."""
     for field in ("use_rslora", "lora_bias", "use_dora"):
@@ -373,7 +404,7 @@ def _exact_targets(
     ambiguous = any(name.endswith(end) for name in left_out for end in endings)
     if listed and not ambiguous:
         return list(modules)
-    return f"(?:{'|'.join(re.escape(name) for name in modules)})"
+    return alternation(modules)
 
 
 def require_same(field: str, values: Sequence[Any]) -> None:

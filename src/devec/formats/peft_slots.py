@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.errors import FormatError, OutputError, UnsupportedError
+from devec.errors import FormatError, UnsupportedError
+from devec.formats.tensors import storable
 
 
 @dataclass(frozen=True)
@@ -124,23 +125,12 @@ class Slot:
             A = A.reshape(len(A), -1, *self.kernel)
             B = B.reshape(*B.shape, *(1 for _ in self.kernel))
         key_A, key_B, key_bias = self.keys
-        stored = {key_A: _stored(key_A, A, dtypes[0]), key_B: _stored(key_B, B, dtypes[1])}
+        stored = {key_A: storable(key_A, A, dtypes[0]), key_B: storable(key_B, B, dtypes[1])}
         if with_bias:
             bias = deltas[0].bias
             bias = torch.zeros(len(B)) if bias is None else bias
-            stored[key_bias] = _stored(key_bias, bias, dtypes[1])
+            stored[key_bias] = storable(key_bias, bias, dtypes[1])
         return stored
-
-
-def _stored(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is stored, refused where the storage type cannot hold it."""
-    stored = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(stored).all()):
-        raise OutputError(
-            f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
-            "can hold; choose a wider type (--dtype float32)"
-        )
-    return stored
 
 
 def padded(deltas: Sequence[Delta]) -> list[Delta]:

@@ -1,15 +1,24 @@
-"""Reading safetensors files: nothing unreadable, odd or non-finite gets past here."""
+"""Tensors in files: nothing unreadable, odd or non-finite gets past here.
+
+safetensors checks offsets, overlaps and types. What it lets through is checked here: keys that
+appear twice, headers beyond all need, tensors of dozens of dimensions, NaN.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import pickle
+import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from devec.errors import FormatError, UnsupportedError
+from devec.errors import FormatError, OutputError, UnsupportedError, listed
 
 STORAGE_DTYPES = {
     "float64": torch.float64,
@@ -18,31 +27,133 @@ STORAGE_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+# Types of eight bits, widened when read: bfloat16 holds each of their values exactly.
+_WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 _CHUNK = 1 << 22
+_LARGEST_HEADER = 1 << 25
+_MOST_DIMENSIONS = 5
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
+class TensorFile(NamedTuple):
+    """What a file holds: tensors and the strings of its header."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def is_tensor_file(path: Path) -> bool:
+    """Whether a path is named like a file of tensors."""
+    return path.suffix.lower() in (".safetensors", ".sft", *_PICKLES)
+
+
+def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
+    """Read all tensors of a file.
 
     Args:
-        path: The file.
+        path: A safetensors file or, if allowed, a pickle of a state dict.
+        allow_pickle: Whether a pickle may be read. Nothing but tensors is unpickled from it.
 
     Returns:
-        Key → tensor, as stored.
+        Key → tensor as stored, types of eight bits widened to bfloat16; and the header's strings.
 
     Raises:
         FormatError: If the file cannot be read, is truncated or corrupt, or is empty.
     """
+    if path.suffix.lower() in _PICKLES:
+        found = TensorFile(_read_pickle(path, allowed=allow_pickle), {})
+    else:
+        found = _read_safetensors(path)
+    if not found.tensors:
+        raise FormatError("the file holds no tensors")
+    for key, tensor in found.tensors.items():
+        if tensor.ndim > _MOST_DIMENSIONS:
+            raise FormatError(
+                f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MOST_DIMENSIONS} at most"
+            )
+        if tensor.dtype in _WIDENED:
+            found.tensors[key] = tensor.to(torch.bfloat16)
+    return found
+
+
+def _read_safetensors(path: Path) -> TensorFile:
+    """Tensors and metadata of a safetensors file."""
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    # safetensors meets sizes that torch cannot address with errors of torch's own
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(
             f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
-    if not tensors:
-        raise FormatError("the file holds no tensors")
-    return tensors
+    return TensorFile(tensors, metadata)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse headers of excessive size and those that name a tensor twice."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length > _LARGEST_HEADER:
+            raise FormatError(
+                f"not a readable safetensors file: its header would have {length} bytes, expected "
+                f"{_LARGEST_HEADER} at most"
+            )
+        header = file.read(length)
+    try:
+        json.loads(header, object_pairs_hook=_require_distinct)
+    except RecursionError as error:
+        raise FormatError("not a readable safetensors file: its header is nested") from error
+
+
+def _require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys appears twice."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise FormatError(f"the header names {listed(twice)} more than once")
+    return dict(pairs)
+
+
+def _read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict."""
+    if not allowed:
+        raise FormatError(
+            "this is a pickle, which can run code when it is read. If you trust where it comes "
+            "from, allow it (--allow-pickle, allow_pickle=True)"
+        )
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    # whatever bytes make of the unpickler's own machinery
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError,
+            TypeError, AttributeError, IndexError, ImportError) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"not a readable pickle of tensors ({reason})") from error
+    held = held.get("state_dict", held) if isinstance(held, dict) else held
+    if not isinstance(held, dict):
+        raise FormatError(f"expected a pickled dictionary of tensors, got {type(held).__name__}")
+    odd = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
+    if odd or not all(isinstance(key, str) for key in held):
+        raise FormatError(f"expected names and tensors, but {listed(odd)} are something else")
+    return {key: tensor.detach() for key, tensor in held.items()}
 
 
 def require_factor(key: str, tensor: Tensor) -> Tensor:
@@ -83,6 +194,73 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
         bad = int((~torch.isfinite(tensor)).sum())
         raise FormatError(f"tensor {key!r} holds NaN or infinity in {bad} of its values")
     return tensor
+
+
+def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is stored, refused where the storage type cannot hold it.
+
+    Args:
+        key: Its key, for messages.
+        tensor: The tensor.
+        dtype: The storage type.
+
+    Returns:
+        A contiguous tensor of its own on the CPU.
+
+    Raises:
+        OutputError: If a value is too large for the storage type.
+    """
+    result = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(torch.isfinite(result).all()):
+        raise OutputError(
+            f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
+            "can hold; choose a wider type (--dtype float32)"
+        )
+    return result
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on nothing but what is in it.
+
+    The safetensors library writes the same tensors with the metadata in another order each time.
+
+    Args:
+        path: Where to write.
+        tensors: Key → tensor on the CPU.
+        metadata: The header's strings.
+    """
+    # wide types first, so that every tensor is aligned
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for key in order:
+        tensor = tensors[key]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(_bytes(tensors[key]))
+
+
+def data_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of the data that `write_tensors` writes after the header."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+        digest.update(_bytes(tensors[key]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,49 @@
+"""``devec convert``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from devec.cli.common import (
+    AllowPickle,
+    Base,
+    Dtype,
+    MaxRank,
+    OutPath,
+    Overwrite,
+    Source,
+    read_source,
+    require_new,
+    save,
+    storage_dtype,
+)
+
+
+def convert(
+    source: Source,
+    format: Annotated[str, typer.Option("--format", metavar="F", help="kohya, diffusers or peft.")],
+    out: OutPath,
+    component: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C",
+            help="Keep the adapter of one model only: denoiser, clip_l, clip_g or t5.",
+        ),
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    max_rank: MaxRank = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter in another format, exactly."""
+    from devec import convert as rewrite
+
+    storage = storage_dtype(dtype)
+    adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
+    result = rewrite(adapter, format, component=component)
+    require_new([result.output_path(out)], overwrite=overwrite)
+    path = save(result, out, storage, overwrite=overwrite)
+    typer.echo(f"Written: {path}, {len(adapter.modules)} modules read, norm {result.norm():.4g}")

@@ -1,0 +1,122 @@
+"""From one convention to another, exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from devec.adapter import Adapter, provenance
+from devec.errors import IncompatibleError, listed
+from devec.formats import file_layout, peft
+from devec.formats.align import Build, realigned
+from devec.formats.conventions import (
+    DIFFUSERS,
+    KOHYA,
+    KOHYA_SUFFIXES,
+    PEFT_SUFFIXES,
+    Naming,
+    Suffixes,
+    diffusers_naming,
+    kohya_naming,
+)
+from devec.formats.families import TABLES, Family
+from devec.formats.names import parse
+
+Components = frozenset[str]
+
+
+def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, Build]:
+    naming = kohya_naming(family, components)
+    return naming, _file_builder(naming, KOHYA_SUFFIXES, KOHYA)
+
+
+def _as_diffusers(family: Family | None, components: Components) -> tuple[Naming, Build]:
+    naming = diffusers_naming(family, components)
+    return naming, _file_builder(naming, PEFT_SUFFIXES, DIFFUSERS)
+
+
+def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
+    if len(components) > 1:
+        names = [name or "the denoiser" for name in sorted(components)]
+        raise IncompatibleError(
+            f"a PEFT directory holds the adapter of one model, and this one is of {listed(names)}; "
+            "choose one of them (--component, component=)"
+        )
+    naming = Naming(dict.fromkeys(components, ""), flat=False, scheme="diffusers", one_model=True)
+    return naming, peft.plain_layout
+
+
+def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> Build:
+    """What makes the layout of a single file."""
+    return lambda adapter, places: file_layout.plain_layout(
+        adapter, places, naming, suffixes, convention
+    )
+
+
+FORMATS: dict[str, Callable[[Family | None, Components], tuple[Naming, Build]]] = {
+    "kohya": _as_kohya,
+    "diffusers": _as_diffusers,
+    "peft": _as_peft,
+}
+COMPONENTS = {"denoiser": "", "clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5"}
+
+
+def convert(adapter: Adapter, format: str, *, component: str | None = None) -> Adapter:
+    """The same adapter in another format.
+
+    What one format stores as one module and another as several is sliced, or put together again:
+    ``qkv`` into three modules that share A, three modules into one whose B is block-diagonal.
+
+    Args:
+        adapter: An adapter that was read from files.
+        format: ``"kohya"`` (for ComfyUI, A1111, Forge), ``"diffusers"`` or ``"peft"``.
+        component: Keep the adapter of this model only: ``"denoiser"``, ``"clip_l"``, ``"clip_g"``
+            or ``"t5"``. PEFT directories hold one.
+
+    Returns:
+        The adapter, exact to rounding of the storage type where an alpha has to be folded into B
+        (diffusers has none) and alpha/r is no power of two.
+
+    Raises:
+        IncompatibleError: If the format is not known, or a module has no name in it.
+
+    Cost: slicing and concatenating factors.
+    """
+    if format not in FORMATS:
+        raise IncompatibleError(f"format must be one of {listed(list(FORMATS))}, got {format!r}")
+    layout: Any = adapter.layout
+    if layout is None:
+        raise IncompatibleError(
+            f"adapter {adapter.name!r} was made in memory and has no names of a base model"
+        )
+    if component is not None:
+        adapter = _only(adapter, component)
+    table = TABLES.get(layout.describe().get("family") or "")
+    family = table() if table else None
+    components = frozenset(parse(module).component for module in adapter.modules)
+    naming, build = FORMATS[format](family, components)
+    (result,) = realigned([adapter], naming, build)
+    record = provenance("convert", [adapter], format=format, component=component)
+    return dataclasses.replace(result, provenance=record, source="", sha256="")
+
+
+def _only(adapter: Adapter, component: str) -> Adapter:
+    """The part of an adapter that changes one model."""
+    if component not in COMPONENTS:
+        raise IncompatibleError(
+            f"component must be one of {listed(list(COMPONENTS))}, got {component!r}"
+        )
+    held = {
+        module: delta
+        for module, delta in adapter.modules.items()
+        if parse(module).component == COMPONENTS[component]
+    }
+    carried = {
+        key: tensor
+        for key, tensor in adapter.carried.items()
+        if parse(key.rpartition(".")[0]).component == COMPONENTS[component]
+    }
+    if not held:
+        raise IncompatibleError(f"{adapter.label} does not change the {component}")
+    return dataclasses.replace(adapter, modules=held, carried=carried)

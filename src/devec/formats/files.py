@@ -1,0 +1,250 @@
+"""Reading single-file adapters of all conventions."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.adapter import Adapter
+from devec.delta import Delta
+from devec.errors import DevecWarning, FormatError, listed, located
+from devec.formats import metadata as header
+from devec.formats.conventions import (
+    DIFFUSERS,
+    KOHYA_SUFFIXES,
+    OLD_DIFFUSERS,
+    PEFT_SUFFIXES,
+    describe,
+    family_of,
+    naming_of,
+)
+from devec.formats.families import conv_kernel
+from devec.formats.file_layout import SUFFIX, FileLayout, FileSlot
+from devec.formats.keys import ModuleKeys, sort_keys
+from devec.formats.modules import StoredModule, read_module
+from devec.formats.names import DENOISER, parse
+from devec.formats.peft_config import rank_and_scaling
+from devec.formats.tensors import (
+    is_tensor_file,
+    read_tensors,
+    require_factor,
+    require_finite,
+    sha256,
+)
+from devec.layout import ReadOptions
+
+
+def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+    """Read a single-file adapter.
+
+    Args:
+        path: The file, or a directory that holds it alone.
+        name: What to call the adapter.
+        options: How to read it.
+
+    Returns:
+        The adapter, or None if the path is no file of tensors.
+
+    Raises:
+        FormatError: If the file is not a readable adapter.
+        UnsupportedError: If it is of a kind that cannot be handled exactly.
+    """
+    path = _only_file(path)
+    if not (path.is_file() and is_tensor_file(path)):
+        return None
+    with located(str(path)):
+        tensors, strings = read_tensors(path, allow_pickle=options.allow_pickle)
+        keys = sort_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        if keys.unknown:
+            _warn(f"{path}: {len(keys.unknown)} keys are of no known kind and are carried over "
+                  f"whole: {listed(keys.unknown)}")  # fmt: skip
+        carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
+        scalings = _scalings(header.adapter_config(strings), keys.modules)
+        modules: dict[str, StoredModule] = {}
+        for module in keys.modules.values():
+            with located(f"module {module.id!r}"):
+                parts = {
+                    part: tensors[key]
+                    if part in ("alpha", "scale")
+                    else require_factor(key, tensors[key])
+                    for part, key in module.parts.items()
+                }
+                scaling = scalings.get(module.id)
+                modules[module.id] = read_module(parts, scaling, options.max_rank)
+        layout = _layout(modules, keys.modules, tensors, strings, by_metadata=bool(scalings))
+        provenance = header.read_record(strings)
+    _warn_of_truncation(path, layout, options)
+    _warn_of_fused(path, modules)
+    return Adapter(
+        name=name,
+        modules={module: found.delta for module, found in modules.items()},
+        layout=layout,
+        carried=carried,
+        provenance=provenance,
+        source=str(path),
+        sha256=sha256(path),
+    )
+
+
+def _only_file(path: Path) -> Path:
+    """The one file of tensors in a directory, or the path itself."""
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix == SUFFIX)
+    if len(files) > 1:
+        raise FormatError(
+            f"{path} holds {len(files)} files, name one of them (weight_name=, or its path): "
+            f"{listed([file.name for file in files])}"
+        )
+    return files[0] if files else path
+
+
+def _scalings(config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]) -> dict[str, float]:
+    """Module → scaling by the header's ``lora_adapter_metadata``; empty if there is none."""
+    components: dict[str, dict[str, Any]] = {}
+    for key, value in config.items():
+        component, _, field_name = key.rpartition(".")
+        components.setdefault(component, {})[field_name] = value
+    result: dict[str, float] = {}
+    for module in modules:
+        name = parse(module)
+        found = components.get(name.prefix.rstrip(".")) or components.get("")
+        if found and found.get("r") and "lora_alpha" in found:
+            rank, scaling = rank_and_scaling(found, name.path)
+            if rank <= 0:
+                raise FormatError(f"{header.ADAPTER_KEY} gives {module!r} the rank {rank}")
+            result[module] = scaling
+    return result
+
+
+def _layout(
+    modules: Mapping[str, StoredModule],
+    keys: Mapping[str, ModuleKeys],
+    tensors: Mapping[str, Tensor],
+    strings: Mapping[str, str],
+    *,
+    by_metadata: bool,
+) -> FileLayout:
+    """The layout of a file whose modules were read."""
+    shapes = {module: found.delta.shape for module, found in modules.items()}
+    family, table = family_of(shapes, header.base_hint(strings))
+    naming = naming_of(modules, table)
+    _require_distinct(modules)
+    downs = {k.parts["down"].removeprefix(k.id) for k in keys.values() if "down" in k.parts}
+    convention = describe(map(parse, modules), min(downs, default=""))
+    # diffusers drops what is not spelled like the first key of a file
+    spelled = {down.startswith(".lora_A") for down in downs}
+    one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
+    slots = [_slot(keys[module], found, tensors, family) for module, found in modules.items()]
+    return FileLayout(
+        convention=DIFFUSERS if one_style else convention,
+        naming=naming,
+        family=family,
+        slots=tuple(map(_todays, slots) if one_style else slots),
+        metadata=dict(strings),
+        by_metadata=by_metadata,
+        kinds={m: found.kind for m, found in modules.items() if found.kind != "lora"},
+        errors={m: found.error for m, found in modules.items() if found.error},
+    )
+
+
+def _slot(
+    keys: ModuleKeys,
+    found: StoredModule,
+    tensors: Mapping[str, Tensor],
+    family: str,
+) -> FileSlot:
+    """Where a module that was read is written: its own keys, or those of a plain LoRA."""
+    parts = keys.parts
+    kernel = found.kernel
+    suffixes = KOHYA_SUFFIXES if found.kind[:4] in ("loha", "lokr") else PEFT_SUFFIXES
+    if not kernel and suffixes is KOHYA_SUFFIXES:
+        name = parse(keys.id)
+        own = name.component == DENOISER
+        kernel = conv_kernel(family, name.key[1], found.delta.shape[1]) if own else ()
+    down = parts.get("down", keys.id + suffixes.down)
+    factor = next(key for part, key in parts.items() if part not in ("alpha", "scale"))
+    usual = tensors[parts.get("down", factor)].dtype
+    alpha_key = parts.get("alpha", "")
+    if "scale" in parts or suffixes is KOHYA_SUFFIXES:
+        # .scale is A1111's alone, and factors that stand for a LoHa or LoKr need an alpha of theirs
+        alpha_key = alpha_key or keys.id + KOHYA_SUFFIXES.alpha
+    alpha_dtype = tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    return FileSlot(
+        id=keys.id,
+        shape=found.delta.shape,
+        kernel=kernel,
+        down=down,
+        up=parts.get("up", keys.id + suffixes.up),
+        alpha=alpha_key,
+        bias=parts.get("bias", keys.id + ".lora_B.bias"),
+        dtypes=(usual, tensors[parts.get("up", factor)].dtype, alpha_dtype),
+        rank=found.delta.rank,
+        scaling=found.delta.scaling,
+    )
+
+
+def _todays(slot: FileSlot) -> FileSlot:
+    """A slot of diffusers with the keys it writes today."""
+    name = parse(slot.id)
+    down, up, _, bias = PEFT_SUFFIXES.keys(name.prefix + name.current)
+    return dataclasses.replace(slot, down=down, up=up, bias=bias)
+
+
+def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
+    """Refuse two ids for one module: readers apply one of them, and not all the same one."""
+    seen: dict[tuple[str, str], str] = {}
+    for module in modules:
+        name = parse(module)
+        other = seen.setdefault(name.key, module)
+        if other != module and parse(other).prefix != name.prefix:
+            raise FormatError(
+                f"{other!r} and {module!r} are two names of one module; take one of them out"
+            )
+
+
+def _warn_of_truncation(path: Path, layout: FileLayout, options: ReadOptions) -> None:
+    """State the error of factors that are not exact."""
+    if layout.errors:
+        worst = max(layout.errors, key=lambda module: layout.errors[module])
+        _warn(
+            f"{path}: {len(layout.errors)} modules are of a rank above {options.max_rank} and were "
+            f"cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in {worst!r}); "
+            "a larger rank (--max-rank, max_rank=) makes it smaller"
+        )
+
+
+def _warn_of_fused(path: Path, modules: Mapping[str, StoredModule]) -> None:
+    """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
+    weak = [m for m, found in modules.items() if _is_stacked(m, found.delta)]
+    if weak:
+        _warn(
+            f"{path}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "
+            f"one ({listed(weak, 2)}), so that every reader applies them too weakly; devec does "
+            "as the readers do"
+        )
+
+
+def _is_stacked(module: str, delta: Delta) -> bool:
+    """Whether B is block-diagonal in three or four blocks and alpha that of one block."""
+    if not module.endswith(("qkv", "linear1")):
+        return False
+    for blocks in (3, 4):
+        size, rest = divmod(delta.rank, blocks)
+        if rest or not size or delta.scaling * delta.rank > size:
+            continue
+        support = [(delta.B[:, i * size : (i + 1) * size] != 0).any(dim=1) for i in range(blocks)]
+        if sum(s.long() for s in support).max() == 1:  # type: ignore[union-attr]
+            return True
+    return False
+
+
+def _warn(message: str) -> None:
+    """A warning that points at the caller of the library."""
+    warnings.warn(message, DevecWarning, stacklevel=4)

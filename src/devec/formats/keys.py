@@ -1,0 +1,189 @@
+"""The vocabulary of single-file adapters: what a key is, from its name alone.
+
+A key is the id of a module and a suffix. The id is opaque here: it is what is left when the longest
+known suffix is taken away.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from devec.errors import FormatError, UnsupportedError, listed
+
+# Suffix → part. The three spellings of a low-rank pair, and what may stand beside it.
+_PARTS = {
+    **dict.fromkeys((".lora_up.weight", ".lora.up.weight", "_lora.up.weight"), "up"),
+    **dict.fromkeys((".lora_down.weight", ".lora.down.weight", "_lora.down.weight"), "down"),
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    **{f".lora_B{end}": "up" for end in ("", ".weight", ".default", ".default.weight")},
+    **{f".lora_A{end}": "down" for end in ("", ".weight", ".default", ".default.weight")},
+    ".lora_B.bias": "bias",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".scale": "scale",
+    **{f".hada_{p}": f"hada_{p}" for p in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{p}": f"lokr_{p}" for p in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **dict.fromkeys((".dora_scale", ".magnitude", ".lora_magnitude_vector"), "magnitude"),
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    **{f".{p}": p for p in ("diff", "diff_b", "w_norm", "b_norm")},
+    **{f".{p}": p for p in ("set_weight", "reshape_weight")},
+}
+# XLabs numbers the streams of a block behind its suffix; the number is part of the module's id.
+_NUMBERED = r"(?<=_lora[12])\.(?P<numbered>up|down)\.weight"
+_KEY = re.compile(
+    rf"(?P<id>.+?)(?:(?P<suffix>{'|'.join(map(re.escape, _PARTS))})|{_NUMBERED})", re.DOTALL
+)
+
+# Parts that change the model, but not by a low-rank product.
+_CARRIED = frozenset(["diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"])
+_CARRIED_PREFIXES = ("bundle_emb.",)
+
+# Methods whose change cannot be told without the base weights or the state training began with.
+_REFUSED = {
+    "OFT": r"\.oft_(?:blocks|diag|R)(?:\.\w+)*",
+    "BOFT": r"\.boft_(?:R|s)(?:\.\w+)*",
+    "GLoRA": r"\.(?:a|b|bm)[12]\.weight",
+    "IA3": r"\.ia3_l(?:\.\w+)*|\.on_input",
+    "T-LoRA": r"\.lambda_layer(?:\.\w+)*",
+    "VeRA": r"\.vera_lambda_[bd](?:\.\w+)*",
+}
+_REFUSED_KEY = re.compile(
+    "|".join(rf"(?P<m{i}>.*(?:{suffix}))" for i, suffix in enumerate(_REFUSED.values())), re.DOTALL
+)
+
+_CHECKPOINT = re.compile(
+    r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|model_ema|vae)\..*"
+)
+_EMBEDDING_KEYS = {"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param", "<"}
+_SHOWN = 20
+
+
+@dataclass
+class ModuleKeys:
+    """The keys of one module: part → key."""
+
+    id: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class FileKeys:
+    """All keys of a file, by what they are."""
+
+    modules: dict[str, ModuleKeys] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
+    """Account for every key of a file.
+
+    Args:
+        shapes: Key → shape of its tensor, by which a file that is no adapter is told from one.
+
+    Returns:
+        Every key, once: as a part of a module, carried over, or unknown.
+
+    Raises:
+        UnsupportedError: If a module is of a kind that has no delta of its own.
+        FormatError: If two keys say the same, or the file is no adapter.
+    """
+    result = FileKeys()
+    for key in shapes:
+        match = _KEY.fullmatch(key)
+        if key.startswith(_CARRIED_PREFIXES):
+            result.carried.append(key)
+        elif match is None:
+            result.unknown.append(key)
+        else:
+            part = _PARTS[match["suffix"]] if match["suffix"] else match["numbered"]
+            if part in _CARRIED:
+                result.carried.append(key)
+                continue
+            module = result.modules.setdefault(match["id"], ModuleKeys(match["id"]))
+            if part in module.parts:
+                raise FormatError(
+                    f"two tensors for the same part of module {match['id']!r}: "
+                    f"{module.parts[part]!r} and {key!r}"
+                )
+            module.parts[part] = key
+    _refuse_other_methods(shapes)
+    _set_lone_scales_aside(result)
+    if not _has_pair(result.modules.values()):
+        if result.carried:
+            raise UnsupportedError(
+                "the file holds whole trained tensors only "
+                f"({listed(result.carried)}), no low-rank deltas that could be computed with"
+            )
+        raise FormatError(_no_adapter(shapes))
+    _settle_unknown(result)
+    return result
+
+
+def _set_lone_scales_aside(keys: FileKeys) -> None:
+    """An alpha without factors scales nothing; beside a whole tensor it goes with it."""
+    carried = {match["id"] for key in keys.carried if (match := _KEY.fullmatch(key))}
+    for module in list(keys.modules.values()):
+        if module.parts.keys() <= {"alpha", "scale"}:
+            del keys.modules[module.id]
+            home = keys.carried if module.id in carried else keys.unknown
+            home.extend(module.parts.values())
+
+
+def _has_pair(modules: Iterable[ModuleKeys]) -> bool:
+    """Whether any module is of a kind that has a delta."""
+    kinds = ("up", "down", "hada_", "lokr_")
+    return any(part.startswith(kinds) for module in modules for part in module.parts)
+
+
+def _refuse_other_methods(keys: Iterable[str]) -> None:
+    """Refuse by name the methods that are not sums of low-rank products."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        match = _REFUSED_KEY.fullmatch(key)
+        if match and match.lastgroup:
+            found.setdefault(list(_REFUSED)[int(match.lastgroup[1:])], []).append(key)
+    for method, named in found.items():
+        raise UnsupportedError(
+            f"this is a {method} adapter ({listed(named, 2)}): what it changes depends on the base "
+            "weights or on how training began, so it has no delta that could be computed with; "
+            "extract a LoRA of the merged model instead"
+        )
+
+
+def _settle_unknown(keys: FileKeys) -> None:
+    """Refuse unknown keys of adapted modules: what they do to the delta is not known."""
+    inside = [key for key in keys.unknown if _owner(key, keys.modules)]
+    if inside:
+        raise UnsupportedError(
+            f"{len(inside)} keys belong to adapted modules, and what they mean is not known: "
+            f"{listed(inside, _SHOWN)}"
+        )
+
+
+def _owner(key: str, modules: Mapping[str, ModuleKeys]) -> bool:
+    """Whether a key continues the id of a module."""
+    stem = key
+    while "." in stem:
+        stem = stem.rpartition(".")[0]
+        if stem in modules:
+            return True
+    return False
+
+
+def _no_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What to say of a file without a single adapted module."""
+    names = list(shapes)
+    if any(_CHECKPOINT.fullmatch(key) for key in names) or (
+        len(names) > 1 and all(key.endswith((".weight", ".bias")) for key in names)
+    ):
+        what = "this is a full checkpoint or another set of weights, not an adapter"
+    elif all(key.partition(".")[0] in _EMBEDDING_KEYS or key.startswith("<") for key in names):
+        what = "this is an embedding (textual inversion), not an adapter; it cannot be decomposed"
+    else:
+        what = "none of the keys is one of a LoRA, LoHa or LoKr adapter"
+    return f"{what}. Keys: {listed(names, _SHOWN)}"

@@ -1,0 +1,261 @@
+"""Cutting modules into the pieces that several conventions have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from devec.adapter import Adapter
+from devec.delta import Delta
+from devec.errors import IncompatibleError
+from devec.formats.conventions import Naming, diffusers_naming
+from devec.formats.families import Family, Part, dotted_names, flat, text_encoders
+from devec.formats.join import Target
+from devec.formats.names import DENOISER, Name, parse
+
+Key = tuple[str, str]  # component and part
+Pieces = Mapping[
+    Key, tuple[str, tuple[Key, ...]]
+]  # part → the name of its piece, and all its parts
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of an adapter, cut into parts."""
+
+    adapter: int
+    id: str
+    name: Name
+    parts: tuple[Part, ...]
+    shape: tuple[int, int]
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The keys of its parts."""
+        return tuple((self.name.component, part.name) for part in self.parts)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of its parts."""
+        unit, rest = divmod(self.shape[0], sum(part.size for part in self.parts))
+        if rest:
+            raise IncompatibleError(
+                f"module {self.id!r} has {self.shape[0]} rows, which cannot be "
+                f"{len(self.parts)} parts in the ratio of {[part.size for part in self.parts]}"
+            )
+        return [unit * part.size for part in self.parts]
+
+
+def cut(index: int, adapter: Adapter, family: Family | None) -> list[Module]:
+    """The modules of an adapter with their parts.
+
+    Args:
+        index: Which of the adapters it is.
+        adapter: The adapter.
+        family: The tables of the base model's family.
+
+    Returns:
+        A row per module.
+    """
+    result = []
+    for module, delta in adapter.modules.items():
+        name = parse(module)
+        parts = parts_of(name, delta.shape, family)
+        result.append(Module(index, module, name, parts, delta.shape))
+    return result
+
+
+def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Part, ...]:
+    """What a module is made of, by the tables of its component.
+
+    Args:
+        name: Its name.
+        shape: Shape (out, in) of its weight.
+        family: The tables of the base model's family.
+
+    Returns:
+        The parts.
+    """
+    component, flat_name = name.key
+    if component == DENOISER:
+        return family.parts(flat_name, shape) if family else (Part(flat_name),)
+    parts = text_encoders().parts(f"text_model_{flat_name}", shape)
+    if parts[0].name.startswith("text_model_"):  # not one of CLIP's
+        parts = text_encoders().parts(flat_name, shape)
+    return parts
+
+
+def require_no_collision(modules: Sequence[Module], adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters two of whose modules are the same one under other names.
+
+    Args:
+        modules: The modules of all adapters.
+        adapters: The adapters.
+
+    Raises:
+        IncompatibleError: If there are such modules.
+    """
+    seen: dict[tuple[int, Key], Module] = {}
+    for module in modules:
+        for key in module.keys:
+            other = seen.setdefault((module.adapter, key), module)
+            if other is not module:
+                raise IncompatibleError(
+                    f"{adapters[module.adapter].label} has two names for one module: {other.id!r} "
+                    f"and {module.id!r}"
+                )
+
+
+class Tables:
+    """The names of the output."""
+
+    def __init__(self, family: Family | None, naming: Naming, modules: Sequence[Module]) -> None:
+        """Collect what the adapters themselves say of names and sizes."""
+        self.family = family
+        self.naming = naming
+        self.dotted: dict[Key, str] = {}
+        self.rows: dict[Key, int] = {}
+        self.columns: dict[Key, int] = {}
+        for module in modules:
+            for key, rows in zip(module.keys, module.rows, strict=True):
+                self.rows.setdefault(key, rows)
+                self.columns.setdefault(key, module.shape[1])
+            if len(module.keys) == 1 and not module.name.flat:
+                self.dotted.setdefault(module.keys[0], module.name.current)
+
+    def whole(self, key: Key) -> tuple[str, tuple[Part, ...], str]:
+        """The module of the output that a part belongs to, and its parts.
+
+        Returns:
+            Its name, without prefix and as the output spells it; its parts in order; and why it
+            cannot be written, if it cannot.
+        """
+        component, part = key
+        table = self.family if component == DENOISER else text_encoders()
+        scheme = self.naming.scheme if component == DENOISER else "diffusers"
+        known = table.module(part, scheme) if table else ""
+        if table is None or not known:
+            name, unnamed = self._unknown(key, table)
+            return name, (Part(part),), unnamed
+        whole = part.partition(":")[0]
+        rows, columns = self.rows.get(key, 0), self.columns.get(key, 0)
+        shape = (rows * (2 if whole != part else 1), columns)
+        parts = table.parts(flat(known), shape)
+        return (flat(known) if self.naming.flat else known), parts, ""
+
+    def _unknown(self, key: Key, table: Family | None) -> tuple[str, str]:
+        """The name of a module that no table has, and why it cannot be used, if it cannot."""
+        _, part = key
+        elsewhere = table is not None and bool(table.module(part, "diffusers"))
+        if self.naming.flat:
+            return flat(part), ""
+        if key in self.dotted and not (self.naming.scheme != "diffusers" and elsewhere):
+            return self.dotted[key], ""
+        if table is None and part in dotted_names():
+            return dotted_names()[part], ""
+        return part, (
+            f"module {part!r} has no name in the convention of the output: it has none for this "
+            "layer, or which of its underscores stand for dots cannot be told. Write another "
+            "format (--format), or name an adapter of another convention first"
+        )
+
+    def targets(self, pieces: Pieces) -> dict[str, Target]:
+        """The modules of the output, in the order in which their pieces come.
+
+        Args:
+            pieces: The pieces of all adapters.
+
+        Returns:
+            Id in the output → what it is made of.
+        """
+        result: dict[str, Target] = {}
+        for key in pieces:
+            name, parts, unnamed = self.whole(key)
+            prefix = self.naming.prefix(key[0], self.family)
+            if prefix is None:
+                unnamed = (
+                    f"the output holds the adapter of one model, but {name!r} is of another "
+                    f"({key[0] or 'the denoiser'}). Write another format (--format)"
+                )
+            module = (prefix or "") + name
+            if module in result:
+                continue
+            unit = self.rows[key] // next(p.size for p in parts if p.name == key[1])
+            held: dict[str, int] = {}
+            for part in parts:
+                piece = pieces.get((key[0], part.name), (f"{part.name} (zero)", ()))[0]
+                held[piece] = held.get(piece, 0) + unit * part.size
+            shape = (sum(held.values()), self.columns[key])
+            result[module] = Target(tuple(held.items()), shape, unnamed)
+        return result
+
+
+def pieces_of(modules: Sequence[Module], tables: Tables) -> Pieces:
+    """Part → the piece it is in: its name and all the parts of it.
+
+    Parts stay together where every adapter and the output hold them together in one order.
+
+    Args:
+        modules: The modules of all adapters.
+        tables: The names of the output.
+
+    Returns:
+        The pieces, in the order in which their modules come.
+    """
+    groups: dict[Key, set[tuple[Key, ...]]] = {}
+    for module in modules:
+        for key in module.keys:
+            _, parts, _ = tables.whole(key)
+            whole = tuple((key[0], part.name) for part in parts)
+            groups.setdefault(key, set()).update({module.keys, whole})
+    result: dict[Key, tuple[str, tuple[Key, ...]]] = {}
+    for key, held in groups.items():
+        together = next(iter(held)) if len(held) == 1 else (key,)
+        if any(groups.get(other, held) != held for other in together):
+            together = (key,)
+        if len(together) > 1 and key == together[0]:
+            table = tables.family
+            name = table.module(key[1], "native") if table else key[1]
+        else:
+            name = _canonical(key, tables)
+        result[key] = (result[together[0]][0] if key != together[0] else name, together)
+    return result
+
+
+def _canonical(key: Key, tables: Tables) -> str:
+    """The name of a piece: as diffusers has it, or as the adapters do."""
+    component, part = key
+    prefix = diffusers_naming(tables.family, [component]).prefixes[component]
+    return (prefix if component else "") + tables.dotted.get(key, part)
+
+
+def sliced(
+    adapter: Adapter,
+    modules: Sequence[Module],
+    pieces: Pieces,
+) -> dict[str, Delta]:
+    """Piece → delta: rows of B, A shared.
+
+    Args:
+        adapter: The adapter.
+        modules: Its modules.
+        pieces: The pieces.
+
+    Returns:
+        The modules of the adapter in terms of pieces.
+    """
+    result: dict[str, Delta] = {}
+    for module in modules:
+        delta = adapter.modules[module.id]
+        start = 0
+        for key, rows in zip(module.keys, module.rows, strict=True):
+            name, together = pieces[key]
+            if len(together) > 1 or len(module.keys) == 1:
+                result[name] = delta
+                continue
+            bias = None if delta.bias is None else delta.bias[start : start + rows]
+            B = delta.B[start : start + rows]
+            result[name] = dataclasses.replace(delta, B=B, bias=bias)
+            start += rows
+    return result

@@ -1,0 +1,169 @@
+"""Where an adapter is: on the disk, in the cache of the Hugging Face Hub, or on the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from devec.errors import FormatError, IncompatibleError, OutputError, listed
+
+CONFIG = "adapter_config.json"
+
+_REPOSITORY = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?"
+)
+_FILE_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+# Of several files, the one that a library writes by that name.
+_USUAL_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def locate(
+    path: str | Path,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The local path of an adapter, downloaded first if it is on the Hub.
+
+    Args:
+        path: A path, or ``user/repo``, ``user/repo@revision``, ``user/repo/folder/file``.
+        subfolder: Folder within a directory or repository.
+        weight_name: File within it.
+        revision: Branch, tag or commit of a repository.
+        token: Access token for the Hub.
+
+    Returns:
+        The file or directory. What exists on the disk comes before the Hub, and what cannot be
+        reached on the Hub is looked for in its cache.
+
+    Raises:
+        FormatError: If there is no such thing.
+        IncompatibleError: If a revision is asked of a local path.
+    """
+    if exists(path):
+        if revision is not None:
+            raise IncompatibleError(
+                f"{str(path)!r} is a path on the disk, which has no revision {revision!r}"
+            )
+        found = Path(path).joinpath(*filter(None, (subfolder, weight_name)))
+        if not exists(found):
+            raise FormatError(f"no such file or directory: {str(found)!r}")
+        return found
+    match = _REPOSITORY.fullmatch(str(path))
+    if not match or match["repo"].endswith(_FILE_ENDINGS):
+        raise FormatError(
+            f"no such file or directory: {str(path)!r}; a repository on the Hugging Face Hub would "
+            "be 'user/name'"
+        )
+    inside = PurePosixPath(*filter(None, (match["file"], subfolder, weight_name)))
+    if inside.suffix in _FILE_ENDINGS:
+        subfolder, weight_name = str(inside.parent), inside.name
+    else:
+        subfolder, weight_name = str(inside), None
+    return _download(match["repo"], subfolder, weight_name, revision or match["revision"], token)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is anything at a path, however odd the path."""
+    try:
+        return bool(str(path).strip()) and Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def default_name(path: Path) -> str:
+    """The stem of a file, or the name of a directory, also where the file in it is named."""
+    path = path.resolve()
+    if path.is_file() and (path.parent / CONFIG).exists():
+        path = path.parent
+    return path.stem if path.suffix in _FILE_ENDINGS else path.name
+
+
+def _download(
+    repo: str,
+    subfolder: str,
+    weight_name: str | None,
+    revision: str | None,
+    token: str | bool | None,
+) -> Path:
+    """The files of an adapter in a repository, in the Hub's local cache."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    wanted: list[str] = []
+    try:
+        try:
+            files = HfApi(token=token).list_repo_files(repo, revision=revision)
+            wanted = _wanted(repo, files, subfolder, weight_name)
+            for file in wanted:
+                local = hf_hub_download(repo, file, revision=revision, token=token)
+            found = Path(local)
+        except (ConnectionError, TimeoutError, LocalEntryNotFoundError):
+            root = snapshot_download(repo, revision=revision, local_files_only=True)
+            folder = Path(root)
+            files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+            wanted = _wanted(repo, files, subfolder, weight_name)
+            found = folder / wanted[-1]
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, FormatError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FormatError(
+            f"no such file or directory: {repo!r}; and it cannot be had from the Hugging Face Hub "
+            f"({reason})"
+        ) from error
+    return found.parent if len(wanted) > 1 else found
+
+
+def _wanted(repo: str, files: Sequence[str], subfolder: str, weight_name: str | None) -> list[str]:
+    """The files of the adapter among those of a repository: its config, and last its weights."""
+    here = {PurePosixPath(f).name: f for f in files if str(PurePosixPath(f).parent) == subfolder}
+    weights = [name for name in here if name.endswith(_FILE_ENDINGS)]
+    if weight_name is not None:
+        chosen = [name for name in weights if name == weight_name]
+    else:
+        safe = [name for name in weights if name.endswith(".safetensors")] or weights
+        chosen = [name for name in _USUAL_WEIGHTS if name in safe] or safe
+    if len(chosen) > 1:
+        raise FormatError(
+            f"repository {repo!r} holds several files, name one of them (weight_name=, or "
+            f"{repo}/FILE): {listed(sorted(chosen))}"
+        )
+    if not chosen:
+        raise FormatError(
+            f"repository {repo!r} holds no {weight_name or '.safetensors file'} in "
+            f"{'its root' if subfolder == '.' else subfolder!r}; it holds {listed(sorted(files))}"
+        )
+    config = [here[CONFIG]] if CONFIG in here and chosen[0].startswith("adapter_model") else []
+    return [*config, here[chosen[0]]]
+
+
+def upload(
+    folder: Path, repo: str, message: str, *, private: bool | None, token: str | bool | None
+) -> str:
+    """Put a folder's files into a repository on the Hub, which is made if there is none.
+
+    Args:
+        folder: The folder.
+        repo: Id of the repository.
+        message: The commit's message.
+        private: Whether a new repository is private.
+        token: Access token for the Hub.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        OutputError: If the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot push to {repo!r}: {error}") from error
+    return str(commit.commit_url)
