@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -197,6 +198,25 @@ def make_pool(directory, kind="linear", variant="plain", k=2, **fields):
         save_adapter(Path(directory) / name, kind, variant, i, **fields)
         for i, name in enumerate(names)
     ]
+
+
+def save_kohya(path, index, rank=4, shared=2, noise=0.1):
+    """An adapter as kohya's trainers write one; columns of each B nearly the same in all of them."""
+    own = torch.Generator().manual_seed(2000 + index)
+    common = torch.Generator().manual_seed(98)
+    tensors = {}
+    for block in range(2):
+        for layer, (out, columns) in {"attn1_to_q": (40, 32), "ff_net_2": (36, 28)}.items():
+            name = f"lora_unet_mid_block_attentions_0_transformer_blocks_{block}_{layer}"
+            up = torch.randn(out, rank, generator=own)
+            jitter = noise * torch.randn(out, shared, generator=own)
+            up[:, :shared] = torch.randn(out, shared, generator=common) + jitter
+            tensors[f"{name}.lora_up.weight"] = up
+            tensors[f"{name}.lora_down.weight"] = torch.randn(rank, columns, generator=own)
+            tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"ss_output_name": path.stem, "ss_network_dim": str(rank)})
+    return path
 
 
 def dense_deltas(model, name):

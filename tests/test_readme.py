@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import save_adapter
+from cases import save_kohya
 
 from devec import Adapter
 
@@ -24,7 +24,7 @@ def blocks(language):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     for index, name in enumerate(("anime", "pixel")):
-        save_adapter(tmp_path / name, "linear", "plain", index)
+        save_kohya(tmp_path / f"{name}.safetensors", index)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
 def test_the_python_example_runs(here):
     (example,) = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
-    assert Adapter.from_pretrained(here / "out/anime-unique").modules
+    assert Adapter.from_pretrained(here / "out/anime-unique.safetensors").modules
 
 
 def test_the_command_runs(here):
@@ -41,7 +41,8 @@ def test_the_command_runs(here):
     assert words[0] == "devec"
     subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
     written = sorted(p.name for p in (here / "out").iterdir())
-    assert written == ["anime-shared", "anime-unique", "common", "pixel-shared", "pixel-unique"]
+    parts = ["anime-shared", "anime-unique", "common", "pixel-shared", "pixel-unique"]
+    assert written == [f"{part}.safetensors" for part in parts]
 
 
 def test_the_two_commands_are_targets_of_make():

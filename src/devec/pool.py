@@ -45,7 +45,8 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
         adapters: The adapters of a pool.
     """
     described = [a.layout.describe() for a in adapters if a.layout is not None]
-    for field in ("base_model", "base_version"):  # as Hugging Face and as kohya's trainers say it
+    # as Hugging Face, kohya's trainers and Stability's ModelSpec say it
+    for field in ("base_model", "base_version", "architecture"):
         bases = list(dict.fromkeys(str(d[field]) for d in described if d.get(field)))
         if len(bases) > 1:
             warnings.warn(

@@ -14,6 +14,7 @@ _REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?"
 )
 _FILE_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+_TIMEOUT = 10.0  # seconds for an answer of the Hub, before its cache is looked at
 # Of several files, the one that a library writes by that name.
 _USUAL_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -89,32 +90,40 @@ def _download(
     token: str | bool | None,
 ) -> Path:
     """The files of an adapter in a repository, in the Hub's local cache."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
-    wanted: list[str] = []
+    # since version 1 the Hub's client has network errors of its own, which are no OSError
+    network = (OSError, getattr(errors, "HTTPError", OSError))
     try:
+        info = HfApi(token=token).model_info(repo, revision=revision, timeout=_TIMEOUT)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        wanted = _wanted(repo, files, subfolder, weight_name)
+        local = [hf_hub_download(repo, f, revision=info.sha, token=token) for f in wanted]
+        found = Path(local[-1])
+    except FormatError:
+        raise
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:  # an answer, and not a file
+        raise FormatError(_not_had(repo, error)) from error
+    except network as error:
         try:
-            files = HfApi(token=token).list_repo_files(repo, revision=revision)
-            wanted = _wanted(repo, files, subfolder, weight_name)
-            for file in wanted:
-                local = hf_hub_download(repo, file, revision=revision, token=token)
-            found = Path(local)
-        except (ConnectionError, TimeoutError, LocalEntryNotFoundError):
-            root = snapshot_download(repo, revision=revision, local_files_only=True)
-            folder = Path(root)
-            files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-            wanted = _wanted(repo, files, subfolder, weight_name)
-            found = folder / wanted[-1]
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        if isinstance(error, FormatError):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FormatError(
-            f"no such file or directory: {repo!r}; and it cannot be had from the Hugging Face Hub "
-            f"({reason})"
-        ) from error
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except (OSError, ValueError) as missing:
+            raise FormatError(
+                f"{_not_had(repo, error)}, nor is it in the local cache of the Hub"
+            ) from missing
+        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        wanted = _wanted(repo, files, subfolder, weight_name)
+        found = folder / wanted[-1]
     return found.parent if len(wanted) > 1 else found
+
+
+def _not_had(repo: str, error: Exception) -> str:
+    """What to say of a repository that cannot be had, with the first line of the reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"no such file or directory: {repo!r}; and it cannot be had from the Hugging Face Hub "
+        f"({reason})"
+    )
 
 
 def _wanted(repo: str, files: Sequence[str], subfolder: str, weight_name: str | None) -> list[str]:
@@ -158,12 +167,12 @@ def upload(
     Raises:
         OutputError: If the Hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
         raise OutputError(f"cannot push to {repo!r}: {error}") from error
     return str(commit.commit_url)

@@ -18,7 +18,7 @@ import torch
 from devec.adapter import Adapter
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
 from devec.formats.conventions import Naming, diffusers_naming
-from devec.formats.families import TABLES, Family
+from devec.formats.families import Family
 from devec.formats.join import Target
 from devec.formats.names import parse
 from devec.formats.pieces import (
@@ -31,10 +31,10 @@ from devec.formats.pieces import (
     require_no_collision,
     sliced,
 )
+from devec.formats.places import Places
+from devec.formats.tables import TABLES
 from devec.layout import Layout
 from devec.output import Writer
-
-Places = Mapping[str, tuple[tuple[int, int], tuple[int, ...]]]  # module → shape and kernel
 
 
 class NamedLayout(Layout, Protocol):

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from devec.formats import families
+from devec.formats.bases import family_name
 from devec.formats.families import Family, flat
 from devec.formats.names import CLIP_G, CLIP_L, DENOISER, T5, Name, parse
+from devec.formats.tables import TABLES
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def family_of(shapes: Mapping[str, tuple[int, int]], hint: str) -> tuple[str, Fa
     names = {module: parse(module) for module in shapes}
     denoiser = {n.key[1]: shapes[m] for m, n in names.items() if n.component == DENOISER}
     two = any(n.component == CLIP_G for n in names.values())
-    name = families.family_name(denoiser, hint, two_encoders=two)
-    table = families.TABLES.get(name)
+    name = family_name(denoiser, hint, two_encoders=two)
+    table = TABLES.get(name)
     return name, table() if table else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from devec.adapter import Adapter, provenance
 from devec.errors import IncompatibleError, listed
-from devec.formats import file_layout, peft
+from devec.formats import file_layout, peft_layout
 from devec.formats.align import Build, realigned
 from devec.formats.conventions import (
     DIFFUSERS,
@@ -20,8 +20,9 @@ from devec.formats.conventions import (
     diffusers_naming,
     kohya_naming,
 )
-from devec.formats.families import TABLES, Family
+from devec.formats.families import Family
 from devec.formats.names import parse
+from devec.formats.tables import TABLES
 
 Components = frozenset[str]
 
@@ -44,7 +45,7 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
             "choose one of them (--component, component=)"
         )
     naming = Naming(dict.fromkeys(components, ""), flat=False, scheme="diffusers", one_model=True)
-    return naming, peft.plain_layout
+    return naming, peft_layout.plain_layout
 
 
 def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> Build:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import IncompatibleError, OutputError, listed, located
+from devec.errors import IncompatibleError, OutputError, located
 from devec.formats import metadata as header
-from devec.formats.align import Places, aligned
+from devec.formats.align import aligned
 from devec.formats.conventions import (
     DIFFUSERS,
     OLD_DIFFUSERS,
@@ -29,6 +30,7 @@ from devec.formats.conventions import (
 )
 from devec.formats.names import parse
 from devec.formats.peft_config import alternation
+from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.tensors import data_sha256, storable, write_tensors
 from devec.layout import Layout
 from devec.output import Writer
@@ -180,8 +182,8 @@ class FileLayout:
             "format": self.convention,
             "family": self.family or None,
             "base_model": self.metadata.get("base_model_name_or_path"),
-            "base_version": self.metadata.get("ss_base_model_version")
-            or self.metadata.get("modelspec.architecture"),
+            "base_version": self.metadata.get("ss_base_model_version"),
+            "architecture": self.metadata.get("modelspec.architecture"),
             "rewritten": dict(Counter(self.kinds.values())),
             "truncated": dict(self.errors),
             "header": dict(self.metadata),
@@ -190,8 +192,7 @@ class FileLayout:
     @property
     def dtype(self) -> torch.dtype:
         """The type that most factors are stored in."""
-        types = Counter(slot.dtypes[1] for slot in self.slots)
-        return types.most_common(1)[0][0] if types else torch.float32
+        return usual_dtype(slot.dtypes[1] for slot in self.slots)
 
     def same_names(self, other: object) -> bool:
         """Whether the same module has the same name under another layout."""
@@ -229,7 +230,11 @@ class FileLayout:
 
     def kernel(self, module: str) -> tuple[int, ...]:
         """The kernel of a module, empty if it is none of a convolution."""
-        return next((slot.kernel for slot in self.slots if slot.id == module), ())
+        return self._kernels.get(module, ())
+
+    @cached_property
+    def _kernels(self) -> dict[str, tuple[int, ...]]:
+        return {slot.id: slot.kernel for slot in self.slots}
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
         """A function that writes an adapter as one file.
@@ -264,13 +269,7 @@ class FileLayout:
             OutputError: If there is nothing to write.
             IncompatibleError: If a module has no place in the file.
         """
-        shapes = {slot.id: slot.shape for slot in self.slots}
-        lost = [m for m, delta in adapter.modules.items() if shapes.get(m) != delta.shape]
-        if lost:
-            raise IncompatibleError(
-                f"the layout has no place for the modules {listed(lost)}; it is that of an adapter "
-                "without them, or of another base model"
-            )
+        require_places({slot.id: slot.shape for slot in self.slots}, adapter.modules)
         held = [slot for slot in self.slots if slot.id in adapter.modules]
         deltas = {slot.id: _at_least_one(adapter.modules[slot.id]) for slot in held}
         tensors: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import DevecWarning, FormatError, listed, located
 from devec.formats import metadata as header
+from devec.formats.bases import conv_kernel
 from devec.formats.conventions import (
     DIFFUSERS,
     KOHYA_SUFFIXES,
@@ -24,7 +25,6 @@ from devec.formats.conventions import (
     family_of,
     naming_of,
 )
-from devec.formats.families import conv_kernel
 from devec.formats.file_layout import SUFFIX, FileLayout, FileSlot
 from devec.formats.keys import ModuleKeys, sort_keys
 from devec.formats.modules import StoredModule, read_module
@@ -61,24 +61,12 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     with located(str(path)):
         tensors, strings = read_tensors(path, allow_pickle=options.allow_pickle)
         keys = sort_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        if keys.unknown:
-            _warn(f"{path}: {len(keys.unknown)} keys are of no known kind and are carried over "
-                  f"whole: {listed(keys.unknown)}")  # fmt: skip
         carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
-        scalings = _scalings(header.adapter_config(strings), keys.modules)
-        modules: dict[str, StoredModule] = {}
-        for module in keys.modules.values():
-            with located(f"module {module.id!r}"):
-                parts = {
-                    part: tensors[key]
-                    if part in ("alpha", "scale")
-                    else require_factor(key, tensors[key])
-                    for part, key in module.parts.items()
-                }
-                scaling = scalings.get(module.id)
-                modules[module.id] = read_module(parts, scaling, options.max_rank)
-        layout = _layout(modules, keys.modules, tensors, strings, by_metadata=bool(scalings))
+        configured = _configured(header.adapter_config(strings), keys.modules)
+        modules = _modules(keys.modules, tensors, configured, options.max_rank)
+        layout = _layout(modules, keys.modules, tensors, strings, by_metadata=bool(configured))
         provenance = header.read_record(strings)
+    _warn_of_unknown(path, keys.unknown)
     _warn_of_truncation(path, layout, options)
     _warn_of_fused(path, modules)
     return Adapter(
@@ -90,6 +78,32 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         source=str(path),
         sha256=sha256(path),
     )
+
+
+def _modules(
+    keys: Mapping[str, ModuleKeys],
+    tensors: Mapping[str, Tensor],
+    configured: Mapping[str, tuple[int, float]],
+    max_rank: int,
+) -> dict[str, StoredModule]:
+    """What the tensors of every module say."""
+    modules: dict[str, StoredModule] = {}
+    for module, found in keys.items():
+        with located(f"module {module!r}"):
+            parts = {
+                part: tensors[key]
+                if part in ("alpha", "scale")
+                else require_factor(key, tensors[key])
+                for part, key in found.parts.items()
+            }
+            rank, scaling = configured.get(module, (0, None))
+            modules[module] = read_module(parts, scaling, max_rank)
+            if rank and rank != modules[module].delta.rank:
+                raise FormatError(
+                    f"{header.ADAPTER_KEY} in the header says rank {rank}, the tensors have rank "
+                    f"{modules[module].delta.rank}"
+                )
+    return modules
 
 
 def _only_file(path: Path) -> Path:
@@ -105,21 +119,21 @@ def _only_file(path: Path) -> Path:
     return files[0] if files else path
 
 
-def _scalings(config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]) -> dict[str, float]:
-    """Module → scaling by the header's ``lora_adapter_metadata``; empty if there is none."""
+def _configured(
+    config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]
+) -> dict[str, tuple[int, float]]:
+    """Module → rank and scaling by the header's ``lora_adapter_metadata``; empty if it has none."""
     components: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, _, field_name = key.rpartition(".")
         components.setdefault(component, {})[field_name] = value
-    result: dict[str, float] = {}
+    result: dict[str, tuple[int, float]] = {}
     for module in modules:
         name = parse(module)
         found = components.get(name.prefix.rstrip(".")) or components.get("")
         if found and found.get("r") and "lora_alpha" in found:
-            rank, scaling = rank_and_scaling(found, name.path)
-            if rank <= 0:
-                raise FormatError(f"{header.ADAPTER_KEY} gives {module!r} the rank {rank}")
-            result[module] = scaling
+            rank, scaling = rank_and_scaling(found, name.current)
+            result[module] = rank, scaling
     return result
 
 
@@ -207,6 +221,15 @@ def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
             raise FormatError(
                 f"{other!r} and {module!r} are two names of one module; take one of them out"
             )
+
+
+def _warn_of_unknown(path: Path, keys: Sequence[str]) -> None:
+    """Name the keys that are of no known kind."""
+    if keys:
+        _warn(
+            f"{path}: {len(keys)} keys are of no known kind and are carried over whole: "
+            f"{listed(list(keys), 20)}"
+        )
 
 
 def _warn_of_truncation(path: Path, layout: FileLayout, options: ReadOptions) -> None:

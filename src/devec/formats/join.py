@@ -36,6 +36,7 @@ class Target:
             return held[0]
         if len({delta.scaling for delta in held}) > 1:
             found = [delta and delta.folded() for delta in found]
+            held = [delta for delta in found if delta is not None]
         filled = [
             delta or Delta(held[0].B.new_zeros(rows, 0), held[0].A[:0], held[0].scaling)
             for delta, (_, rows) in zip(found, self.pieces, strict=True)
@@ -54,20 +55,18 @@ def _share_input_side(held: Sequence[Delta]) -> bool:
 
 def _beside(deltas: Sequence[Delta]) -> Delta:
     """Deltas one under the other that share A; those of rank 0 are zero."""
-    first = next(delta for delta in deltas if delta.rank)
-    dtype = torch.promote_types(*(d.B.dtype for d in (first, deltas[-1])))
-    rows = [d.B.to(dtype) if d.rank else first.B.new_zeros(len(d.B), first.rank) for d in deltas]
+    first = next((delta for delta in deltas if delta.rank), deltas[0])
+    rows = [d.B if d.rank else first.B.new_zeros(len(d.B), first.rank) for d in deltas]
     return Delta(torch.cat(rows), first.A, first.scaling, _one_bias(deltas))
 
 
 def _stacked(deltas: Sequence[Delta]) -> Delta:
     """Deltas of one scaling one under the other: As stacked, Bs on the diagonal."""
-    dtype = next(delta.dtype for delta in deltas if delta.rank)
+    dtype = max((delta.dtype for delta in deltas), key=lambda dtype: dtype.itemsize)
     blocks = [delta.B.to(dtype) for delta in deltas]
     B: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     A = torch.cat([delta.A.to(dtype) for delta in deltas])
-    scaling = next(delta.scaling for delta in deltas if delta.rank)
-    return Delta(B, A, scaling, _one_bias(deltas))
+    return Delta(B, A, deltas[0].scaling, _one_bias(deltas))
 
 
 def _one_bias(deltas: Sequence[Delta]) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,13 +82,17 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     config = _json_object(metadata, ADAPTER_KEY)
     for key, value in config.items():
         field = key.rpartition(".")[2]
-        if field in ("r", "lora_alpha"):
+        if field == "r":
+            _require_rank(key, value)
+        elif field == "lora_alpha":
             _require_number(key, value)
         elif field in ("rank_pattern", "alpha_pattern"):
             if not isinstance(value, dict | None):
                 raise FormatError(f"{ADAPTER_KEY}: {key} should be an object, is {value!r}")
+            check = _require_rank if field == "rank_pattern" else _require_number
             for name, number in (value or {}).items():
-                _require_number(f"{key}[{name!r}]", number)
+                _require_pattern(key, name)
+                check(f"{key}[{name!r}]", number)
     return config
 
 
@@ -100,6 +105,20 @@ def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"the header's {key!r} should be a JSON object")
     return value
+
+
+def _require_pattern(key: str, pattern: str) -> None:
+    """Check that a key of a pattern is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FormatError(f"{ADAPTER_KEY}: {key} has a key that is no pattern: {error}") from error
+
+
+def _require_rank(key: str, value: Any) -> None:  # noqa: ANN401
+    """Check that a rank is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FormatError(f"{ADAPTER_KEY}: {key} should be a positive integer, is {value!r}")
 
 
 def _require_number(key: str, value: Any) -> None:  # noqa: ANN401

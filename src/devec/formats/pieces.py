@@ -10,9 +10,10 @@ from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import IncompatibleError
 from devec.formats.conventions import Naming, diffusers_naming
-from devec.formats.families import Family, Part, dotted_names, flat, text_encoders
+from devec.formats.families import Family, Part, flat
 from devec.formats.join import Target
 from devec.formats.names import DENOISER, Name, parse
+from devec.formats.tables import dotted_names, text_encoders
 
 Key = tuple[str, str]  # component and part
 Pieces = Mapping[

@@ -1,0 +1,117 @@
+"""Which family of base models an adapter belongs to, from its names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def _has(pattern: str) -> Callable[[Shapes], bool]:
+    """Whether any flat name matches."""
+    compiled = re.compile(pattern)
+    return lambda shapes: any(compiled.search(name) for name in shapes)
+
+
+def _ratio(pattern: str, numerator: int, denominator: int = 1) -> Callable[[Shapes], bool]:
+    """Whether any weight whose flat name matches has this ratio of rows to columns."""
+    compiled = re.compile(pattern)
+    return lambda shapes: any(
+        compiled.search(name) and m * denominator == n * numerator
+        for name, (m, n) in shapes.items()
+    )
+
+
+def _columns(pattern: str, *columns: int) -> Callable[[Shapes], bool]:
+    """Whether any weight whose flat name matches has one of these numbers of columns."""
+    compiled = re.compile(pattern)
+    return lambda shapes: any(
+        compiled.search(name) and n in columns for name, (_, n) in shapes.items()
+    )
+
+
+_UNET_NAMES = r"^(?:down|mid|up|input|middle|output)_blocks?_"
+
+# The first rule that holds decides; names come before sizes, which tiny models do not share.
+_SIGNS: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
+    (_has(r"^joint_blocks_"), "sd3"),
+    (_has(r"_img_mlp_fc\d|_img_mod_linear|_modulation_linear$"), "hunyuan-video"),
+    (_ratio(r"^single_blocks_\d+_linear1", 9), "flux2"),
+    (_has(r"to_qkv_mlp_proj|_ff_linear_in$|stream_modulation"), "flux2"),
+    (_has(r"^(?:double|single)_blocks_|^single_transformer_blocks_"), "flux"),
+    (_ratio(r"attention_qkv$", 5, 3), "lumina2"),
+    (_has(r"^layers_\d+_attn_to_[qkv]$"), "lumina2"),
+    (_has(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward)_"), "z-image"),
+    (_has(r"^blocks_\d+_(?:self_attn|cross_attn|attn1|attn2|ffn)_"), "wan"),
+    (_has(r"^transformer_blocks_\d+_(?:img|txt)_(?:mod|mlp)_"), "qwen-image"),
+    (_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 1536, 2432), "sd3"),
+    (_has(r"^transformer_blocks_\d+_attn2_to_|^pos_embed_proj$"), "sd3"),
+    (_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 3072), "flux"),
+    (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 2048), "sdxl"),
+    (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 768, 1024), "sd"),
+    (_has(_UNET_NAMES + r".*transformer_blocks_[1-9]|^label_emb_|^add_embedding_"), "sdxl"),
+    (_has(r"^(?:input|output)_blocks_|^middle_block_"), "sdxl"),
+    (_has(_UNET_NAMES), "sd"),
+    (_has(r"layers_\d+_(?:self_attn|mlp)_|^h_\d+_"), "language model"),
+)
+
+# What metadata say of the base model, where names and sizes leave it open.
+_HINTS = (
+    (r"stable-diffusion-xl|sdxl", "sdxl"),
+    (r"stable-diffusion-?v?3|sd[-_]?3", "sd3"),
+    (r"flux-?\.?2", "flux2"),
+    (r"flux", "flux"),
+    (r"stable-diffusion-v?[12]|sd_v[12]|stable-diffusion-2", "sd"),
+    (r"wan[-_]?2|\bwan", "wan"),
+    (r"lumina", "lumina2"),
+    (r"z-?image", "z-image"),
+    (r"qwen-?_?image", "qwen-image"),
+    (r"hunyuan", "hunyuan-video"),
+)
+
+
+def family_name(shapes: Shapes, hint: str = "", *, two_encoders: bool = False) -> str:
+    """The family of a base model, from what is known of an adapter.
+
+    Args:
+        shapes: Flat name of each module of the denoiser, without prefix → (out, in).
+        hint: What metadata say of the base model.
+        two_encoders: Whether the adapter also changes a second CLIP text encoder, as SDXL has.
+
+    Returns:
+        The name, empty if nothing tells.
+    """
+    found = next((name for sign, name in _SIGNS if sign(shapes)), "")
+    said = next((name for words, name in _HINTS if re.search(words, hint.lower())), "")
+    if found == "sd" and (two_encoders or said == "sdxl"):
+        return "sdxl"
+    return found or said
+
+
+_KERNELS_3 = re.compile(
+    r"resnets_\d+_conv[12]|(?:down|up)samplers_\d+_conv|conv_(?:in|out)|in_layers_2|out_layers_3"
+    r"|input_blocks_\d+_0_op|output_blocks_\d+_\d_conv|input_blocks_0_0|out_2"
+)
+_KERNELS_1 = {
+    "sd": re.compile(r"proj_(?:in|out)|conv_shortcut|skip_connection"),
+    "sdxl": re.compile(r"conv_shortcut|skip_connection"),
+}
+
+
+def conv_kernel(family: str, name: str, columns: int) -> tuple[int, ...]:
+    """The kernel of a UNet's convolution whose stored factors are flattened.
+
+    Args:
+        family: The family of the base model.
+        name: Flat name of the module.
+        columns: Number of columns of the flattened weight.
+
+    Returns:
+        The kernel; empty for what is no convolution, or not known to be one.
+    """
+    if family not in _KERNELS_1:
+        return ()
+    if columns % 9 == 0 and re.search(rf"(?:{_KERNELS_3.pattern})$", name):
+        return (3, 3)
+    return (1, 1) if re.search(rf"(?:{_KERNELS_1[family].pattern})$", name) else ()
