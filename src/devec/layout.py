@@ -61,5 +61,8 @@ class Layout(Protocol):
     def rebased(self, base: str) -> Layout:
         """The same layout with another base model on record."""
 
+    def stored_type(self, module: str) -> torch.dtype:
+        """The type that a module's factors have in the file."""
+
     def describe(self) -> dict[str, Any]:
         """What there is to say of the files, as JSON values."""

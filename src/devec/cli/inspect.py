@@ -22,6 +22,8 @@ from devec.cli.common import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from devec.adapter import Adapter
 
 
@@ -71,7 +73,7 @@ def _report(adapter: Adapter) -> dict[str, Any]:
                 "rank": delta.rank,
                 "alpha": delta.scaling * delta.rank,
                 "scaling": delta.scaling,
-                "dtype": str(delta.B.dtype).removeprefix("torch."),
+                "dtype": str(_type(adapter, module)).removeprefix("torch."),
                 "bias": delta.bias is not None,
                 "norm": delta.norm(),
             }
@@ -80,12 +82,21 @@ def _report(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def _type(adapter: Adapter, module: str) -> torch.dtype:
+    """The type that a module is stored in."""
+    if adapter.layout is None:
+        return adapter.modules[module].B.dtype
+    return adapter.layout.stored_type(module)
+
+
 def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
     """Print the report, a row per type of module or per module."""
     lines = [f"{report['name']}: adapter in the {report.get('format', 'in-memory')} convention"]
     lines.append(f"base model: {_base(report)}")
     lines.append(f"{len(adapter.modules)} modules, norm {report['norm']:.4g}")
-    lines += [f"{n} modules rewritten from {kind}" for kind, n in report["rewritten"].items()]
+    lines += [
+        f"{n} modules: {kind}, rewritten to factors" for kind, n in report["rewritten"].items()
+    ]
     if report["truncated"]:
         worst = max(report["truncated"].values())
         lines.append(f"{len(report['truncated'])} modules truncated, error up to {worst:.3g}")

@@ -63,11 +63,11 @@ class NamedLayout(Layout, Protocol):
     def same_names(self, other: object) -> bool:
         """Whether the same module has the same name under another layout."""
 
-    def like(self, adapter: Adapter, places: Places) -> NamedLayout:
+    def like(self, adapter: Adapter, places: Places, family: str) -> NamedLayout:
         """A layout of this convention for modules of another."""
 
 
-Build = Callable[[Adapter, Places], NamedLayout]
+Build = Callable[[Adapter, Places, str], NamedLayout]  # with the name of the family
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class AlignedLayout:
         """The type that most factors are stored in."""
         return self.inner.dtype
 
+    def stored_type(self, module: str) -> torch.dtype:  # noqa: ARG002
+        """The type that a piece is stored in."""
+        return self.inner.dtype
+
     def same_names(self, other: object) -> bool:
         """Whether another layout was aligned together with this one."""
         return isinstance(other, AlignedLayout) and other.targets is self.targets
@@ -106,9 +110,9 @@ class AlignedLayout:
         """The kernel of a piece."""
         return self.kernels.get(module, ())
 
-    def like(self, adapter: Adapter, places: Places) -> NamedLayout:
+    def like(self, adapter: Adapter, places: Places, family: str) -> NamedLayout:
         """A layout of the convention that is written."""
-        return self.inner.like(adapter, places)
+        return self.inner.like(adapter, places, family)
 
     def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Adapters named alike; as they are if they were aligned together."""
@@ -204,6 +208,7 @@ def realigned(adapters: Sequence[Adapter], naming: Naming, build: Build) -> list
         in the convention of the output is refused when it is written.
     """
     family = _family(adapters)
+    family_name = family.name if family else _family_name(adapters)
     modules = [m for i, adapter in enumerate(adapters) for m in cut(i, adapter, family)]
     require_no_collision(modules, adapters)
     tables = Tables(family, naming, modules)
@@ -219,7 +224,10 @@ def realigned(adapters: Sequence[Adapter], naming: Naming, build: Build) -> list
             adapter,
             modules=sliced(adapter, [m for m in modules if m.adapter == i], pieces),
             layout=AlignedLayout(
-                build(adapter, places), targets, kernels, _carried_names(adapter, tables)
+                build(adapter, places, family_name),
+                targets,
+                kernels,
+                _carried_names(adapter, tables),
             ),
         )
         for i, adapter in enumerate(adapters)
@@ -235,6 +243,12 @@ def _family(adapters: Sequence[Adapter]) -> Family | None:
         if table is not None:
             found.append((layout.naming.scheme == "diffusers", index, table))
     return min(found)[2]() if found else None
+
+
+def _family_name(adapters: Sequence[Adapter]) -> str:
+    """What the family is called, where there are no tables of it."""
+    names = (_named(adapter).describe().get("family") for adapter in adapters)
+    return next((name for name in names if name), "")
 
 
 def _kernels(

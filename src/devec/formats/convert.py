@@ -50,8 +50,8 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
 
 def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> Build:
     """What makes the layout of a single file."""
-    return lambda adapter, places: file_layout.plain_layout(
-        adapter, places, naming, suffixes, convention
+    return lambda adapter, places, family: file_layout.plain_layout(
+        adapter, places, naming, suffixes, convention, family
     )
 
 

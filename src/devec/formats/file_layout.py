@@ -28,82 +28,18 @@ from devec.formats.conventions import (
     Suffixes,
     family_of,
 )
+from devec.formats.file_slot import FileSlot, exact_alpha, one_alpha
 from devec.formats.names import parse
-from devec.formats.peft_config import alternation
+from devec.formats.peft_config import alternation, rank_pattern
 from devec.formats.places import Places, require_places, usual_dtype
-from devec.formats.tensors import data_sha256, storable, write_tensors
+from devec.formats.tensors import data_sha256, write_tensors
 from devec.layout import Layout
 from devec.output import Writer
 
+# UNets whose files diffusers reads by one alpha for all attention layers
+_ONE_ALPHA = ("sd", "sdxl")
+
 SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class FileSlot:
-    """Where the factors of one module are stored.
-
-    Attributes:
-        id: The module's id in the file.
-        shape: Shape (out, in) of the weight.
-        kernel: Shape of a convolution's kernel.
-        down: Key of the factor on the input side.
-        up: Key of the factor on the output side.
-        alpha: Key of alpha; empty where scalings are folded into B.
-        bias: Key of the change of the bias.
-        dtypes: Storage types of down, up and alpha.
-        rank: The rank it was read with; 0 if it was not.
-        scaling: The scaling it was read with.
-    """
-
-    id: str
-    shape: tuple[int, int]
-    kernel: tuple[int, ...]
-    down: str
-    up: str
-    alpha: str
-    bias: str
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    rank: int = 0
-    scaling: float = 1.0
-
-    def write(self, delta: Delta, dtype: torch.dtype | None, *, fold: bool) -> dict[str, Tensor]:
-        """Stored tensors of a delta.
-
-        Args:
-            delta: The delta of the module.
-            dtype: Storage type of the factors; by default that of the input.
-            fold: Whether a scaling must be multiplied into B where there is no alpha.
-
-        Returns:
-            Key → tensor.
-
-        Raises:
-            OutputError: If a value is too large for the storage type.
-        """
-        tensors: dict[str, Tensor] = {}
-        if self.alpha:
-            alpha = _exact_alpha(delta, self.dtypes[2])
-            if alpha is None:
-                delta = delta.folded()
-                alpha = _exact_alpha(delta, torch.float32)
-            tensors[self.alpha] = torch.as_tensor(alpha)
-        elif fold and delta.scaling != 1:
-            delta = delta.folded()
-        A, B = delta.A, delta.B
-        if self.kernel:
-            A = A.reshape(len(A), -1, *self.kernel)
-            B = B.reshape(*B.shape, *(1 for _ in self.kernel))
-        tensors[self.down] = storable(self.down, A, dtype or self.dtypes[0])
-        tensors[self.up] = storable(self.up, B, dtype or self.dtypes[1])
-        if delta.bias is not None:
-            tensors[self.bias] = storable(self.bias, delta.bias, dtype or self.dtypes[1])
-        return tensors
-
-
-def _exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
-    """Alpha = scaling · rank as it is stored, if a reader gets the same scaling from it."""
-    alpha = torch.tensor(delta.scaling * delta.rank, dtype=dtype)
-    return alpha if float(alpha) / delta.rank == delta.scaling else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +53,7 @@ class FileLayout:
         slots: Where each module is stored, in the order of the file.
         metadata: The strings of the header.
         by_metadata: Whether ranks and alphas stand in the header, as diffusers writes them.
-        kinds: Module → ``"lora"``, ``"loha"``, …, where it was rewritten to plain factors.
+        kinds: Module → ``"LoHa"``, ``"LoKr"``, …, where it was rewritten to plain factors.
         errors: Module → relative error, where factors had to be truncated.
     """
 
@@ -209,32 +145,39 @@ class FileLayout:
         """
         return aligned(adapters)
 
-    def like(self, adapter: Adapter, places: Places) -> FileLayout:
+    def like(self, adapter: Adapter, places: Places, family: str) -> FileLayout:
         """A layout of this convention for modules of another.
 
         Args:
             adapter: The adapter that the modules are of.
             places: Module id → shape (out, in) and kernel.
+            family: Name of the base model's family.
 
         Returns:
             The layout; what older diffusers wrote is written as it does today.
         """
-        slot = self.slots[0]
-        ends = (key.removeprefix(slot.id) for key in (slot.down, slot.up, slot.alpha))
-        convention, suffixes = self.convention, Suffixes(*ends)
+        convention, suffixes = self.convention, PEFT_SUFFIXES
+        for slot in self.slots[:1]:
+            ends = (key.removeprefix(slot.id) for key in (slot.down, slot.up, slot.alpha))
+            suffixes = Suffixes(*ends)
         if self.naming.scheme == "xlabs":
             suffixes = XLABS_SUFFIXES
         elif convention == OLD_DIFFUSERS:
             convention, suffixes = DIFFUSERS, PEFT_SUFFIXES
-        return plain_layout(adapter, places, self.naming, suffixes, convention)
+        return plain_layout(adapter, places, self.naming, suffixes, convention, family)
+
+    def stored_type(self, module: str) -> torch.dtype:
+        """The type that a module's factors have in the file."""
+        slot = self._slot_of[module]
+        return slot.read_as or slot.dtypes[1]
 
     def kernel(self, module: str) -> tuple[int, ...]:
         """The kernel of a module, empty if it is none of a convolution."""
-        return self._kernels.get(module, ())
+        return self._slot_of[module].kernel
 
     @cached_property
-    def _kernels(self) -> dict[str, tuple[int, ...]]:
-        return {slot.id: slot.kernel for slot in self.slots}
+    def _slot_of(self) -> dict[str, FileSlot]:
+        return {slot.id: slot for slot in self.slots}
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
         """A function that writes an adapter as one file.
@@ -270,32 +213,44 @@ class FileLayout:
             IncompatibleError: If a module has no place in the file.
         """
         require_places({slot.id: slot.shape for slot in self.slots}, adapter.modules)
-        held = [slot for slot in self.slots if slot.id in adapter.modules]
-        deltas = {slot.id: _at_least_one(adapter.modules[slot.id]) for slot in held}
+        deltas = {
+            slot.id: _at_least_one(adapter.modules[slot.id])
+            for slot in self.slots
+            if slot.id in adapter.modules
+        }
+        by_metadata = self._metadata_holds(deltas)
+        if not by_metadata:
+            deltas = self._expressible(deltas)
         tensors: dict[str, Tensor] = {}
-        as_read = self._as_read(deltas)
-        for slot in held:
-            with located(f"module {slot.id!r}"):
-                tensors |= slot.write(deltas[slot.id], dtype, fold=not as_read)
+        for slot in self.slots:
+            if slot.id in deltas:
+                with located(f"module {slot.id!r}"):
+                    tensors |= slot.write(deltas[slot.id], dtype)
         tensors |= adapter.carried
         if not tensors:
             raise OutputError("the adapter changes no module; there is nothing to write")
-        scaled = {slot.id: deltas[slot.id] for slot in held}
-        if not as_read:
-            scaled = {
-                slot.id: scaled[slot.id] if slot.alpha else scaled[slot.id].folded()
-                for slot in held
-            }
-        return tensors, self._strings(adapter, scaled, tensors, as_read=as_read)
+        return tensors, self._strings(adapter, deltas, tensors, by_metadata=by_metadata)
 
-    def _as_read(self, deltas: Mapping[str, Delta]) -> bool:
+    def _metadata_holds(self, deltas: Mapping[str, Delta]) -> bool:
         """Whether ranks and alphas in the header still hold, for all modules that it names."""
         return self.by_metadata and all(
-            slot.id in deltas
-            and deltas[slot.id].rank == slot.rank
-            and deltas[slot.id].scaling == slot.scaling
-            for slot in self.slots
+            slot.id in deltas and slot.as_read(deltas[slot.id]) for slot in self.slots
         )
+
+    def _expressible(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+        """The same deltas with scalings that the file can express: by alphas, or none."""
+        slots = {slot.id: slot for slot in self.slots}
+        result = {
+            module: delta
+            if slots[module].alpha and exact_alpha(delta, torch.float32) is not None
+            else delta.folded()
+            for module, delta in deltas.items()
+        }
+        kept = all(slots[module].as_read(delta) for module, delta in deltas.items())
+        if kept or self.family not in _ONE_ALPHA:
+            return result
+        scaled = {module: delta for module, delta in result.items() if slots[module].alpha}
+        return {**result, **one_alpha(scaled)}
 
     def _strings(
         self,
@@ -303,20 +258,20 @@ class FileLayout:
         deltas: Mapping[str, Delta],
         tensors: Mapping[str, Tensor],
         *,
-        as_read: bool,
+        by_metadata: bool,
     ) -> dict[str, str]:
         """The header's strings for the tensors written."""
         ranks = [delta.rank for delta in deltas.values()]
         alphas = [delta.scaling * delta.rank for delta in deltas.values()]
         needs_hash = {"sshs_model_hash", "modelspec.hash_sha256"} & self.metadata.keys()
         digest = data_sha256(tensors) if needs_hash else ""
-        if adapter.sha256:
-            strings = header.unchanged(self.metadata, ranks, alphas, digest)
+        if adapter.sha256 and not self.kinds:
+            strings = header.unchanged(self.metadata, digest)
         else:
             strings = header.of_result(
                 self.metadata, adapter.name, adapter.provenance, ranks, alphas, digest
             )
-        if as_read:
+        if by_metadata:
             strings[header.ADAPTER_KEY] = self.metadata[header.ADAPTER_KEY]
         elif _is_diffusers(self) and len(set(ranks)) > 1:
             strings[header.ADAPTER_KEY] = _patterns(deltas)
@@ -343,22 +298,20 @@ def _is_diffusers(layout: FileLayout) -> bool:
 
 def _patterns(deltas: Mapping[str, Delta]) -> str:
     """Diffusers' configuration for modules of different ranks, by component."""
-    config: dict[str, Any] = {}
+    config: dict[str, dict[str, int]] = {}
     for module, delta in deltas.items():
         name = parse(module)
-        component = name.prefix.rstrip(".")
-        ranks = config.setdefault(component, {})
-        ranks[name.path] = delta.rank
+        config.setdefault(name.prefix.rstrip("."), {})[name.path] = delta.rank
     fields: dict[str, Any] = {}
     for component, ranks in config.items():
-        usual = Counter(ranks.values()).most_common(1)[0][0]
-        others = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
+        # newer transformers have no text_model in CLIP, which diffusers heeds in keys alone
+        usual, others = rank_pattern(ranks, optional="text_model.")
         fields |= {
             f"{component}.r": usual,
             f"{component}.lora_alpha": usual,
             f"{component}.rank_pattern": others,
             f"{component}.alpha_pattern": others,
-            f"{component}.target_modules": alternation(list(ranks)),
+            f"{component}.target_modules": alternation(list(ranks), optional="text_model."),
         }
     return json.dumps(fields, sort_keys=True)
 
@@ -369,6 +322,7 @@ def plain_layout(
     naming: Naming,
     suffixes: Suffixes,
     convention: str,
+    family: str,
 ) -> FileLayout:
     """A layout for modules that come from another convention.
 
@@ -378,6 +332,7 @@ def plain_layout(
         naming: How the modules are named.
         suffixes: How their tensors are called.
         convention: What the convention is called.
+        family: Name of the base model's family.
 
     Returns:
         The layout.
@@ -392,4 +347,4 @@ def plain_layout(
         FileSlot(module, shape, kernel, *suffixes.keys(module), dtypes=dtypes)
         for module, (shape, kernel) in places.items()
     )
-    return FileLayout(convention, naming, described.get("family") or "", slots, strings)
+    return FileLayout(convention, naming, family, slots, strings)

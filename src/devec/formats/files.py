@@ -25,12 +25,14 @@ from devec.formats.conventions import (
     family_of,
     naming_of,
 )
-from devec.formats.file_layout import SUFFIX, FileLayout, FileSlot
+from devec.formats.file_layout import SUFFIX, FileLayout
+from devec.formats.file_slot import FileSlot
 from devec.formats.keys import ModuleKeys, sort_keys
 from devec.formats.modules import StoredModule, read_module
 from devec.formats.names import DENOISER, parse
 from devec.formats.peft_config import rank_and_scaling
 from devec.formats.tensors import (
+    TensorFile,
     is_tensor_file,
     read_tensors,
     require_factor,
@@ -59,12 +61,13 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     if not (path.is_file() and is_tensor_file(path)):
         return None
     with located(str(path)):
-        tensors, strings = read_tensors(path, allow_pickle=options.allow_pickle)
+        file = read_tensors(path, allow_pickle=options.allow_pickle)
+        tensors, strings = file.tensors, file.metadata
         keys = sort_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
         configured = _configured(header.adapter_config(strings), keys.modules)
         modules = _modules(keys.modules, tensors, configured, options.max_rank)
-        layout = _layout(modules, keys.modules, tensors, strings, by_metadata=bool(configured))
+        layout = _layout(modules, keys.modules, file, by_metadata=bool(configured))
         provenance = header.read_record(strings)
     _warn_of_unknown(path, keys.unknown)
     _warn_of_truncation(path, layout, options)
@@ -140,14 +143,13 @@ def _configured(
 def _layout(
     modules: Mapping[str, StoredModule],
     keys: Mapping[str, ModuleKeys],
-    tensors: Mapping[str, Tensor],
-    strings: Mapping[str, str],
+    file: TensorFile,
     *,
     by_metadata: bool,
 ) -> FileLayout:
     """The layout of a file whose modules were read."""
     shapes = {module: found.delta.shape for module, found in modules.items()}
-    family, table = family_of(shapes, header.base_hint(strings))
+    family, table = family_of(shapes, header.base_hint(file.metadata))
     naming = naming_of(modules, table)
     _require_distinct(modules)
     downs = {k.parts["down"].removeprefix(k.id) for k in keys.values() if "down" in k.parts}
@@ -155,52 +157,47 @@ def _layout(
     # diffusers drops what is not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
-    slots = [_slot(keys[module], found, tensors, family) for module, found in modules.items()]
+    slots = [_slot(keys[module], found, file, family) for module, found in modules.items()]
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
         naming=naming,
         family=family,
         slots=tuple(map(_todays, slots) if one_style else slots),
-        metadata=dict(strings),
+        metadata=dict(file.metadata),
         by_metadata=by_metadata,
-        kinds={m: found.kind for m, found in modules.items() if found.kind != "lora"},
+        kinds={m: found.kind for m, found in modules.items() if found.kind != "LoRA"},
         errors={m: found.error for m, found in modules.items() if found.error},
     )
 
 
-def _slot(
-    keys: ModuleKeys,
-    found: StoredModule,
-    tensors: Mapping[str, Tensor],
-    family: str,
-) -> FileSlot:
+def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) -> FileSlot:
     """Where a module that was read is written: its own keys, or those of a plain LoRA."""
-    parts = keys.parts
+    parts, delta = keys.parts, found.delta
+    plain = found.kind.startswith("LoRA")
+    suffixes = PEFT_SUFFIXES if plain else KOHYA_SUFFIXES
+    down, up, alpha, bias = suffixes.keys(keys.id)
     kernel = found.kernel
-    suffixes = KOHYA_SUFFIXES if found.kind[:4] in ("loha", "lokr") else PEFT_SUFFIXES
-    if not kernel and suffixes is KOHYA_SUFFIXES:
+    if not kernel and not plain:
         name = parse(keys.id)
         own = name.component == DENOISER
-        kernel = conv_kernel(family, name.key[1], found.delta.shape[1]) if own else ()
-    down = parts.get("down", keys.id + suffixes.down)
-    factor = next(key for part, key in parts.items() if part not in ("alpha", "scale"))
-    usual = tensors[parts.get("down", factor)].dtype
-    alpha_key = parts.get("alpha", "")
-    if "scale" in parts or suffixes is KOHYA_SUFFIXES:
-        # .scale is A1111's alone, and factors that stand for a LoHa or LoKr need an alpha of theirs
-        alpha_key = alpha_key or keys.id + KOHYA_SUFFIXES.alpha
-    alpha_dtype = tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+        kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
+    if "scale" in parts:  # which is A1111's alone
+        alpha = keys.id + KOHYA_SUFFIXES.alpha
+    factors = [key for part, key in parts.items() if part not in ("alpha", "scale")]
+    types = [file.tensors[parts.get(part, factors[0])].dtype for part in ("down", "up")]
+    alpha_type = file.tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
     return FileSlot(
         id=keys.id,
-        shape=found.delta.shape,
+        shape=delta.shape,
         kernel=kernel,
-        down=down,
-        up=parts.get("up", keys.id + suffixes.up),
-        alpha=alpha_key,
-        bias=parts.get("bias", keys.id + ".lora_B.bias"),
-        dtypes=(usual, tensors[parts.get("up", factor)].dtype, alpha_dtype),
-        rank=found.delta.rank,
-        scaling=found.delta.scaling,
+        down=parts.get("down", down),
+        up=parts.get("up", up),
+        alpha=parts.get("alpha", alpha),
+        bias=parts.get("bias", bias),
+        dtypes=(types[0], types[1], alpha_type),
+        rank=0 if "scale" in parts else delta.rank,
+        scaling=delta.scaling,
+        read_as=file.narrow.get(factors[0]),
     )
 
 

@@ -114,11 +114,8 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
     _refuse_other_methods(shapes)
     _set_lone_scales_aside(result)
     if not _has_pair(result.modules.values()):
-        if result.carried:
-            raise UnsupportedError(
-                "the file holds whole trained tensors only "
-                f"({listed(result.carried)}), no low-rank deltas that could be computed with"
-            )
+        if result.carried and not result.unknown:
+            return result  # whole trained tensors alone
         raise FormatError(_no_adapter(shapes))
     _settle_unknown(result)
     return result

@@ -127,22 +127,18 @@ def _require_number(key: str, value: Any) -> None:  # noqa: ANN401
         raise FormatError(f"{ADAPTER_KEY}: {key} should be a finite number, is {value!r}")
 
 
-def unchanged(
-    metadata: Mapping[str, str], ranks: Sequence[int], alphas: Sequence[float], digest: str
-) -> dict[str, str]:
+def unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
     """The header of an adapter that is stored as it was read.
 
     Args:
         metadata: The header's strings, as read.
-        ranks: Rank of every module written.
-        alphas: Alpha of every module written.
-        digest: SHA-256 of the data.
+        digest: SHA-256 of the data, whose order may be another.
 
     Returns:
-        The same, with ranks, alphas and hashes that hold for the tensors written.
+        The same, with hashes that hold for the file written.
     """
     kept = {k: v for k, v in metadata.items() if k not in ("sshs_legacy_hash", ADAPTER_KEY)}
-    return _settled(kept, metadata, ranks, alphas, digest)
+    return {**kept, "format": "pt", **_hashes(metadata, digest)}
 
 
 def of_result(
@@ -209,11 +205,13 @@ def _settled(
             kept.pop("ss_network_args", None)  # those of LoHa or LoKr, which these no longer are
         kept["ss_network_dim"] = _one_or_dynamic(ranks)
         kept["ss_network_alpha"] = _one_or_dynamic(alphas)
-    if "sshs_model_hash" in read:
-        kept["sshs_model_hash"] = digest
-    if "modelspec.hash_sha256" in read:
-        kept["modelspec.hash_sha256"] = f"0x{digest}"
-    return kept
+    return {**kept, **_hashes(read, digest)}
+
+
+def _hashes(read: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The hashes that a header had, of the data that is written."""
+    values = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    return {key: value for key, value in values.items() if key in read}
 
 
 def _one_or_dynamic(values: Sequence[float]) -> str:

@@ -21,6 +21,8 @@ from devec.products import Factors, hadamard_product, kronecker_product
 
 Parts = Mapping[str, Tensor]
 
+_WITH_CORE = " with a Tucker core"
+
 # No adapter in use has a larger rank; a file that says so is broken, or made to exhaust memory.
 _LARGEST_RANK = 16384
 
@@ -35,7 +37,7 @@ class StoredModule:
 
     Attributes:
         delta: The change they make.
-        kind: ``"lora"``, ``"loha"`` or ``"lokr"``; with ``" (Tucker)"`` where it has a core.
+        kind: ``"LoRA"``, ``"LoHa"`` or ``"LoKr"``, and whether it has a Tucker core.
         kernel: Shape of a convolution's kernel, as far as the tensors tell.
         error: Relative error of the factors: 0 unless they had to be truncated.
     """
@@ -105,7 +107,7 @@ def _lora(parts: Parts, scaling: float | None, _: int) -> StoredModule:
     if bias is not None and bias.shape != up.shape[:1]:
         raise FormatError(f"bias {tuple(bias.shape)} should have {up.shape[0]} values")
     delta = Delta(up.flatten(1), down.flatten(1), _scale(parts, rank, scaling), bias)
-    return StoredModule(delta, "lora" if mid is None else "lora (Tucker)", kernel)
+    return StoredModule(delta, "LoRA" if mid is None else f"LoRA{_WITH_CORE}", kernel)
 
 
 def _loha(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
@@ -125,7 +127,9 @@ def _loha(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
     inner = rank * _rank({"w2_a": a2.shape[1], "w2_b": b2.shape[0]})
     _require_modest((a1.shape[0] + b1.shape[1]) * min(inner, max_rank))
     found = hadamard_product(a1, b1, a2, b2, max_rank)
-    return _rewritten("loha", found, _scale(parts, rank, scaling), kernel)
+    return _rewritten(
+        f"LoHa{_WITH_CORE if kernel else ''}", found, _scale(parts, rank, scaling), kernel
+    )
 
 
 def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
@@ -144,7 +148,8 @@ def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
     m, n = (a * b for a, b in zip(_shape(left), _shape(right), strict=True))
     _require_modest((m + n) * min(m, n, max_rank))
     scale = _scale(parts, rank, scaling) if rank else 1.0
-    return _rewritten("lokr", kronecker_product(left, right, max_rank), scale, kernel)
+    kind = f"LoKr{_WITH_CORE if 'lokr_t2' in parts else ''}"
+    return _rewritten(kind, kronecker_product(left, right, max_rank), scale, kernel)
 
 
 def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
@@ -176,8 +181,7 @@ _KINDS: dict[str, Callable[[Parts, float | None, int], StoredModule]] = {
 
 def _rewritten(kind: str, found: Factors, scaling: float, kernel: tuple[int, ...]) -> StoredModule:
     """A module whose product was rewritten to factors."""
-    tucker = " (Tucker)" if kernel and kind == "loha" else ""
-    return StoredModule(Delta(found.B, found.A, scaling), kind + tucker, kernel, found.error)
+    return StoredModule(Delta(found.B, found.A, scaling), kind, kernel, found.error)
 
 
 def _tucker_side(core: Tensor, b: Tensor) -> Tensor:

@@ -171,9 +171,43 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
     }
 
 
-def alternation(names: Sequence[str]) -> str:
-    """A pattern that matches these names and no other; a list would match endings, too."""
-    return f"(?:{'|'.join(re.escape(name) for name in names)})"
+def alternation(names: Sequence[str], optional: str = "") -> str:
+    """A pattern that matches these names and no other; a list would match endings, too.
+
+    Args:
+        names: The names.
+        optional: What the names may begin with or not.
+
+    Returns:
+        The pattern.
+    """
+    return f"(?:{'|'.join(_escaped(name, optional) for name in names)})"
+
+
+def _escaped(name: str, optional: str) -> str:
+    """A name as a pattern, with a beginning that need not be there."""
+    if optional and name.startswith(optional):
+        return f"(?:{re.escape(optional)})?{re.escape(name.removeprefix(optional))}"
+    return re.escape(name)
+
+
+def rank_pattern(ranks: Mapping[str, int], optional: str = "") -> tuple[int, dict[str, int]]:
+    """The most frequent rank, and patterns for modules of others.
+
+    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
+    every pattern against every module.
+
+    Args:
+        ranks: Name (of a module or parameter) in the base model → rank.
+        optional: What the names may begin with or not.
+
+    Returns:
+        The rank, and ``rank_pattern``.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = sorted({rank for rank in ranks.values() if rank != common})
+    named = {rank: [name for name, r in ranks.items() if r == rank] for rank in others}
+    return common, {f"^{alternation(named[rank], optional)}": rank for rank in others}
 
 
 def _require_types(config: Config, path: Path) -> None:
@@ -347,9 +381,6 @@ def with_ranks(
 ) -> Config:
     """A configuration for modules of these ranks, with alpha = r, so that the scaling is 1.
 
-    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
-    every pattern against every module.
-
     Args:
         config: The input's configuration.
         ranks: Name (of a module or parameter) in the base model → rank.
@@ -360,11 +391,7 @@ def with_ranks(
     Returns:
         The configuration.
     """
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {
-        f"^(?:{'|'.join(re.escape(name) for name, r in ranks.items() if r == rank)})": rank
-        for rank in sorted({r for r in ranks.values() if r != common})
-    }
+    common, pattern = rank_pattern(ranks)
     changes: Config = {
         "r": common,
         "lora_alpha": common,

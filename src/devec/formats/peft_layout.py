@@ -75,6 +75,10 @@ class PeftLayout:
         """
         return aligned(adapters)
 
+    def stored_type(self, module: str) -> torch.dtype:
+        """The type that a module's factors have in the file."""
+        return self._slot_of[module].dtypes[1]
+
     def kernel(self, module: str) -> tuple[int, ...]:
         """The kernel of a module, empty if it is none of a convolution.
 
@@ -98,17 +102,18 @@ class PeftLayout:
     def _slot_of(self) -> dict[str, Slot]:
         return {module: slot for slot in self.slots for module in slot.modules}
 
-    def like(self, adapter: Adapter, places: Places) -> PeftLayout:
+    def like(self, adapter: Adapter, places: Places, family: str) -> PeftLayout:
         """A layout for modules that come from another convention.
 
         Args:
             adapter: The adapter the modules are of.
             places: Module name → shape (out, in) and kernel.
+            family: Name of the base model's family.
 
         Returns:
             The layout.
         """
-        return plain_layout(adapter, places, self.config)
+        return plain_layout(adapter, places, family, self.config)
 
     def merged(self, others: Sequence[Layout]) -> PeftLayout:
         """The layout of a combination with other adapters.
@@ -284,12 +289,18 @@ class PeftLayout:
         return family_of(shapes, str(self.config.get("base_model_name_or_path") or ""))[0]
 
 
-def plain_layout(adapter: Adapter, places: Places, config: Config | None = None) -> PeftLayout:
+def plain_layout(
+    adapter: Adapter,
+    places: Places,
+    family: str,  # noqa: ARG001  # which PEFT has no word for
+    config: Config | None = None,
+) -> PeftLayout:
     """A layout for modules that come from another convention.
 
     Args:
         adapter: The adapter the modules are of.
         places: Module name → shape (out, in) and kernel.
+        family: Name of the base model's family.
         config: The configuration to go by; a new one by default, which gives all modules one rank
             and scaling where the adapter has one.
 

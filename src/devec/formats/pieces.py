@@ -213,15 +213,22 @@ def pieces_of(modules: Sequence[Module], tables: Tables) -> Pieces:
     result: dict[Key, tuple[str, tuple[Key, ...]]] = {}
     for key, held in groups.items():
         together = next(iter(held)) if len(held) == 1 else (key,)
-        if any(groups.get(other, held) != held for other in together):
-            together = (key,)
-        if len(together) > 1 and key == together[0]:
-            table = tables.family
-            name = table.module(key[1], "native") if table else key[1]
-        else:
-            name = _canonical(key, tables)
-        result[key] = (result[together[0]][0] if key != together[0] else name, together)
+        name = _fused_name(together, tables)
+        if not name or any(groups.get(other, held) != held for other in together):
+            together, name = (key,), _canonical(key, tables)
+        result[key] = (name, together)
     return result
+
+
+def _fused_name(keys: tuple[Key, ...], tables: Tables) -> str:
+    """The name of the module that consists of several parts, empty if there is none."""
+    parts = tuple(part for _, part in keys)
+    for scheme in ("native", "xlabs") if len(keys) > 1 and tables.family else ():
+        name = tables.family.module(parts[0], scheme) if tables.family else ""
+        found = tables.family.native.get(name, ()) if tables.family else ()
+        if tuple(part.name for part in found) == parts:
+            return name
+    return ""
 
 
 def _canonical(key: Key, tables: Tables) -> str:

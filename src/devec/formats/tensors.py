@@ -50,10 +50,11 @@ _SAFETENSORS_TYPES = {
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: tensors and the strings of its header."""
+    """What a file holds: tensors, the strings of its header, and the types of widened tensors."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    narrow: dict[str, torch.dtype]
 
 
 def is_tensor_file(path: Path) -> bool:
@@ -69,13 +70,14 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         allow_pickle: Whether a pickle may be read. Nothing but tensors is unpickled from it.
 
     Returns:
-        Key → tensor as stored, types of eight bits widened to bfloat16; and the header's strings.
+        Key → tensor as stored, types of eight bits widened to bfloat16; the header's strings; and
+        the types of what was widened.
 
     Raises:
         FormatError: If the file cannot be read, is truncated or corrupt, or is empty.
     """
     if path.suffix.lower() in _PICKLES:
-        found = TensorFile(_read_pickle(path, allowed=allow_pickle), {})
+        found = TensorFile(_read_pickle(path, allowed=allow_pickle), {}, {})
     else:
         found = _read_safetensors(path)
     if not found.tensors:
@@ -86,6 +88,7 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
                 f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MOST_DIMENSIONS} at most"
             )
         if tensor.dtype in _WIDENED:
+            found.narrow[key] = tensor.dtype
             found.tensors[key] = tensor.to(torch.bfloat16)
     return found
 
@@ -104,7 +107,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise FormatError(
             f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
-    return TensorFile(tensors, metadata)
+    return TensorFile(tensors, metadata, {})
 
 
 def _check_header(path: Path) -> None:
