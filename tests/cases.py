@@ -201,7 +201,7 @@ def make_pool(directory, kind="linear", variant="plain", k=2, **fields):
 
 
 def save_kohya(path, index, rank=4, shared=2, noise=0.1):
-    """An adapter as kohya's trainers write one; columns of each B nearly the same in all of them."""
+    """An adapter as kohya's trainers write one; some columns of B are nearly the same in all."""
     own = torch.Generator().manual_seed(2000 + index)
     common = torch.Generator().manual_seed(98)
     tensors = {}

@@ -76,7 +76,9 @@ def exists(path: str | Path) -> bool:
 
 def default_name(path: Path) -> str:
     """The stem of a file, or the name of a directory, also where the file in it is named."""
-    path = path.resolve()
+    if path.name in ("", ".", ".."):
+        path = path.resolve()
+    path = path.absolute()  # and no further: the Hub's cache links to files named by their digests
     if path.is_file() and (path.parent / CONFIG).exists():
         path = path.parent
     return path.stem if path.suffix in _FILE_ENDINGS else path.name

@@ -80,7 +80,7 @@ def decompose(
     otherwise. Parts that are zero are not written.
     """
     from devec import decompose as split
-    from devec.formats.origin import made_by_devec
+    from devec.formats.record import made_by_devec
     from devec.output import write_all
 
     storage = storage_dtype(dtype)

@@ -17,7 +17,7 @@ import torch
 
 from devec.adapter import Adapter
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
-from devec.formats.conventions import Naming, diffusers_naming
+from devec.formats.conventions import Naming
 from devec.formats.families import Family
 from devec.formats.join import Target
 from devec.formats.names import parse
@@ -86,7 +86,10 @@ class AlignedLayout:
     kernels: Mapping[str, tuple[int, ...]]
     carried: Mapping[str, str]
 
-    naming = diffusers_naming(None, [])
+    @property
+    def naming(self) -> Naming:
+        """How pieces are named: by diffusers' names or those of the output, without prefixes."""
+        return Naming({}, flat=False, scheme=self.inner.naming.scheme)
 
     @property
     def suffix(self) -> str:
@@ -211,7 +214,7 @@ def realigned(adapters: Sequence[Adapter], naming: Naming, build: Build) -> list
     family_name = family.name if family else _family_name(adapters)
     modules = [m for i, adapter in enumerate(adapters) for m in cut(i, adapter, family)]
     require_no_collision(modules, adapters)
-    tables = Tables(family, naming, modules)
+    tables = Tables(family, naming, modules, [_named(a).naming.scheme for a in adapters])
     pieces = pieces_of(modules, tables)
     targets = tables.targets(pieces)
     kernels = _kernels(modules, adapters, pieces)

@@ -63,7 +63,7 @@ _HINTS = (
     (r"flux-?\.?2", "flux2"),
     (r"flux", "flux"),
     (r"stable-diffusion-v?[12]|sd_v[12]|stable-diffusion-2", "sd"),
-    (r"wan[-_]?2|\bwan", "wan"),
+    (r"(?<![a-z])wan", "wan"),
     (r"lumina", "lumina2"),
     (r"z-?image", "z-image"),
     (r"qwen-?_?image", "qwen-image"),

@@ -10,9 +10,9 @@ from typing import Any
 
 from devec._version import __version__
 from devec.errors import FormatError
+from devec.formats.record import RECORD_NAME, parse_record
 
 CARD_NAME = "README.md"
-RECORD_NAME = "devec.json"
 
 _WHAT = {
     "unique": "what is unique to `{of}` in the pool (Eq. 13 of the paper)",
@@ -39,12 +39,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}; remove it") from error
-    if not isinstance(record, dict) or "operation" not in record:
-        raise FormatError(f"{path} should hold a JSON object with an operation; remove it")
-    return record
+        raise FormatError(f"{path} is not readable: {error}; remove it") from error
+    return parse_record(text, str(path))
 
 
 def write_card(directory: Path, name: str, config: Mapping[str, Any], record: Any) -> None:  # noqa: ANN401

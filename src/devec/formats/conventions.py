@@ -90,6 +90,7 @@ class Suffixes:
         return module + ends[0], module + ends[1], alpha, f"{module}.lora_B.bias"
 
 
+PEFT_KEYS = "PEFT keys"
 DIFFUSERS, OLD_DIFFUSERS, KOHYA = "diffusers", "diffusers (up/down)", "kohya"
 
 KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -173,7 +174,7 @@ def describe(names: Iterable[Name], down: str) -> str:
         return DIFFUSERS if down.startswith(".lora_A") else OLD_DIFFUSERS
     if any(".processor." in name.path for name in names):
         return "XLabs"
-    return "PEFT keys" if "base_model.model." in prefixes else "bare names"
+    return PEFT_KEYS if "base_model.model." in prefixes else "bare names"
 
 
 _BY_PREFIX = {

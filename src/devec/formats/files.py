@@ -20,6 +20,7 @@ from devec.formats.conventions import (
     DIFFUSERS,
     KOHYA_SUFFIXES,
     OLD_DIFFUSERS,
+    PEFT_KEYS,
     PEFT_SUFFIXES,
     describe,
     family_of,
@@ -30,7 +31,7 @@ from devec.formats.file_slot import FileSlot
 from devec.formats.keys import ModuleKeys, sort_keys
 from devec.formats.modules import StoredModule, read_module
 from devec.formats.names import DENOISER, parse
-from devec.formats.peft_config import rank_and_scaling
+from devec.formats.peft_config import CONFIG_NAME, rank_and_scaling
 from devec.formats.tensors import (
     TensorFile,
     is_tensor_file,
@@ -70,6 +71,11 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         layout = _layout(modules, keys.modules, file, by_metadata=bool(configured))
         provenance = header.read_record(strings)
     _warn_of_unknown(path, keys.unknown)
+    if layout.convention == PEFT_KEYS and not configured and provenance is None:
+        _warn(
+            f"{path} was written by PEFT, but its {CONFIG_NAME}, which has the alphas, is not "
+            "beside it; the scaling is taken to be 1, as other readers do"
+        )
     _warn_of_truncation(path, layout, options)
     _warn_of_fused(path, modules)
     return Adapter(
@@ -185,7 +191,8 @@ def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) 
         alpha = keys.id + KOHYA_SUFFIXES.alpha
     factors = [key for part, key in parts.items() if part not in ("alpha", "scale")]
     types = [file.tensors[parts.get(part, factors[0])].dtype for part in ("down", "up")]
-    alpha_type = file.tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    stored = file.tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    alpha_type = stored if stored.is_floating_point else torch.float32
     return FileSlot(
         id=keys.id,
         shape=delta.shape,

@@ -137,18 +137,19 @@ def _has_pair(modules: Iterable[ModuleKeys]) -> bool:
     return any(part.startswith(kinds) for module in modules for part in module.parts)
 
 
-def _refuse_other_methods(keys: Iterable[str]) -> None:
+def _refuse_other_methods(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse by name the methods that are not sums of low-rank products."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
+    for key, shape in shapes.items():
         match = _REFUSED_KEY.fullmatch(key)
-        if match and match.lastgroup:
-            found.setdefault(list(_REFUSED)[int(match.lastgroup[1:])], []).append(key)
-    for method, named in found.items():
+        if match is None or match.lastgroup is None:
+            continue
+        method = list(_REFUSED)[int(match.lastgroup[1:])]
+        if method == "OFT" and len(shape) == 4:  # LyCORIS stores BOFT under the same keys
+            method = "BOFT"
         raise UnsupportedError(
-            f"this is a {method} adapter ({listed(named, 2)}): what it changes depends on the base "
-            "weights or on how training began, so it has no delta that could be computed with; "
-            "extract a LoRA of the merged model instead"
+            f"this is an adapter of the kind {method} ({key!r}): what it changes depends on the "
+            "base weights or on how training began, so it has no delta that could be computed "
+            "with; extract a LoRA of the merged model instead"
         )
 
 
@@ -175,9 +176,8 @@ def _owner(key: str, modules: Mapping[str, ModuleKeys]) -> bool:
 def _no_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What to say of a file without a single adapted module."""
     names = list(shapes)
-    if any(_CHECKPOINT.fullmatch(key) for key in names) or (
-        len(names) > 1 and all(key.endswith((".weight", ".bias")) for key in names)
-    ):
+    weights = sum(key.endswith((".weight", ".bias", ".scale", ".modulation")) for key in names)
+    if any(_CHECKPOINT.fullmatch(key) for key in names) or weights > len(names) / 2 > 0.5:
         what = "this is a full checkpoint or another set of weights, not an adapter"
     elif all(key.partition(".")[0] in _EMBEDDING_KEYS or key.startswith("<") for key in names):
         what = "this is an embedding (textual inversion), not an adapter; it cannot be decomposed"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from devec._version import __version__
 from devec.errors import FormatError
+from devec.formats.record import RECORD_KEY, parse_record
+from devec.formats.text import json_object, require_pattern
 
-RECORD_KEY = "devec"
 ADAPTER_KEY = "lora_adapter_metadata"
 
 # What stays true of every part of an adapter: the base model it was made for, and its terms.
@@ -41,7 +41,12 @@ _SINGLE_SOURCE = ("compress", "convert", "combine")
 
 def base_hint(metadata: Mapping[str, str]) -> str:
     """All that a header says of the base model, for telling its family."""
-    keys = ("base_model_name_or_path", "ss_base_model_version", "modelspec.architecture")
+    keys = (
+        "base_model_name_or_path",
+        "ss_base_model_version",
+        "modelspec.architecture",
+        "ss_network_module",
+    )
     return " ".join(metadata[key] for key in keys if metadata.get(key))
 
 
@@ -59,10 +64,7 @@ def read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """
     if RECORD_KEY not in metadata:
         return None
-    record = _json_object(metadata, RECORD_KEY)
-    if "operation" not in record:
-        raise FormatError(f"the header's {RECORD_KEY!r} should name an operation")
-    return record
+    return parse_record(metadata[RECORD_KEY], f"{RECORD_KEY!r} in the header")
 
 
 def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     if ADAPTER_KEY not in metadata:
         return {}
-    config = _json_object(metadata, ADAPTER_KEY)
+    config = json_object(metadata[ADAPTER_KEY], f"{ADAPTER_KEY!r} in the header")
     for key, value in config.items():
         field = key.rpartition(".")[2]
         if field == "r":
@@ -91,28 +93,9 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
                 raise FormatError(f"{ADAPTER_KEY}: {key} should be an object, is {value!r}")
             check = _require_rank if field == "rank_pattern" else _require_number
             for name, number in (value or {}).items():
-                _require_pattern(key, name)
+                require_pattern(name, f"a key of {key} in {ADAPTER_KEY}")
                 check(f"{key}[{name!r}]", number)
     return config
-
-
-def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """A JSON object stored as a string."""
-    try:
-        value = json.loads(metadata[key])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the header's {key!r} is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"the header's {key!r} should be a JSON object")
-    return value
-
-
-def _require_pattern(key: str, pattern: str) -> None:
-    """Check that a key of a pattern is a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FormatError(f"{ADAPTER_KEY}: {key} has a key that is no pattern: {error}") from error
 
 
 def _require_rank(key: str, value: Any) -> None:  # noqa: ANN401

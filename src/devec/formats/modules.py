@@ -25,10 +25,14 @@ _WITH_CORE = " with a Tucker core"
 
 # No adapter in use has a larger rank; a file that says so is broken, or made to exhaust memory.
 _LARGEST_RANK = 16384
+_LARGEST_ALPHA = 1e15
 
-# Numbers in the factors of one module: more than any layer of any model needs. Products of stored
-# factors grow with the product of their sizes, so that a small file could ask for any memory.
+# Numbers in the factors of one module: more than any layer of any model needs, and how many times
+# those that are stored, which is some 300 for the smallest LoKr of a large layer. Products of
+# stored factors grow with the product of their sizes: a small file could ask for any memory.
 _LARGEST_EXPANSION = 1 << 26
+_MOST_GROWTH = 1000
+_ANY_MODULE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
             "weights, which are not read yet"
         )
     for part, tensor in parts.items():
-        if part not in ("alpha", "scale") and (tensor.ndim > 5 or 0 in tensor.shape):
-            raise FormatError(f"{part} has shape {tuple(tensor.shape)}, expected 1 to 5 dimensions")
+        if part not in ("alpha", "scale") and 0 in tensor.shape:
+            raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
     for prefix, read in _KINDS.items():
         if any(part.startswith(prefix) for part in parts):
             return read(parts, scaling, max_rank)
@@ -125,7 +129,7 @@ def _loha(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
         a2, b2 = a2.mT, _tucker_side(t2, b2)
     _rank({"w1_a": a1.shape[1], "w1_b": b1.shape[0]})
     inner = rank * _rank({"w2_a": a2.shape[1], "w2_b": b2.shape[0]})
-    _require_modest((a1.shape[0] + b1.shape[1]) * min(inner, max_rank))
+    _require_modest((a1.shape[0] + b1.shape[1]) * min(inner, max_rank), a1, b1, a2, b2)
     found = hadamard_product(a1, b1, a2, b2, max_rank)
     return _rewritten(
         f"LoHa{_WITH_CORE if kernel else ''}", found, _scale(parts, rank, scaling), kernel
@@ -146,7 +150,7 @@ def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
     if isinstance(left, Tensor) and left.ndim > 2:
         left = left.flatten(1)
     m, n = (a * b for a, b in zip(_shape(left), _shape(right), strict=True))
-    _require_modest((m + n) * min(m, n, max_rank))
+    _require_modest((m + n) * min(m, n, max_rank), *parts.values())
     scale = _scale(parts, rank, scaling) if rank else 1.0
     kind = f"LoKr{_WITH_CORE if 'lokr_t2' in parts else ''}"
     return _rewritten(kind, kronecker_product(left, right, max_rank), scale, kernel)
@@ -161,6 +165,7 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
             raise FormatError(f"{name} {tuple(parts[name].shape)} should be a matrix")
         return parts[name], 0
     a, b = _required(parts, f"{name}_a", f"{name}_b")
+    _require_matrices(parts, f"{name}_b")
     rank = b.shape[0]
     core = parts.get(name.replace("w2", "t2")) if name.endswith("w2") else None
     if core is not None:
@@ -190,7 +195,7 @@ def _tucker_side(core: Tensor, b: Tensor) -> Tensor:
         raise FormatError(
             f"core {tuple(core.shape)} should be (rank, rank, kernel) with factors {tuple(b.shape)}"
         )
-    _require_modest(math.prod(core.shape) // core.shape[1] * b.shape[1])
+    _require_modest(math.prod(core.shape) // core.shape[1] * b.shape[1], core, b)
     dtype = torch.promote_types(torch.float32, torch.promote_types(core.dtype, b.dtype))
     return torch.einsum("ij...,jn->in...", core.to(dtype), b.to(dtype)).flatten(1)
 
@@ -201,12 +206,13 @@ def _shape(operand: Tensor | tuple[Tensor, Tensor]) -> tuple[int, int]:
     return left.shape[0], right.shape[1]
 
 
-def _require_modest(numbers: int) -> None:
+def _require_modest(numbers: int, *stored: Tensor) -> None:
     """Refuse what would grow out of all proportion when it is multiplied out."""
-    if numbers > _LARGEST_EXPANSION:
+    limit = min(_LARGEST_EXPANSION, _MOST_GROWTH * sum(tensor.numel() for tensor in stored))
+    if numbers > max(limit, _ANY_MODULE):
         raise UnsupportedError(
-            f"the factors of this module would hold {numbers} numbers, more than "
-            f"{_LARGEST_EXPANSION}; lower --max-rank (max_rank=)"
+            f"the factors of this module would hold {numbers} numbers, more than {limit}; lower "
+            "--max-rank (max_rank=)"
         )
 
 
@@ -221,11 +227,14 @@ def _scale(parts: Parts, rank: int, scaling: float | None) -> float:
 
 def _number(tensor: Tensor, part: str) -> float:
     """A scalar that was stored as a tensor."""
-    if tensor.numel() != 1:
-        raise FormatError(f"{part} should be a single number, has shape {tuple(tensor.shape)}")
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise FormatError(
+            f"{part} should be a single number, has shape {tuple(tensor.shape)} and type "
+            f"{tensor.dtype}"
+        )
     value = float(tensor)
-    if not math.isfinite(value):
-        raise FormatError(f"{part} is {value}, expected a finite number")
+    if not math.isfinite(value) or abs(value) > _LARGEST_ALPHA:
+        raise FormatError(f"{part} is {value}, expected a finite number up to {_LARGEST_ALPHA:.0e}")
     return value
 
 

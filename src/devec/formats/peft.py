@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from devec.adapter import Adapter
@@ -43,13 +44,11 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         FormatError: If files are missing, unreadable or contradict each other.
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
-    directory = path.parent if path.name in (WEIGHTS_NAME, _PICKLED_NAME) else path
-    if not (directory / CONFIG_NAME).is_file():
+    weights = _weights(path)
+    if weights is None:
         return None
-    weights = directory / WEIGHTS_NAME
+    directory = weights.parent
     config = peft_config.read_config(directory)
-    if not weights.is_file() and (directory / _PICKLED_NAME).is_file():
-        weights = directory / _PICKLED_NAME
     if not weights.is_file():
         raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
@@ -66,6 +65,30 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         source=str(directory),
         sha256=sha256(weights),
     )
+
+
+def _weights(path: Path) -> Path | None:
+    """The file of weights that a configuration of PEFT belongs to, None if there is none."""
+    directory = path if path.is_dir() else path.parent
+    if not (directory / CONFIG_NAME).is_file():
+        return None
+    if path.is_file() and path.name not in (WEIGHTS_NAME, _PICKLED_NAME, CONFIG_NAME):
+        return path if _has_peft_keys(path) else None
+    pickled = directory / _PICKLED_NAME
+    return (
+        pickled
+        if pickled.is_file() and not (directory / WEIGHTS_NAME).is_file()
+        else (directory / WEIGHTS_NAME)
+    )
+
+
+def _has_peft_keys(path: Path) -> bool:
+    """Whether the keys of a file are PEFT's, so that the configuration beside it is its own."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith(PREFIX) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 @dataclass

@@ -6,7 +6,6 @@ decides its rank, in the order of the file.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
+from devec.formats.text import json_object, require_pattern
 
 Config = dict[str, Any]
 
@@ -123,11 +123,10 @@ def read_config(directory: Path) -> Config:
     """
     path = directory / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} should hold a JSON object, holds {type(config).__name__}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path} is not readable: {error}") from error
+    config = json_object(text, str(path))
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
@@ -218,7 +217,7 @@ def _require_types(config: Config, path: Path) -> None:
     for field in ("target_modules", "target_parameters"):
         value = config.get(field)
         if isinstance(value, str) and field == "target_modules":
-            _compiled(value, field, path)
+            require_pattern(value, f"{path}: {field}")
         elif not (value is None or _is_list_of_names(value)):
             raise FormatError(f"{path}: {field} should be a list of names, is {value!r}")
 
@@ -226,14 +225,6 @@ def _require_types(config: Config, path: Path) -> None:
 def _is_list_of_names(value: Any) -> bool:  # noqa: ANN401
     """Whether a value is a list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _compiled(pattern: str, field: str, path: Path) -> None:
-    """Check that a field holds a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise FormatError(f"{path}: {field} has a key that is no pattern: {error}") from error
 
 
 def _require_plain(config: Config, path: Path) -> None:
@@ -272,7 +263,7 @@ def _pattern(config: Config, field: str, path: Path) -> dict[str, Any]:
     if not isinstance(pattern, dict):
         raise FormatError(f"{path}: {field} should be an object, is {pattern!r}")
     for key in pattern:
-        _compiled(key, field, path)
+        require_pattern(key, f"{path}: a key of {field}")
     return pattern
 
 

@@ -111,8 +111,21 @@ def require_no_collision(modules: Sequence[Module], adapters: Sequence[Adapter])
 class Tables:
     """The names of the output."""
 
-    def __init__(self, family: Family | None, naming: Naming, modules: Sequence[Module]) -> None:
-        """Collect what the adapters themselves say of names and sizes."""
+    def __init__(
+        self,
+        family: Family | None,
+        naming: Naming,
+        modules: Sequence[Module],
+        schemes: Sequence[str],
+    ) -> None:
+        """Collect what the adapters themselves say of names and sizes.
+
+        Args:
+            family: The tables of the base model's family.
+            naming: How modules are named in the output.
+            modules: The modules of all adapters.
+            schemes: The scheme of names of each adapter.
+        """
         self.family = family
         self.naming = naming
         self.dotted: dict[Key, str] = {}
@@ -122,7 +135,9 @@ class Tables:
             for key, rows in zip(module.keys, module.rows, strict=True):
                 self.rows.setdefault(key, rows)
                 self.columns.setdefault(key, module.shape[1])
-            if len(module.keys) == 1 and not module.name.flat:
+            # by other authors' names a module that no table has may be called anything
+            alike = family is None or schemes[module.adapter] == naming.scheme
+            if len(module.keys) == 1 and not module.name.flat and alike:
                 self.dotted.setdefault(module.keys[0], module.name.current)
 
     def whole(self, key: Key) -> tuple[str, tuple[Part, ...], str]:

@@ -178,7 +178,16 @@ def lumina2() -> Family:
         **{f"feed_forward.w{i}": f"feed_forward.linear_{i}" for i in (1, 2, 3)},
         "adaLN_modulation.1": "norm1.linear",
     }
-    return family("lumina2", _in_layers(block))
+    ends = {
+        "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+        "cap_embedder.0": "time_caption_embed.caption_embedder.0",
+        "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+        "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+        "final_layer.linear": "norm_out.linear_2",
+        "x_embedder": "x_embedder",
+    }
+    return family("lumina2", {**names_below(ends), **_in_layers(block)})
 
 
 @cache
@@ -190,7 +199,14 @@ def z_image() -> Family:
         **{f"feed_forward.w{i}": f"feed_forward.w{i}" for i in (1, 2, 3)},
         "adaLN_modulation.0": "adaLN_modulation.0",
     }
-    return family("z-image", _in_layers(block))
+    ends = {
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+        **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2")},
+        **{name: name for name in ("cap_embedder.0", "cap_embedder.1")},
+    }
+    return family("z-image", {**names_below(ends), **_in_layers(block)})
 
 
 def _in_layers(block: Mapping[str, str]) -> Names:
@@ -217,7 +233,12 @@ def hunyuan_video() -> Family:
         "linear2": "proj_out",
         "modulation.linear": "norm.linear",
     }
-    native: Names = {}
+    native = names_below({"img_in.proj": "x_embedder.proj", "final_layer.linear": "proj_out"})
+    for theirs, ours in (("time_in.mlp", "timestep"), ("guidance_in.mlp", "guidance")):
+        ends = {f"{theirs}.0": "linear_1", f"{theirs}.2": "linear_2"}
+        native |= names_below(ends, own=f"time_text_embed.{ours}_embedder.")
+    ends = {"vector_in.in_layer": "linear_1", "vector_in.out_layer": "linear_2"}
+    native |= names_below(ends, own="time_text_embed.text_embedder.")
     for i in range(_MOST_BLOCKS):
         native |= names_below(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
         native |= names_below(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import struct
+import warnings
+from collections import Counter
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ _WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)
 _CHUNK = 1 << 22
 _LARGEST_HEADER = 1 << 25
 _MOST_DIMENSIONS = 5
+_LONGEST_KEY = 1000
+# No trained weight comes near; squares of what is beyond leave the range of float32.
+_LARGEST_VALUE = 1e15
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 _SAFETENSORS_TYPES = {
@@ -75,6 +80,7 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
 
     Raises:
         FormatError: If the file cannot be read, is truncated or corrupt, or is empty.
+        UnsupportedError: If a tensor is of a type that adapters have not.
     """
     if path.suffix.lower() in _PICKLES:
         found = TensorFile(_read_pickle(path, allowed=allow_pickle), {}, {})
@@ -87,9 +93,16 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
             raise FormatError(
                 f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MOST_DIMENSIONS} at most"
             )
+        if len(key) > _LONGEST_KEY:
+            raise FormatError(f"a key has {len(key)} characters, expected {_LONGEST_KEY} at most")
         if tensor.dtype in _WIDENED:
             found.narrow[key] = tensor.dtype
             found.tensors[key] = tensor.to(torch.bfloat16)
+        elif tensor.dtype not in _SAFETENSORS_TYPES:
+            raise UnsupportedError(
+                f"tensor {key!r} has type {tensor.dtype}; expected {', '.join(STORAGE_DTYPES)} for "
+                "factors, or integers for what is carried over"
+            )
     return found
 
 
@@ -129,11 +142,12 @@ def _check_header(path: Path) -> None:
 
 def _require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object none of whose keys appears twice."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
         raise FormatError(f"the header names {listed(twice)} more than once")
-    return dict(pairs)
+    return result
 
 
 def _read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
@@ -144,10 +158,11 @@ def _read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
             "from, allow it (--allow-pickle, allow_pickle=True)"
         )
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    # whatever bytes make of the unpickler's own machinery
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError,
-            TypeError, AttributeError, IndexError, ImportError) as error:  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols, which are not the user's concern
+            # from memory, so that no length that the file claims is allocated
+            held = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except Exception as error:  # broken bytes make the unpickler raise whatever they spell
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(f"not a readable pickle of tensors ({reason})") from error
     held = held.get("state_dict", held) if isinstance(held, dict) else held
@@ -171,13 +186,21 @@ def require_factor(key: str, tensor: Tensor) -> Tensor:
 
     Raises:
         UnsupportedError: If its type is none of `STORAGE_DTYPES`.
-        FormatError: If it holds NaN or infinity.
+        FormatError: If it holds NaN, infinity or values beyond all reason.
     """
     if tensor.dtype not in STORAGE_DTYPES.values():
         raise UnsupportedError(
             f"tensor {key!r} has type {tensor.dtype}; expected one of {', '.join(STORAGE_DTYPES)}"
         )
-    return require_finite(key, tensor)
+    require_finite(key, tensor)
+    if tensor.dtype not in (torch.float16, torch.bfloat16) and tensor.numel():
+        largest = float(tensor.abs().max())
+        if largest > _LARGEST_VALUE:
+            raise FormatError(
+                f"tensor {key!r} holds values up to {largest:.3g}, expected at most "
+                f"{_LARGEST_VALUE:.0e}"
+            )
+    return tensor
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:
