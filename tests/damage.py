@@ -233,11 +233,8 @@ def edit_tensors(rng, tensors):
         case 4:
             tensors[key] = tensor.to(rng.choice(DTYPES))
         case 5:
-            flat = (
-                torch.view_as_real(tensor).to(torch.float64)
-                if tensor.is_complex()
-                else tensor.to(torch.float64).reshape(-1).clone()
-            )
+            real = tensor.real if tensor.is_complex() else tensor
+            flat = real.to(torch.float64).reshape(-1).clone()
             flat[rng.choice([slice(None), slice(0, 1), slice(1, None)])] = rng.choice(VALUES)
             tensors[key] = flat.reshape(tensor.shape).to(rng.choice([tensor.dtype, torch.float32]))
         case 6:
