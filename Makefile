@@ -41,6 +41,7 @@ notebooks: $(VENV)/.installed-dev
 benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.toy
+	$(BIN)/python -m benchmarks.products
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m devec.demo.train

@@ -2,8 +2,8 @@
 
     import devec
 
-    a = devec.Adapter.from_pretrained("anime")
-    b = devec.Adapter.from_pretrained("pixel")
+    a = devec.Adapter.from_pretrained("anime.safetensors")
+    b = devec.Adapter.from_pretrained("pixel.safetensors")
     parts = devec.decompose([a, b])
     parts.unique["anime"].save_pretrained("out/anime-unique")
 

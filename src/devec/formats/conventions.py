@@ -24,7 +24,8 @@ class Naming:
             XLabs' trainer, and ``"diffusers"`` where it is neither, or all names are the same.
         one_model: Whether there is room for the adapter of one model only, as in PEFT's files.
         quirks: In what the names differ from those of today: ``"processor"`` for attention layers
-            of older diffusers, ``"no text_model"`` for CLIP as newer transformers name it.
+            of older diffusers, ``"no text_model"`` for CLIP as newer transformers name it,
+            ``"several prefixes"`` where a component has more than one.
     """
 
     prefixes: Mapping[str, str]
@@ -37,8 +38,10 @@ class Naming:
         """Whether the same module has the same id in both."""
         common = self.prefixes.keys() & other.prefixes.keys()
         alike = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
-        return alike and all(
-            self.prefixes[component] == other.prefixes[component] for component in common
+        return (
+            alike
+            and _SEVERAL not in self.quirks
+            and all(self.prefixes[component] == other.prefixes[component] for component in common)
         )
 
     def prefix(self, component: str, family: Family | None) -> str | None:
@@ -116,15 +119,19 @@ def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
     scheme = "diffusers"
     if any(n.component == DENOISER and n.key[1] in native for n in names):
         scheme = "xlabs" if any(".processor." in n.current for n in names) else "native"
+    quirks = {quirk for quirk, has in _QUIRKS.items() if any(map(has, names))}
+    if any(len(found) > 1 for found in counts.values()):
+        quirks.add(_SEVERAL)
     return Naming(
         prefixes={component: found.most_common(1)[0][0] for component, found in counts.items()},
         flat=any(name.flat for name in names),
         scheme=scheme,
         one_model=any(name.prefix == "base_model.model." for name in names),
-        quirks=frozenset(quirk for quirk, has in _QUIRKS.items() if any(map(has, names))),
+        quirks=frozenset(quirks),
     )
 
 
+_SEVERAL = "several prefixes"
 _QUIRKS: dict[str, Callable[[Name], bool]] = {
     "processor": lambda name: name.current != name.path,
     "no text_model": lambda name: (

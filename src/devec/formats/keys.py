@@ -58,7 +58,7 @@ _REFUSED_KEY = re.compile(
 _CHECKPOINT = re.compile(
     r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|model_ema|vae)\..*"
 )
-_EMBEDDING_KEYS = {"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param", "<"}
+_EMBEDDING_KEYS = {"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param"}
 _SHOWN = 20
 
 
@@ -94,23 +94,7 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
     """
     result = FileKeys()
     for key in shapes:
-        match = _KEY.fullmatch(key)
-        if key.startswith(_CARRIED_PREFIXES):
-            result.carried.append(key)
-        elif match is None:
-            result.unknown.append(key)
-        else:
-            part = _PARTS[match["suffix"]] if match["suffix"] else match["numbered"]
-            if part in _CARRIED:
-                result.carried.append(key)
-                continue
-            module = result.modules.setdefault(match["id"], ModuleKeys(match["id"]))
-            if part in module.parts:
-                raise FormatError(
-                    f"two tensors for the same part of module {match['id']!r}: "
-                    f"{module.parts[part]!r} and {key!r}"
-                )
-            module.parts[part] = key
+        _place(result, key)
     _refuse_other_methods(shapes)
     _set_lone_scales_aside(result)
     if not _has_pair(result.modules.values()):
@@ -119,6 +103,24 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
         raise FormatError(_no_adapter(shapes))
     _settle_unknown(result)
     return result
+
+
+def _place(keys: FileKeys, key: str) -> None:
+    """Put a key where it belongs."""
+    match = _KEY.fullmatch(key)
+    part = (_PARTS[match["suffix"]] if match["suffix"] else match["numbered"]) if match else ""
+    if key.startswith(_CARRIED_PREFIXES) or part in _CARRIED:
+        keys.carried.append(key)
+    elif match is None:
+        keys.unknown.append(key)
+    else:
+        module = keys.modules.setdefault(match["id"], ModuleKeys(match["id"]))
+        if part in module.parts:
+            raise FormatError(
+                f"two tensors for the same part of module {match['id']!r}: "
+                f"{module.parts[part]!r} and {key!r}"
+            )
+        module.parts[part] = key
 
 
 def _set_lone_scales_aside(keys: FileKeys) -> None:
