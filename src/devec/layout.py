@@ -56,7 +56,7 @@ class Layout(Protocol):
         """The layout of a result that keeps the whole trained tensors of another adapter."""
 
     def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that writes the adapter at a path; refusals are raised before it runs."""
+        """A function that writes the adapter at a path."""
 
     def rebased(self, base: str) -> Layout:
         """The same layout with another base model on record."""

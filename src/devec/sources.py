@@ -14,6 +14,7 @@ _REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?"
 )
 _FILE_ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+_ANSWERS = (400, 401, 403, 404)  # whatever else happens, the cache may still have it
 _TIMEOUT = 10.0  # seconds for an answer of the Hub, before its cache is looked at
 # Of several files, the one that a library writes by that name.
 _USUAL_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -104,9 +105,9 @@ def _download(
         found = Path(local[-1])
     except FormatError:
         raise
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:  # an answer, and not a file
-        raise FormatError(_not_had(repo, error)) from error
-    except network as error:
+    except (*network, ValueError) as error:
+        if isinstance(error, ValueError) or _status(error) in _ANSWERS:
+            raise FormatError(_not_had(repo, error)) from error
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except (OSError, ValueError) as missing:
@@ -117,6 +118,11 @@ def _download(
         wanted = _wanted(repo, files, subfolder, weight_name)
         found = folder / wanted[-1]
     return found.parent if len(wanted) > 1 else found
+
+
+def _status(error: Exception) -> int:
+    """The status with which the Hub answered, 0 if it did not."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
 def _not_had(repo: str, error: Exception) -> str:

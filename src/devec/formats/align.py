@@ -31,7 +31,7 @@ from devec.formats.pieces import (
     require_no_collision,
     sliced,
 )
-from devec.formats.places import Places
+from devec.formats.places import Places, require_places, spread
 from devec.formats.tables import TABLES
 from devec.layout import Layout
 from devec.output import Writer
@@ -157,6 +157,11 @@ class AlignedLayout:
             UnsupportedError: If a carried tensor has none.
         """
         modules = {}
+        places = {name for target in self.targets.values() for name, _ in target.pieces}
+        require_places(
+            {name: adapter.modules[name].shape for name in places & adapter.modules.keys()},
+            adapter.modules,
+        )
         for module, target in self.targets.items():
             with located(f"module {module!r}"):
                 whole = target.joined(adapter.modules)
@@ -164,12 +169,12 @@ class AlignedLayout:
                 raise IncompatibleError(target.unnamed)
             if whole is not None:
                 modules[module] = whole
-        lost = sorted(adapter.carried.keys() - self.carried.keys())
+        lost = sorted(key for key in adapter.carried if not self.carried.get(key))
         if lost:
             raise UnsupportedError(
                 f"{adapter.label} holds tensors that are not deltas and have no place in the "
-                f"convention of the output: {listed(lost)}; take them out first, or keep the "
-                "convention they came in"
+                f"convention of the output: {listed(lost)}; write kohya (--format kohya), or take "
+                "them out first"
             )
         carried = {self.carried[key]: tensor for key, tensor in adapter.carried.items()}
         written = dataclasses.replace(adapter, modules=modules, carried=carried)
@@ -198,13 +203,16 @@ def _named(adapter: Adapter) -> NamedLayout:
     return layout  # type: ignore[no-any-return]
 
 
-def realigned(adapters: Sequence[Adapter], naming: Naming, build: Build) -> list[Adapter]:
+def realigned(
+    adapters: Sequence[Adapter], naming: Naming, build: Build, component: str | None = None
+) -> list[Adapter]:
     """Adapters cut into common pieces, to be written in a given convention.
 
     Args:
         adapters: The adapters.
         naming: How modules are named in the output.
         build: Makes the layout of the output from an adapter and the modules to be written.
+        component: Which model's they are, where their names do not say it.
 
     Returns:
         The adapters, their modules the pieces, their layouts `AlignedLayout`. What cannot be named
@@ -212,7 +220,7 @@ def realigned(adapters: Sequence[Adapter], naming: Naming, build: Build) -> list
     """
     family = _family(adapters)
     family_name = family.name if family else _family_name(adapters)
-    modules = [m for i, adapter in enumerate(adapters) for m in cut(i, adapter, family)]
+    modules = [m for i, adapter in enumerate(adapters) for m in cut(i, adapter, family, component)]
     require_no_collision(modules, adapters)
     tables = Tables(family, naming, modules, [_named(a).naming.scheme for a in adapters])
     pieces = pieces_of(modules, tables)
@@ -266,7 +274,7 @@ def _kernels(
         if kernel:
             name = pieces[module.keys[0]][0]
             known = result.setdefault(name, kernel)
-            if _spread(known) != _spread(kernel):
+            if spread(known) != spread(kernel):
                 raise IncompatibleError(
                     f"module {module.id!r} is a convolution {known} in one adapter and {kernel} in "
                     "another"
@@ -274,23 +282,22 @@ def _kernels(
     return result
 
 
-def _spread(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel, where one of a single point is none."""
-    return kernel if any(size != 1 for size in kernel) else ()
-
-
 def _carried_names(adapter: Adapter, tables: Tables) -> dict[str, str]:
-    """Carried key → key in the output, for those that have one there."""
-    if tables.naming.agrees(_named(adapter).naming) and not tables.naming.one_model:
-        return {key: key for key in adapter.carried}
+    """Carried key → key in the output, for those that its readers would know."""
+    layout = _named(adapter)
+    was_aligned = isinstance(layout, AlignedLayout)
+    before = layout.inner.naming if isinstance(layout, AlignedLayout) else layout.naming
+    if tables.naming.agrees(before) and tables.naming.one_model == before.one_model:
+        known = layout.carried if isinstance(layout, AlignedLayout) else {}
+        return {key: known.get(key, "" if was_aligned else key) for key in adapter.carried}
     result: dict[str, str] = {}
-    for key in adapter.carried:
+    for key in adapter.carried if tables.naming.has_whole_tensors else ():
         module, _, end = key.rpartition(".")
         name = parse(module)
         parts = parts_of(name, (0, 1), tables.family)
         whole, held, unnamed = tables.whole((name.component, parts[0].name))
         prefix = tables.naming.prefix(name.component, tables.family)
-        if key.startswith("bundle_emb.") and not tables.naming.one_model:
+        if key.startswith("bundle_emb."):
             result[key] = key
         elif len(parts) == len(held) == 1 and prefix is not None and not unnamed:
             result[key] = f"{prefix}{whole}.{end}"

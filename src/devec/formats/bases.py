@@ -33,27 +33,32 @@ def _columns(pattern: str, *columns: int) -> Callable[[Shapes], bool]:
 
 _UNET_NAMES = r"^(?:down|mid|up|input|middle|output)_blocks?_"
 
-# The first rule that holds decides; names come before sizes, which tiny models do not share.
+# The first rule that holds decides, and no metadata overrules it.
 _SIGNS: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has(r"^joint_blocks_"), "sd3"),
     (_has(r"_img_mlp_fc\d|_img_mod_linear|_modulation_linear$"), "hunyuan-video"),
     (_ratio(r"^single_blocks_\d+_linear1", 9), "flux2"),
     (_has(r"to_qkv_mlp_proj|_ff_linear_in$|stream_modulation"), "flux2"),
-    (_has(r"^(?:double|single)_blocks_|^single_transformer_blocks_"), "flux"),
+    (_has(r"_(?:img|txt)_mod_lin$|_modulation_lin$|_(?:img|txt)_mlp_[02]$"), "flux"),
     (_ratio(r"attention_qkv$", 5, 3), "lumina2"),
     (_has(r"^layers_\d+_attn_to_[qkv]$"), "lumina2"),
     (_has(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward)_"), "z-image"),
     (_has(r"^blocks_\d+_(?:self_attn|cross_attn|attn1|attn2|ffn)_"), "wan"),
     (_has(r"^transformer_blocks_\d+_(?:img|txt)_(?:mod|mlp)_"), "qwen-image"),
-    (_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 1536, 2432), "sd3"),
     (_has(r"^transformer_blocks_\d+_attn2_to_|^pos_embed_proj$"), "sd3"),
-    (_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 3072), "flux"),
     (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 2048), "sdxl"),
-    (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 768, 1024), "sd"),
+    (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 1024), "sd2"),
+    (_columns(_UNET_NAMES + r".*attn2_to_[kv]$", 768), "sd"),
+    (_has(r"layers_\d+_(?:self_attn|mlp)_|^h_\d+_"), "language model"),
+)
+
+# What holds where metadata say nothing: other families have such names, too.
+_GUESSES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
+    (_has(r"^(?:double|single)_blocks_|^single_transformer_blocks_"), "flux"),
+    (_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 1536, 2432), "sd3"),
     (_has(_UNET_NAMES + r".*transformer_blocks_[1-9]|^label_emb_|^add_embedding_"), "sdxl"),
     (_has(r"^(?:input|output)_blocks_|^middle_block_"), "sdxl"),
     (_has(_UNET_NAMES), "sd"),
-    (_has(r"layers_\d+_(?:self_attn|mlp)_|^h_\d+_"), "language model"),
 )
 
 # What metadata say of the base model, where names and sizes leave it open.
@@ -62,7 +67,8 @@ _HINTS = (
     (r"stable-diffusion-?v?3|sd[-_]?3", "sd3"),
     (r"flux-?\.?2", "flux2"),
     (r"flux", "flux"),
-    (r"stable-diffusion-v?[12]|sd_v[12]|stable-diffusion-2", "sd"),
+    (r"stable-diffusion-v?2|sd_v2", "sd2"),
+    (r"stable-diffusion-v?1|sd_v1", "sd"),
     (r"(?<![a-z])wan", "wan"),
     (r"lumina", "lumina2"),
     (r"z-?image", "z-image"),
@@ -82,11 +88,12 @@ def family_name(shapes: Shapes, hint: str = "", *, two_encoders: bool = False) -
     Returns:
         The name, empty if nothing tells.
     """
-    found = next((name for sign, name in _SIGNS if sign(shapes)), "")
+    certain = next((name for sign, name in _SIGNS if sign(shapes)), "")
+    if certain:
+        return certain
     said = next((name for words, name in _HINTS if re.search(words, hint.lower())), "")
-    if found == "sd" and (two_encoders or said == "sdxl"):
-        return "sdxl"
-    return found or said
+    guess = next((name for sign, name in _GUESSES if sign(shapes)), "")
+    return said or ("sdxl" if guess == "sd" and two_encoders else guess)
 
 
 _KERNELS_3 = re.compile(
@@ -95,6 +102,7 @@ _KERNELS_3 = re.compile(
 )
 _KERNELS_1 = {
     "sd": re.compile(r"proj_(?:in|out)|conv_shortcut|skip_connection"),
+    "sd2": re.compile(r"conv_shortcut|skip_connection"),
     "sdxl": re.compile(r"conv_shortcut|skip_connection"),
 }
 

@@ -44,6 +44,11 @@ class Naming:
             and all(self.prefixes[component] == other.prefixes[component] for component in common)
         )
 
+    @property
+    def has_whole_tensors(self) -> bool:
+        """Whether readers of the convention know ``diff``, ``w_norm`` and the like."""
+        return self.flat or self.prefixes.get(DENOISER) in _COMFY
+
     def prefix(self, component: str, family: Family | None) -> str | None:
         """What stands before the names of a component's modules.
 
@@ -78,11 +83,13 @@ class Suffixes:
         down: Suffix of the factor on the input side.
         up: Suffix of the factor on the output side.
         alpha: Suffix of alpha; empty where there is none, so that scalings are folded.
+        bias: Suffix of the change of the bias.
     """
 
     down: str
     up: str
     alpha: str = ""
+    bias: str = ".lora_B.bias"
 
     def keys(self, module: str) -> tuple[str, str, str, str]:
         """Keys of down, up, alpha (empty if there is none) and the bias of a module."""
@@ -90,13 +97,15 @@ class Suffixes:
         if re.search(r"_lora[12]$", module):  # XLabs numbers the streams of a block in the id
             ends = (".down.weight", ".up.weight")
         alpha = module + self.alpha if self.alpha else ""
-        return module + ends[0], module + ends[1], alpha, f"{module}.lora_B.bias"
+        return module + ends[0], module + ends[1], alpha, module + self.bias
 
 
 PEFT_KEYS = "PEFT keys"
 DIFFUSERS, OLD_DIFFUSERS, KOHYA = "diffusers", "diffusers (up/down)", "kohya"
 
-KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha")
+# ComfyUI reads the change of a bias as a whole, unscaled; A1111 and kohya's own tools read none.
+WHOLE_BIAS = ".diff_b"
+KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha", WHOLE_BIAS)
 PEFT_SUFFIXES = Suffixes(".lora_A.weight", ".lora_B.weight")
 XLABS_SUFFIXES = Suffixes("_lora.down.weight", "_lora.up.weight")
 
@@ -207,7 +216,7 @@ def kohya_naming(family: Family | None, components: Iterable[str]) -> Naming:
     Returns:
         The naming.
     """
-    single = family is not None and family.name == "sd"
+    single = family is not None and family.name in ("sd", "sd2")
     prefixes = {
         DENOISER: "lora_unet_",
         CLIP_L: "lora_te_" if single else "lora_te1_",
@@ -231,7 +240,7 @@ def diffusers_naming(family: Family | None, components: Iterable[str]) -> Naming
     Returns:
         The naming.
     """
-    unet = family is not None and family.name in ("sd", "sdxl")
+    unet = family is not None and family.name in ("sd", "sd2", "sdxl")
     third = family is not None and family.name == "sd3"
     prefixes = {
         DENOISER: "unet." if unet else "transformer.",

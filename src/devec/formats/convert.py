@@ -21,13 +21,18 @@ from devec.formats.conventions import (
     kohya_naming,
 )
 from devec.formats.families import Family
-from devec.formats.names import parse
+from devec.formats.names import CLIP_L, parse
 from devec.formats.tables import TABLES
 
 Components = frozenset[str]
 
 
 def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, Build]:
+    if family is None and CLIP_L in components:
+        raise IncompatibleError(
+            "the base model is not known, and kohya's trainers call its text encoder lora_te in SD "
+            "1 and 2 and lora_te1 in others; name the base model (--base MODEL)"
+        )
     naming = kohya_naming(family, components)
     return naming, _file_builder(naming, KOHYA_SUFFIXES, KOHYA)
 
@@ -73,7 +78,8 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
         adapter: An adapter that was read from files.
         format: ``"kohya"`` (for ComfyUI, A1111, Forge), ``"diffusers"`` or ``"peft"``.
         component: Keep the adapter of this model only: ``"denoiser"``, ``"clip_l"``, ``"clip_g"``
-            or ``"t5"``. PEFT directories hold one.
+            or ``"t5"``. For a PEFT directory, which holds one and does not say which: the model
+            that it is of.
 
     Returns:
         The adapter, exact to rounding of the storage type where an alpha has to be folded into B
@@ -91,33 +97,43 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
         raise IncompatibleError(
             f"adapter {adapter.name!r} was made in memory and has no names of a base model"
         )
-    if component is not None:
-        adapter = _only(adapter, component)
+    declared = None
+    if component is not None and layout.naming.one_model:
+        declared = _component(component)
+    elif component is not None:
+        adapter = _only(adapter, _component(component))
     table = TABLES.get(layout.describe().get("family") or "")
     family = table() if table else None
     components = frozenset(parse(module).component for module in adapter.modules)
+    if declared is not None:
+        components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
-    (result,) = realigned([adapter], naming, build)
+    (result,) = realigned([adapter], naming, build, declared)
     record = provenance("convert", [adapter], format=format, component=component)
     return dataclasses.replace(result, provenance=record, source="", sha256="")
 
 
+def _component(name: str) -> str:
+    """The component of a name on the command line."""
+    if name not in COMPONENTS:
+        raise IncompatibleError(
+            f"component must be one of {listed(list(COMPONENTS))}, got {name!r}"
+        )
+    return COMPONENTS[name]
+
+
 def _only(adapter: Adapter, component: str) -> Adapter:
     """The part of an adapter that changes one model."""
-    if component not in COMPONENTS:
-        raise IncompatibleError(
-            f"component must be one of {listed(list(COMPONENTS))}, got {component!r}"
-        )
     held = {
         module: delta
         for module, delta in adapter.modules.items()
-        if parse(module).component == COMPONENTS[component]
+        if parse(module).component == component
     }
     carried = {
         key: tensor
         for key, tensor in adapter.carried.items()
-        if parse(key.rpartition(".")[0]).component == COMPONENTS[component]
+        if parse(key.rpartition(".")[0]).component == component
     }
     if not held:
-        raise IncompatibleError(f"{adapter.label} does not change the {component}")
+        raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
     return dataclasses.replace(adapter, modules=held, carried=carried)

@@ -50,12 +50,15 @@ class Family:
         """What a module is made of.
 
         Args:
-            name: Flat name of the module, by its authors or in diffusers.
+            name: Flat name of the module, by its authors or in diffusers, or of half of one.
             shape: Shape (out, in) of its weight.
 
         Returns:
             Its parts in the order of its rows; itself, if it is not known or not split.
         """
+        name, _, half = name.partition(":")
+        if half:
+            return (Part(f"{self._by_flat_name.get(name, (name, False))[0]}:{half}"),)
         module, native = self._by_flat_name.get(name, (name, False))
         parts = self.native[module] if native else (Part(module),)
         halved = parts[0].name in self._halved and shape[0] == 2 * shape[1]

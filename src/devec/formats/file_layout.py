@@ -23,7 +23,6 @@ from devec.formats.conventions import (
     DIFFUSERS,
     OLD_DIFFUSERS,
     PEFT_SUFFIXES,
-    XLABS_SUFFIXES,
     Naming,
     Suffixes,
     family_of,
@@ -31,13 +30,13 @@ from devec.formats.conventions import (
 from devec.formats.file_slot import FileSlot, exact_alpha, one_alpha
 from devec.formats.names import parse
 from devec.formats.peft_config import alternation, rank_pattern
-from devec.formats.places import Places, require_places, usual_dtype
+from devec.formats.places import Places, require_places, spread, usual_dtype
 from devec.formats.tensors import data_sha256, write_tensors
 from devec.layout import Layout
 from devec.output import Writer
 
 # UNets whose files diffusers reads by one alpha for all attention layers
-_ONE_ALPHA = ("sd", "sdxl")
+_ONE_ALPHA = ("sd", "sd2", "sdxl")
 
 SUFFIX = ".safetensors"
 
@@ -49,6 +48,7 @@ class FileLayout:
     Attributes:
         convention: What the convention is called.
         naming: How its modules are named.
+        suffixes: How their tensors are called, where they have not been yet.
         family: Name of the base model's family, empty if unknown.
         slots: Where each module is stored, in the order of the file.
         metadata: The strings of the header.
@@ -59,6 +59,7 @@ class FileLayout:
 
     convention: str
     naming: Naming
+    suffixes: Suffixes
     family: str
     slots: tuple[FileSlot, ...]
     metadata: Mapping[str, str]
@@ -86,13 +87,19 @@ class FileLayout:
                 raise IncompatibleError("adapters of different kinds of files were not aligned")
             for slot in other.slots:
                 known = slots.setdefault(slot.id, slot)
-                if _layer(known.kernel) != _layer(slot.kernel):
+                if spread(known.kernel) != spread(slot.kernel):
                     raise IncompatibleError(
                         f"module {slot.id!r} is a convolution {known.kernel} in one adapter and "
                         f"{slot.kernel or 'no convolution'} in another"
                     )
-        result = dataclasses.replace(self, slots=tuple(slots.values()))
-        return dataclasses.replace(result, by_metadata=False) if others else result
+        layouts = [self, *(other for other in others if isinstance(other, FileLayout))]
+        return dataclasses.replace(
+            self,
+            slots=tuple(slots.values()),
+            by_metadata=self.by_metadata and not others,
+            kinds={module: kind for o in layouts for module, kind in o.kinds.items()},
+            errors={module: error for o in layouts for module, error in o.errors.items()},
+        )
 
     def carrying(self, other: Layout) -> FileLayout:  # noqa: ARG002
         """This layout; carried tensors are stored under their own keys."""
@@ -156,13 +163,8 @@ class FileLayout:
         Returns:
             The layout; what older diffusers wrote is written as it does today.
         """
-        convention, suffixes = self.convention, PEFT_SUFFIXES
-        for slot in self.slots[:1]:
-            ends = (key.removeprefix(slot.id) for key in (slot.down, slot.up, slot.alpha))
-            suffixes = Suffixes(*ends)
-        if self.naming.scheme == "xlabs":
-            suffixes = XLABS_SUFFIXES
-        elif convention == OLD_DIFFUSERS:
+        convention, suffixes = self.convention, self.suffixes
+        if convention == OLD_DIFFUSERS:
             convention, suffixes = DIFFUSERS, PEFT_SUFFIXES
         return plain_layout(adapter, places, self.naming, suffixes, convention, family)
 
@@ -225,7 +227,10 @@ class FileLayout:
         for slot in self.slots:
             if slot.id in deltas:
                 with located(f"module {slot.id!r}"):
-                    tensors |= slot.write(deltas[slot.id], dtype)
+                    written = slot.write(deltas[slot.id], dtype)
+                    if written.keys() & tensors.keys():
+                        raise IncompatibleError("another module is written under the same keys")
+                    tensors |= written
         tensors |= adapter.carried
         if not tensors:
             raise OutputError("the adapter changes no module; there is nothing to write")
@@ -276,11 +281,6 @@ class FileLayout:
         elif _is_diffusers(self) and len(set(ranks)) > 1:
             strings[header.ADAPTER_KEY] = _patterns(deltas)
         return strings
-
-
-def _layer(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel, where one of a single point is none."""
-    return kernel if any(size != 1 for size in kernel) else ()
 
 
 def _at_least_one(delta: Delta) -> Delta:
@@ -347,4 +347,4 @@ def plain_layout(
         FileSlot(module, shape, kernel, *suffixes.keys(module), dtypes=dtypes)
         for module, (shape, kernel) in places.items()
     )
-    return FileLayout(convention, naming, family, slots, strings)
+    return FileLayout(convention, naming, suffixes, family, slots, strings)

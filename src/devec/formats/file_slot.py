@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
+from devec.formats.conventions import WHOLE_BIAS
 from devec.formats.tensors import storable
 
 
@@ -73,7 +74,9 @@ class FileSlot:
         tensors[self.down] = storable(self.down, A, dtype or self.dtypes[0])
         tensors[self.up] = storable(self.up, B, dtype or self.dtypes[1])
         if delta.bias is not None:
-            tensors[self.bias] = storable(self.bias, delta.bias, dtype or self.dtypes[1])
+            whole = self.bias.endswith(WHOLE_BIAS)
+            bias = delta.folded().bias if whole else delta.bias
+            tensors[self.bias] = storable(self.bias, torch.as_tensor(bias), dtype or self.dtypes[1])
         return tensors
 
 

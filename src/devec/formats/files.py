@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from devec.formats.conventions import (
     OLD_DIFFUSERS,
     PEFT_KEYS,
     PEFT_SUFFIXES,
+    XLABS_SUFFIXES,
+    Naming,
+    Suffixes,
     describe,
     family_of,
     naming_of,
@@ -41,6 +44,8 @@ from devec.formats.tensors import (
     sha256,
 )
 from devec.layout import ReadOptions
+
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
@@ -140,9 +145,8 @@ def _configured(
     for module in modules:
         name = parse(module)
         found = components.get(name.prefix.rstrip(".")) or components.get("")
-        if found and found.get("r") and "lora_alpha" in found:
-            rank, scaling = rank_and_scaling(found, name.current)
-            result[module] = rank, scaling
+        if found:
+            result[module] = rank_and_scaling({**_PEFT_DEFAULTS, **found}, name.current)
     return result
 
 
@@ -167,6 +171,7 @@ def _layout(
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
         naming=naming,
+        suffixes=_suffixes(keys.values(), naming, one_style=one_style),
         family=family,
         slots=tuple(map(_todays, slots) if one_style else slots),
         metadata=dict(file.metadata),
@@ -208,6 +213,20 @@ def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) 
     )
 
 
+def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
+    """How the tensors of further modules are called, after those that are there."""
+    pairs = [k for k in keys if {"up", "down"} <= k.parts.keys()]
+    alpha = KOHYA_SUFFIXES.alpha if any("alpha" in k.parts for k in pairs) else ""
+    if naming.scheme == "xlabs":
+        return XLABS_SUFFIXES
+    if one_style:
+        return PEFT_SUFFIXES
+    for module in pairs:
+        down, up = (module.parts[part].removeprefix(module.id) for part in ("down", "up"))
+        return Suffixes(down, up, alpha, KOHYA_SUFFIXES.bias if alpha else PEFT_SUFFIXES.bias)
+    return KOHYA_SUFFIXES
+
+
 def _todays(slot: FileSlot) -> FileSlot:
     """A slot of diffusers with the keys it writes today."""
     name = parse(slot.id)
@@ -221,7 +240,10 @@ def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
     for module in modules:
         name = parse(module)
         other = seen.setdefault(name.key, module)
-        if other != module and parse(other).prefix != name.prefix:
+        known = parse(other)
+        # a.b_c and a_b.c are two modules, though their flat names are one
+        apart = not name.flat and name.prefix == known.prefix and name.bare != known.bare
+        if other != module and not apart:
             raise FormatError(
                 f"{other!r} and {module!r} are two names of one module; take one of them out"
             )

@@ -21,6 +21,7 @@ _PARTS = {
     **{f".lora_B{end}": "up" for end in ("", ".weight", ".default", ".default.weight")},
     **{f".lora_A{end}": "down" for end in ("", ".weight", ".default", ".default.weight")},
     ".lora_B.bias": "bias",
+    ".lora_B.default.bias": "bias",
     ".lora_mid.weight": "mid",
     ".alpha": "alpha",
     ".scale": "scale",
@@ -28,6 +29,7 @@ _PARTS = {
     **{f".lokr_{p}": f"lokr_{p}" for p in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **dict.fromkeys((".dora_scale", ".magnitude", ".lora_magnitude_vector"), "magnitude"),
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default": "magnitude",
     ".lora_magnitude_vector.default.weight": "magnitude",
     **{f".{p}": p for p in ("diff", "diff_b", "w_norm", "b_norm")},
     **{f".{p}": p for p in ("set_weight", "reshape_weight")},
@@ -109,6 +111,11 @@ def _place(keys: FileKeys, key: str) -> None:
     """Put a key where it belongs."""
     match = _KEY.fullmatch(key)
     part = (_PARTS[match["suffix"]] if match["suffix"] else match["numbered"]) if match else ""
+    if key.endswith((".lora_embedding_A", ".lora_embedding_B")):
+        raise UnsupportedError(
+            f"{key!r} is a LoRA of an embedding, for which only PEFT's directories have a form; "
+            "read it with its adapter_config.json"
+        )
     if key.startswith(_CARRIED_PREFIXES) or part in _CARRIED:
         keys.carried.append(key)
     elif match is None:
@@ -157,7 +164,7 @@ def _refuse_other_methods(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def _settle_unknown(keys: FileKeys) -> None:
     """Refuse unknown keys of adapted modules: what they do to the delta is not known."""
-    inside = [key for key in keys.unknown if _owner(key, keys.modules)]
+    inside = [key for key in keys.unknown if _is_inside(key, keys.modules)]
     if inside:
         raise UnsupportedError(
             f"{len(inside)} keys belong to adapted modules, and what they mean is not known: "
@@ -165,7 +172,7 @@ def _settle_unknown(keys: FileKeys) -> None:
         )
 
 
-def _owner(key: str, modules: Mapping[str, ModuleKeys]) -> bool:
+def _is_inside(key: str, modules: Mapping[str, ModuleKeys]) -> bool:
     """Whether a key continues the id of a module."""
     stem = key
     while "." in stem:

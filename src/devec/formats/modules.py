@@ -76,8 +76,14 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
     for part, tensor in parts.items():
         if part not in ("alpha", "scale") and 0 in tensor.shape:
             raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
-    for prefix, read in _KINDS.items():
+    for prefix, (read, own) in _KINDS.items():
         if any(part.startswith(prefix) for part in parts):
+            strange = [p for p in parts if not p.startswith((*own, "alpha", "scale"))]
+            if strange:
+                raise FormatError(
+                    f"there are {', '.join(strange)} beside {', '.join(own)}…, two kinds of "
+                    "change of one module; take one of them out"
+                )
             return read(parts, scaling, max_rank)
     raise FormatError(f"there are {', '.join(sorted(parts))}, but no factors")
 
@@ -158,8 +164,9 @@ def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
 
 def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
     """One operand of the Kronecker product, and its rank if it is a product itself."""
+    core_name = name.replace("w2", "t2") if name.endswith("w2") else f"no core of {name}"
     if name in parts:
-        if f"{name}_a" in parts or f"{name}_b" in parts:
+        if any(part in parts for part in (f"{name}_a", f"{name}_b", core_name)):
             raise FormatError(f"there are both {name} and factors of it")
         if parts[name].ndim < 2:
             raise FormatError(f"{name} {tuple(parts[name].shape)} should be a matrix")
@@ -167,7 +174,7 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
     a, b = _required(parts, f"{name}_a", f"{name}_b")
     _require_matrices(parts, f"{name}_b")
     rank = b.shape[0]
-    core = parts.get(name.replace("w2", "t2")) if name.endswith("w2") else None
+    core = parts.get(core_name)
     if core is not None:
         _require_matrices(parts, f"{name}_a", f"{name}_b")
         a, b = a.mT, _tucker_side(core, b)
@@ -176,11 +183,11 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
     return (a, b), rank
 
 
-_KINDS: dict[str, Callable[[Parts, float | None, int], StoredModule]] = {
-    "hada_": _loha,
-    "lokr_": _lokr,
-    "up": _lora,
-    "down": _lora,
+_KINDS: dict[str, tuple[Callable[[Parts, float | None, int], StoredModule], tuple[str, ...]]] = {
+    "hada_": (_loha, ("hada_",)),
+    "lokr_": (_lokr, ("lokr_",)),
+    "up": (_lora, ("up", "down", "mid", "bias")),
+    "down": (_lora, ("up", "down", "mid", "bias")),
 }
 
 

@@ -76,10 +76,14 @@ class Name:
     @property
     def key(self) -> tuple[str, str]:
         """What two ids of the same module have in common: component and flat name."""
-        name = flat(self.current)
-        if self.component != DENOISER:
-            name = name.removeprefix("text_model_")
-        return self.component, name
+        return self.component, flat(self.bare)
+
+    @property
+    def bare(self) -> str:
+        """The current path without what some versions of transformers put before CLIP's."""
+        if self.component == DENOISER:
+            return self.current
+        return self.current.removeprefix("text_model_" if self.flat else "text_model.")
 
 
 _XLABS = ("double_blocks.", "single_blocks.")
@@ -102,7 +106,8 @@ def parse(module: str) -> Name:
         if module.startswith(prefix):
             path = module.removeprefix(prefix)
             return Name(prefix, _encoder(component, path), path, flat=False)
-    return Name("", DENOISER, module, flat=False)
+    component = CLIP_L if module.startswith("text_model.") else DENOISER
+    return Name("", T5 if module.startswith("encoder.block.") else component, module, flat=False)
 
 
 def _encoder(component: str, path: str) -> str:

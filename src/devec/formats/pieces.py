@@ -48,13 +48,16 @@ class Module:
         return [unit * part.size for part in self.parts]
 
 
-def cut(index: int, adapter: Adapter, family: Family | None) -> list[Module]:
+def cut(
+    index: int, adapter: Adapter, family: Family | None, component: str | None = None
+) -> list[Module]:
     """The modules of an adapter with their parts.
 
     Args:
         index: Which of the adapters it is.
         adapter: The adapter.
         family: The tables of the base model's family.
+        component: Which model's they are, where their names do not say it.
 
     Returns:
         A row per module.
@@ -62,6 +65,8 @@ def cut(index: int, adapter: Adapter, family: Family | None) -> list[Module]:
     result = []
     for module, delta in adapter.modules.items():
         name = parse(module)
+        if component is not None:
+            name = dataclasses.replace(name, component=component)
         parts = parts_of(name, delta.shape, family)
         result.append(Module(index, module, name, parts, delta.shape))
     return result
@@ -129,6 +134,7 @@ class Tables:
         self.family = family
         self.naming = naming
         self.dotted: dict[Key, str] = {}
+        self.flat = {key for module in modules if module.name.flat for key in module.keys}
         self.rows: dict[Key, int] = {}
         self.columns: dict[Key, int] = {}
         for module in modules:
@@ -164,8 +170,13 @@ class Tables:
         """The name of a module that no table has, and why it cannot be used, if it cannot."""
         _, part = key
         elsewhere = table is not None and bool(table.module(part, "diffusers"))
-        if self.naming.flat:
+        if self.naming.flat and (key in self.flat or not (table is None or elsewhere)):
             return flat(part), ""
+        if self.naming.flat and table is None:
+            return flat(part), (
+                f"the base model of module {part!r} is not known, so neither is what kohya's "
+                "trainers call it; name the base model (--base MODEL, e.g. FLUX.1-dev)"
+            )
         if key in self.dotted and not (self.naming.scheme != "diffusers" and elsewhere):
             return self.dotted[key], ""
         if table is None and part in dotted_names():

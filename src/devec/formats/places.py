@@ -31,6 +31,11 @@ def require_places(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, 
         )
 
 
+def spread(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel, where one of a single point is none: that is a linear layer."""
+    return kernel if any(size != 1 for size in kernel) else ()
+
+
 def usual_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The most frequent type; float32 if there is none."""
     counts = Counter(dtypes).most_common(1)

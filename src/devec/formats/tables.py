@@ -325,8 +325,14 @@ def sdxl() -> Family:
 
 @cache
 def sd() -> Family:
-    """Stable Diffusion 1 and 2, which kohya's trainers name like diffusers."""
+    """Stable Diffusion 1, which kohya's trainers name like diffusers."""
     return family("sd", _unet(), native_files=False)
+
+
+@cache
+def sd2() -> Family:
+    """Stable Diffusion 2: the names of the first, linear layers for its 1 × 1 convolutions."""
+    return family("sd2", _unet(), native_files=False)
 
 
 @cache
@@ -354,6 +360,7 @@ TABLES: dict[str, Callable[[], Family]] = {
     "qwen-image": qwen_image,
     "sdxl": sdxl,
     "sd": sd,
+    "sd2": sd2,
 }
 
 
