@@ -144,8 +144,10 @@ def decompose(
     layout = merged_layout(adapters)  # refuses adapters that do not compose
     level: Threshold = "auto" if threshold == "auto" else float(threshold)
     question = Question(tuple(a.name for a in adapters), level, method, target or "")
-    shared: dict[str, dict[str, Delta]] = {}
-    unique: dict[str, dict[str, Delta]] = {}
+    # an adapter without a module may still hold whole tensors
+    split = [] if scope == "pairwise" else [target] if target else [a.name for a in adapters]
+    shared: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
+    unique: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
     common: dict[str, Delta] = {}
     splits: list[ModuleSplit] = []
     for module in dict.fromkeys(m for a in adapters for m in a.modules):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -47,7 +48,9 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
     described = [a.layout.describe() for a in adapters if a.layout is not None]
     # as Hugging Face, kohya's trainers and Stability's ModelSpec say it
     for field in ("base_model", "base_version", "architecture"):
-        bases = list(dict.fromkeys(str(d[field]) for d in described if d.get(field)))
+        named = [str(d[field]) for d in described if d.get(field)]
+        # trainers spell one base model differently
+        bases = list({re.sub(r"[^a-z0-9]", "", name.lower()): name for name in named}.values())
         if len(bases) > 1:
             warnings.warn(
                 f"the adapters name different base models ({listed(bases)}); the result means "
@@ -57,7 +60,7 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
             )
             break
     if not any(a.modules.keys() & b.modules.keys() for a, b in combinations(adapters, 2)):
-        some = "; ".join(f"{a.label} has {listed(list(a.modules), 2)}" for a in adapters)
+        some = "; ".join(f"{a.label} has {listed(list(a.modules), 2) or 'none'}" for a in adapters)
         warnings.warn(
             f"the adapters have no module in common, so they may not belong together: {some}",
             DevecWarning,

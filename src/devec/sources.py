@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from devec.errors import FormatError, IncompatibleError, OutputError, listed
@@ -56,8 +57,8 @@ def locate(
     match = _REPOSITORY.fullmatch(str(path))
     if not match or match["repo"].endswith(_FILE_ENDINGS):
         raise FormatError(
-            f"no such file or directory: {str(path)!r}; a repository on the Hugging Face Hub would "
-            "be 'user/name'"
+            f"no such file or directory: {str(path)!r}; "
+            + (_similar(path) or "a repository on the Hugging Face Hub would be 'user/name'")
         )
     inside = PurePosixPath(*filter(None, (match["file"], subfolder, weight_name)))
     if inside.suffix in _FILE_ENDINGS:
@@ -65,6 +66,18 @@ def locate(
     else:
         subfolder, weight_name = str(inside), None
     return _download(match["repo"], subfolder, weight_name, revision or match["revision"], token)
+
+
+def _similar(path: str | Path) -> str:
+    """A question about a file with a similar name, empty if there is none."""
+    path = Path(path)
+    try:
+        names = {file.name: file for file in path.parent.iterdir()}
+    except (OSError, ValueError):
+        return ""
+    stems = {file.stem: file for file in names.values() if file.suffix in _FILE_ENDINGS}
+    found = get_close_matches(path.name, [*stems, *names], 1, 0.75)
+    return f"did you mean {str({**stems, **names}[found[0]])!r}?" if found else ""
 
 
 def exists(path: str | Path) -> bool:

@@ -46,4 +46,4 @@ def convert(
     result = rewrite(adapter, format, component=component)
     require_new([result.output_path(out)], overwrite=overwrite)
     path = save(result, out, storage, overwrite=overwrite)
-    typer.echo(f"Written: {path}, {len(adapter.modules)} modules read, norm {result.norm():.4g}")
+    typer.echo(f"Written: {path}, norm {result.norm():.4g}")

@@ -112,9 +112,14 @@ def decompose(
     print_parts(parts)
     written = sorted(str(path) for path in [*outputs, *report])
     typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
-    for path in zero:
-        fate = "an older one was removed" if path in obsolete else "left as it was"
-        typer.echo(f"Zero, not written: {path}" + (f"; {fate}" if path in there else ""))
+    left = [path for path in there if path not in obsolete]
+    for what, paths in {
+        "Zero, not written": [path for path in zero if path not in there],
+        "Zero, not written; an older one was removed": obsolete,
+        "Zero, not written; left as it was": left,
+    }.items():
+        if paths:
+            typer.echo(f"{what}: {', '.join(map(str, paths))}")
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -189,9 +194,18 @@ def print_parts(parts: Decomposition) -> None:
             f"{best.threshold:.3f}",
         )
     show("Shared subspaces, by type of module", table)
+    _print_partial(parts)
     _print_carried(parts)
     if parts.nothing_shared:
         typer.echo(_nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
+
+
+def _print_partial(parts: Decomposition) -> None:
+    """Say how many modules were not compared, since not all adapters have them."""
+    modules = {module for adapter in parts.unique.values() for module in adapter.modules}
+    partial = len(modules - {split.module for split in parts.splits})
+    if partial:
+        typer.echo(f"{partial} modules are not in all adapters; all of those is unique.")
 
 
 def _energy(splits: Sequence[ModuleSplit]) -> float:

@@ -128,7 +128,7 @@ def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
 def _base(report: dict[str, Any]) -> str:
     """What is known of the base model: its family, and what is on record."""
     said = [report.get(key) for key in ("family", "base_model", "base_version", "architecture")]
-    return ", ".join(str(value) for value in said if value) or "not on record"
+    return ", ".join(dict.fromkeys(str(value) for value in said if value)) or "not on record"
 
 
 def _spread(ordered: list[str]) -> str:

@@ -109,6 +109,10 @@ class AlignedLayout:
         """Whether another layout was aligned together with this one."""
         return isinstance(other, AlignedLayout) and other.targets is self.targets
 
+    def same_spelling(self, naming: Naming) -> bool:  # noqa: ARG002
+        """Whether files are written in a naming as they are: pieces never are."""
+        return False
+
     def kernel(self, module: str) -> tuple[int, ...]:
         """The kernel of a piece."""
         return self.kernels.get(module, ())
@@ -172,9 +176,9 @@ class AlignedLayout:
         lost = sorted(key for key in adapter.carried if not self.carried.get(key))
         if lost:
             raise UnsupportedError(
-                f"{adapter.label} holds tensors that are not deltas and have no place in the "
-                f"convention of the output: {listed(lost)}; write kohya (--format kohya), or take "
-                "them out first"
+                "the adapter holds tensors that are not deltas and have no place in the "
+                f"convention of the output: {listed(lost)}; write kohya (--format kohya), or leave "
+                "them out (devec combine SOURCE --weights 1 --carried-from none)"
             )
         carried = {self.carried[key]: tensor for key, tensor in adapter.carried.items()}
         written = dataclasses.replace(adapter, modules=modules, carried=carried)

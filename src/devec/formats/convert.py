@@ -47,7 +47,7 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
         names = [name or "the denoiser" for name in sorted(components)]
         raise IncompatibleError(
             f"a PEFT directory holds the adapter of one model, and this one is of {listed(names)}; "
-            "choose one of them (--component, component=)"
+            "take one of them out first (devec convert --component, devec.convert(component=))"
         )
     naming = Naming(dict.fromkeys(components, ""), flat=False, scheme="diffusers", one_model=True)
     return naming, peft_layout.plain_layout
@@ -108,7 +108,10 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
     if declared is not None:
         components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
-    (result,) = realigned([adapter], naming, build, declared)
+    if layout.describe()["format"] == format and layout.same_spelling(naming):
+        result = adapter  # as it is, alphas included
+    else:
+        (result,) = realigned([adapter], naming, build, declared)
     record = provenance("convert", [adapter], format=format, component=component)
     return dataclasses.replace(result, provenance=record, source="", sha256="")
 

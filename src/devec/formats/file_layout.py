@@ -141,6 +141,10 @@ class FileLayout:
         """Whether the same module has the same name under another layout."""
         return isinstance(other, FileLayout) and self.naming.agrees(other.naming)
 
+    def same_spelling(self, naming: Naming) -> bool:
+        """Whether files are written in a naming as they are."""
+        return self.naming.agrees(naming)
+
     def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Adapters named alike, to be written in this convention.
 

@@ -31,7 +31,7 @@ from devec.formats.conventions import (
 )
 from devec.formats.file_layout import SUFFIX, FileLayout
 from devec.formats.file_slot import FileSlot
-from devec.formats.keys import ModuleKeys, sort_keys
+from devec.formats.keys import FileKeys, ModuleKeys, sort_keys
 from devec.formats.modules import StoredModule, read_module
 from devec.formats.names import DENOISER, parse
 from devec.formats.peft_config import CONFIG_NAME, rank_and_scaling
@@ -73,7 +73,7 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
         configured = _configured(header.adapter_config(strings), keys.modules)
         modules = _modules(keys.modules, tensors, configured, options.max_rank)
-        layout = _layout(modules, keys.modules, file, by_metadata=bool(configured))
+        layout = _layout(modules, keys, file, by_metadata=bool(configured))
         provenance = header.read_record(strings)
     _warn_of_unknown(path, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
@@ -152,7 +152,7 @@ def _configured(
 
 def _layout(
     modules: Mapping[str, StoredModule],
-    keys: Mapping[str, ModuleKeys],
+    keys: FileKeys,
     file: TensorFile,
     *,
     by_metadata: bool,
@@ -160,18 +160,19 @@ def _layout(
     """The layout of a file whose modules were read."""
     shapes = {module: found.delta.shape for module, found in modules.items()}
     family, table = family_of(shapes, header.base_hint(file.metadata))
-    naming = naming_of(modules, table)
+    ids = list(modules) or [key.rpartition(".")[0] for key in keys.carried]
+    naming = naming_of(ids, table)
     _require_distinct(modules)
-    downs = {k.parts["down"].removeprefix(k.id) for k in keys.values() if "down" in k.parts}
-    convention = describe(map(parse, modules), min(downs, default=""))
+    downs = {k.parts["down"].removeprefix(k.id) for k in keys.modules.values() if "down" in k.parts}
+    convention = describe(map(parse, ids), min(downs, default=""))
     # diffusers drops what is not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
-    slots = [_slot(keys[module], found, file, family) for module, found in modules.items()]
+    slots = [_slot(keys.modules[module], found, file, family) for module, found in modules.items()]
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
         naming=naming,
-        suffixes=_suffixes(keys.values(), naming, one_style=one_style),
+        suffixes=_suffixes(keys.modules.values(), naming, one_style=one_style),
         family=family,
         slots=tuple(map(_todays, slots) if one_style else slots),
         metadata=dict(file.metadata),

@@ -71,7 +71,7 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
     if "magnitude" in parts:
         raise UnsupportedError(
             "this is a DoRA (it has a dora_scale or magnitude): its change depends on the base "
-            "weights, which are not read yet"
+            "weights, which are not read yet; extract a plain LoRA from the merged model instead"
         )
     for part, tensor in parts.items():
         if part not in ("alpha", "scale") and 0 in tensor.shape:

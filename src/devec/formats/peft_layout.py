@@ -64,6 +64,10 @@ class PeftLayout:
         """Whether the same module has the same name under another layout."""
         return isinstance(other, PeftLayout)
 
+    def same_spelling(self, naming: Naming) -> bool:
+        """Whether directories are written in a naming as they are."""
+        return naming.one_model
+
     def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Adapters named alike, to be written as PEFT directories.
 

@@ -202,8 +202,9 @@ class Tables:
             prefix = self.naming.prefix(key[0], self.family)
             if prefix is None:
                 unnamed = (
-                    f"the output holds the adapter of one model, but {name!r} is of another "
-                    f"({key[0] or 'the denoiser'}). Write another format (--format)"
+                    "PEFT's files, the format of the first adapter, hold that of one model, "
+                    f"but {name!r} is of another ({key[0] or 'the denoiser'}). Write another "
+                    "format (--format kohya or diffusers), or name one of another format first"
                 )
             module = (prefix or "") + name
             if module in result:

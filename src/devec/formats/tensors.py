@@ -40,6 +40,16 @@ _LONGEST_KEY = 1000
 _LARGEST_VALUE = 1e15
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
+# What goes by the name of a safetensors file after a download that failed.
+_MAGIC = {
+    b"<!doctyp": "a web page",
+    b"<html": "a web page",
+    b"\x89png": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"pk\x03\x04": "a ZIP archive or a pickle",
+    b"version ": "a pointer of Git LFS",
+}
+
 _SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -127,6 +137,11 @@ def _check_header(path: Path) -> None:
     """Refuse headers of excessive size and those that name a tensor twice."""
     with path.open("rb") as file:
         start = file.read(8)
+        for magic, what in _MAGIC.items():
+            if start.lower().startswith(magic):
+                raise FormatError(f"this is {what}, not a safetensors file")
+        if not start:
+            raise FormatError("the file is empty")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length > _LARGEST_HEADER:
             raise FormatError(
@@ -163,8 +178,10 @@ def _read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
             # from memory, so that no length that the file claims is allocated
             held = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make the unpickler raise whatever they spell
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"not a readable pickle of tensors ({reason})") from error
+        raise FormatError(
+            "not a readable pickle of tensors: it is broken, or holds something else, which was "
+            "not run"
+        ) from error
     held = held.get("state_dict", held) if isinstance(held, dict) else held
     if not isinstance(held, dict):
         raise FormatError(f"expected a pickled dictionary of tensors, got {type(held).__name__}")
