@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +80,6 @@ def decompose(
     otherwise. Parts that are zero are not written.
     """
     from devec import decompose as split
-    from devec.formats.record import made_by_devec
     from devec.output import write_all
 
     storage = storage_dtype(dtype)
@@ -105,21 +104,34 @@ def decompose(
     held = {name: in_format(part, format) for name, part in parts.outputs(compact=compact).items()}
     outputs = {part.output_path(out / name): part.writer(storage) for name, part in held.items()}
     report = {json: json_writer(_report(parts, list(held)))} if json else {}
-    zero = [path for path in planned if path not in outputs]
-    obsolete = [path for path in zero if made_by_devec(path)]
-    there = [path for path in zero if path.exists()]
-    write_all({**outputs, **report}, overwrite=overwrite, obsolete=obsolete)
+    fates = _fates([path for path in planned if path not in outputs])
+    write_all({**outputs, **report}, overwrite=overwrite, obsolete=fates[_REMOVED])
     print_parts(parts)
-    written = sorted(str(path) for path in [*outputs, *report])
-    typer.echo(f"Written: {', '.join(written)}" if written else "Nothing was written.")
-    left = [path for path in there if path not in obsolete]
-    for what, paths in {
+    _tell({"Written": sorted([*outputs, *report]), **fates})
+
+
+_REMOVED = "Zero, not written; an older one was removed"
+
+
+def _fates(zero: Sequence[Path]) -> dict[str, list[Path]]:
+    """What becomes of outputs that are zero, and of what is where they would be."""
+    from devec.formats.record import made_by_devec
+
+    there = [path for path in zero if path.exists()]
+    return {
         "Zero, not written": [path for path in zero if path not in there],
-        "Zero, not written; an older one was removed": obsolete,
-        "Zero, not written; left as it was": left,
-    }.items():
+        _REMOVED: [path for path in there if made_by_devec(path)],
+        "Zero, not written; left as it was": [path for path in there if not made_by_devec(path)],
+    }
+
+
+def _tell(fates: Mapping[str, Sequence[Path]]) -> None:
+    """Say what became of all outputs."""
+    if not fates["Written"]:
+        typer.echo("Nothing was written.")
+    for fate, paths in fates.items():
         if paths:
-            typer.echo(f"{what}: {', '.join(map(str, paths))}")
+            typer.echo(f"{fate}: {', '.join(map(str, paths))}")
 
 
 def parse_threshold(text: str) -> Threshold:
