@@ -101,7 +101,7 @@ def test_what_the_first_convention_cannot_name_is_refused_when_written(tmp_path,
 @pytest.mark.parametrize(
     ("a", "b", "said"),
     [
-        ("peft", "kohya_sd15", "adapter of one model.*clip_l.*--format"),
+        ("peft", "kohya_sd15", "of one model.*clip_l.*--format"),
         ("xlabs_flux", "kohya_flux", "no name in the convention of the output.*--format"),
     ],
 )

@@ -202,7 +202,7 @@ class Tables:
             prefix = self.naming.prefix(key[0], self.family)
             if prefix is None:
                 unnamed = (
-                    "PEFT's files, the format of the first adapter, hold that of one model, "
+                    "PEFT's format, that of the first adapter, is for adapters of one model, "
                     f"but {name!r} is of another ({key[0] or 'the denoiser'}). Write another "
                     "format (--format kohya or diffusers), or name one of another format first"
                 )
