@@ -250,3 +250,16 @@ def test_kohya_to_kohya_changes_nothing(tmp_path):
     written = load_file(convert(a, "kohya").save_pretrained(tmp_path / "b"))
     read = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(written[key], tensor) for key, tensor in read.items())
+
+
+def test_naming_the_base_model_says_whose_names_are_used(tmp_path):
+    """Ends alone have names in several families; the base model tells them apart."""
+    a = save(tmp_path / "a.safetensors", kohya("lora_unet_t_embedder_mlp_0", 8, 8),
+             kohya("lora_unet_x_embedder", 8, 8))  # fmt: skip
+    named = dataclasses.replace(a, layout=a.layout.rebased("Tongyi-MAI/Z-Image-Turbo"))
+    b = save(tmp_path / "b.safetensors", pair("transformer.all_x_embedder.2-1", 8, 8))
+    total = combine([named, b], [1, 1])
+    truth = dense_truth(total.save_pretrained(tmp_path / "c", dtype=torch.float32))
+    ours = dense_truth(tmp_path / "a.safetensors")["lora_unet_x_embedder"]
+    theirs = dense_truth(tmp_path / "b.safetensors")["transformer.all_x_embedder.2-1"]
+    assert np.allclose(truth["lora_unet_x_embedder"], ours + theirs, rtol=0, atol=1e-5)

@@ -173,7 +173,7 @@ class AlignedLayout:
                 raise IncompatibleError(target.unnamed)
             if whole is not None:
                 modules[module] = whole
-        lost = sorted(key for key in adapter.carried if not self.carried.get(key))
+        lost = sorted(adapter.carried.keys() - self.carried.keys())
         if lost:
             raise UnsupportedError(
                 "the adapter holds tensors that are not deltas and have no place in the "
@@ -289,11 +289,11 @@ def _kernels(
 def _carried_names(adapter: Adapter, tables: Tables) -> dict[str, str]:
     """Carried key → key in the output, for those that its readers would know."""
     layout = _named(adapter)
-    was_aligned = isinstance(layout, AlignedLayout)
-    before = layout.inner.naming if isinstance(layout, AlignedLayout) else layout.naming
+    before, known = layout.naming, {key: key for key in adapter.carried}
+    if isinstance(layout, AlignedLayout):
+        before, known = layout.inner.naming, dict(layout.carried)
     if tables.naming.agrees(before) and tables.naming.one_model == before.one_model:
-        known = layout.carried if isinstance(layout, AlignedLayout) else {}
-        return {key: known.get(key, "" if was_aligned else key) for key in adapter.carried}
+        return known
     result: dict[str, str] = {}
     for key in adapter.carried if tables.naming.has_whole_tensors else ():
         module, _, end = key.rpartition(".")

@@ -26,6 +26,7 @@ from devec.formats.conventions import (
     Naming,
     Suffixes,
     family_of,
+    naming_of,
 )
 from devec.formats.file_slot import FileSlot, exact_alpha, one_alpha
 from devec.formats.names import parse
@@ -116,8 +117,9 @@ class FileLayout:
         """
         metadata = {**self.metadata, "base_model_name_or_path": base}
         shapes = {slot.id: slot.shape for slot in self.slots}
-        family, _ = family_of(shapes, header.base_hint(metadata))
-        return dataclasses.replace(self, metadata=metadata, family=family)
+        family, table = family_of(shapes, header.base_hint(metadata))
+        naming = naming_of(shapes, table)  # whose names these are shows by the family's tables
+        return dataclasses.replace(self, metadata=metadata, family=family, naming=naming)
 
     def describe(self) -> dict[str, Any]:
         """What there is to say of the file, as JSON values."""

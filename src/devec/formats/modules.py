@@ -76,8 +76,8 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
     for part, tensor in parts.items():
         if part not in ("alpha", "scale") and 0 in tensor.shape:
             raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
-    for prefix, (read, own) in _KINDS.items():
-        if any(part.startswith(prefix) for part in parts):
+    for own, read in _KINDS.items():
+        if any(part.startswith(own) for part in parts):
             strange = [p for p in parts if not p.startswith((*own, "alpha", "scale"))]
             if strange:
                 raise FormatError(
@@ -164,9 +164,9 @@ def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
 
 def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
     """One operand of the Kronecker product, and its rank if it is a product itself."""
-    core_name = name.replace("w2", "t2") if name.endswith("w2") else f"no core of {name}"
+    core = parts.get("lokr_t2") if name == "lokr_w2" else None
     if name in parts:
-        if any(part in parts for part in (f"{name}_a", f"{name}_b", core_name)):
+        if core is not None or f"{name}_a" in parts or f"{name}_b" in parts:
             raise FormatError(f"there are both {name} and factors of it")
         if parts[name].ndim < 2:
             raise FormatError(f"{name} {tuple(parts[name].shape)} should be a matrix")
@@ -174,7 +174,6 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
     a, b = _required(parts, f"{name}_a", f"{name}_b")
     _require_matrices(parts, f"{name}_b")
     rank = b.shape[0]
-    core = parts.get(core_name)
     if core is not None:
         _require_matrices(parts, f"{name}_a", f"{name}_b")
         a, b = a.mT, _tucker_side(core, b)
@@ -183,11 +182,11 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
     return (a, b), rank
 
 
-_KINDS: dict[str, tuple[Callable[[Parts, float | None, int], StoredModule], tuple[str, ...]]] = {
-    "hada_": (_loha, ("hada_",)),
-    "lokr_": (_lokr, ("lokr_",)),
-    "up": (_lora, ("up", "down", "mid", "bias")),
-    "down": (_lora, ("up", "down", "mid", "bias")),
+# How the parts of a kind begin → what reads them.
+_KINDS: dict[tuple[str, ...], Callable[[Parts, float | None, int], StoredModule]] = {
+    ("hada_",): _loha,
+    ("lokr_",): _lokr,
+    ("up", "down", "mid", "bias"): _lora,
 }
 
 

@@ -272,8 +272,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: Key → tensor on the CPU.
         metadata: The header's strings.
     """
-    # wide types first, so that every tensor is aligned
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    order = _in_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for key in order:
@@ -296,9 +295,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Digest of the data that `write_tensors` writes after the header."""
     digest = hashlib.sha256()
-    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+    for key in _in_order(tensors):
         digest.update(_bytes(tensors[key]))
     return digest.hexdigest()
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys in the order of the data: wide types first, so that every tensor is aligned."""
+    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
