@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from devec._version import __version__
 
 if TYPE_CHECKING:
-    from devec.adapter import Adapter, cosine, distance, inner
+    from devec.adapter import Adapter
+    from devec.algebra import cosine, distance, inner
     from devec.combine import combine
     from devec.compress import Compression, compress
     from devec.decompose import Decomposition, decompose
@@ -41,10 +42,10 @@ _HOME = {
     "combine": "combine",
     "compress": "compress",
     "convert": "formats.convert",
-    "cosine": "adapter",
+    "cosine": "algebra",
     "decompose": "decompose",
-    "distance": "adapter",
-    "inner": "adapter",
+    "distance": "algebra",
+    "inner": "algebra",
     "overlap": "overlap",
     "save_adapters": "pool",
 }

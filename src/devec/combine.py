@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from devec.adapter import Adapter, linear_combination, on_common_modules
+from devec.adapter import Adapter
+from devec.algebra import linear_combination, on_common_modules
 from devec.errors import IncompatibleError
 from devec.pool import warn_of_strangers
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from devec.adapter import Adapter, provenance
+from devec.adapter import Adapter
+from devec.algebra import provenance
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.linalg import rank_for_energy

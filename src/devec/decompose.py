@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.adapter import Adapter, merged_layout, on_common_modules, provenance
+from devec.adapter import Adapter
+from devec.algebra import merged_layout, on_common_modules, provenance
 from devec.compress import truncate
 from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed, located

@@ -9,7 +9,8 @@ from itertools import combinations
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.adapter import Adapter, cosine, on_common_modules
+from devec.adapter import Adapter
+from devec.algebra import cosine, on_common_modules
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.linalg import column_space

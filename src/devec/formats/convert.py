@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from devec.adapter import Adapter, provenance
+from devec.adapter import Adapter
+from devec.algebra import provenance
 from devec.errors import IncompatibleError, listed
 from devec.formats import file_layout, peft_layout
 from devec.formats.align import Build, realigned

@@ -30,7 +30,7 @@ from devec.formats.conventions import (
 )
 from devec.formats.file_slot import FileSlot, exact_alpha, one_alpha
 from devec.formats.names import parse
-from devec.formats.peft_config import alternation, rank_pattern
+from devec.formats.peft_written import alternation, rank_pattern
 from devec.formats.places import Places, require_places, spread, usual_dtype
 from devec.formats.tensors import data_sha256, write_tensors
 from devec.layout import Layout

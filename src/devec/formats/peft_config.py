@@ -1,4 +1,4 @@
-"""What an ``adapter_config.json`` of PEFT means, and what it must say about what we write.
+"""What an ``adapter_config.json`` of PEFT means.
 
 Follows PEFT's own reading: the first pattern of ``rank_pattern`` that matches a module's name
 decides its rank, in the order of the file.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ _REFUSED_FIELDS = {
 }
 
 # State of training methods that leaves no trace in the forward pass once training is over.
-_TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
+TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
 TRAINING_ONLY_TENSORS = (".lora_velora_embed", ".lora_monteclora_sampler")
 
 # All fields of PEFT 0.21.2. A later one may change what an adapter does.
@@ -142,71 +141,6 @@ def read_config(directory: Path) -> Config:
             stacklevel=4,
         )
     return config
-
-
-def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
-    """A configuration for modules that another format named.
-
-    Args:
-        modules: Their names in the base model.
-        rank: The rank of all of them.
-        alpha: The alpha of all of them.
-        base: The base model, if it is known.
-
-    Returns:
-        The configuration.
-    """
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "target_modules": alternation(modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def alternation(names: Sequence[str], optional: str = "") -> str:
-    """A pattern that matches these names and no other; a list would match endings, too.
-
-    Args:
-        names: The names.
-        optional: What the names may begin with or not.
-
-    Returns:
-        The pattern.
-    """
-    return f"(?:{'|'.join(_escaped(name, optional) for name in names)})"
-
-
-def _escaped(name: str, optional: str) -> str:
-    """A name as a pattern, with a beginning that need not be there."""
-    if optional and name.startswith(optional):
-        return f"(?:{re.escape(optional)})?{re.escape(name.removeprefix(optional))}"
-    return re.escape(name)
-
-
-def rank_pattern(ranks: Mapping[str, int], optional: str = "") -> tuple[int, dict[str, int]]:
-    """The most frequent rank, and patterns for modules of others.
-
-    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
-    every pattern against every module.
-
-    Args:
-        ranks: Name (of a module or parameter) in the base model → rank.
-        optional: What the names may begin with or not.
-
-    Returns:
-        The rank, and ``rank_pattern``.
-    """
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = sorted({rank for rank in ranks.values() if rank != common})
-    named = {rank: [name for name, r in ranks.items() if r == rank] for rank in others}
-    return common, {f"^{alternation(named[rank], optional)}": rank for rank in others}
 
 
 def _require_types(config: Config, path: Path) -> None:
@@ -339,90 +273,6 @@ def experts_input_side(config: Config) -> str:
     """
     numbers = re.findall(r"\d+", str(config.get("peft_version") or "0"))
     return "second" if [int(n) for n in numbers[:2]] >= [0, 19] else "first"
-
-
-def plain(config: Config, *, carried: bool) -> Config:
-    """A configuration without what no longer holds for a result.
-
-    Args:
-        config: The input's configuration.
-        carried: Whether the result keeps the input's whole trained tensors.
-
-    Returns:
-        The configuration with a plain initialisation, since loading must not run any other, and
-        without the fields of training methods.
-    """
-    changes: Config = {field: None for field in _TRAINING_ONLY_FIELDS if config.get(field)}
-    if config.get("init_lora_weights", True) is not True:
-        changes["init_lora_weights"] = True
-    if not carried:
-        for field in ("modules_to_save", "trainable_token_indices", "bias"):
-            if config.get(field, CARRIED_FIELDS[field]) != CARRIED_FIELDS[field]:
-                changes[field] = CARRIED_FIELDS[field]
-    return {**config, **changes}
-
-
-def with_ranks(
-    config: Config,
-    ranks: Mapping[str, int],
-    modules: Sequence[str],
-    left_out: Sequence[str],
-    *,
-    listed: bool,
-) -> Config:
-    """A configuration for modules of these ranks, with alpha = r, so that the scaling is 1.
-
-    Args:
-        config: The input's configuration.
-        ranks: Name (of a module or parameter) in the base model → rank.
-        modules: Names of the modules to target by name, which excludes those of parameters.
-        left_out: Names of the modules that the input had and the result has not.
-        listed: Whether all inputs named their modules by lists, and by nothing else.
-
-    Returns:
-        The configuration.
-    """
-    common, pattern = rank_pattern(ranks)
-    changes: Config = {
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "use_rslora": False,
-        "target_modules": _exact_targets(config, modules, left_out, listed=listed),
-    }
-    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        if config.get(field) is not None:
-            changes[field] = None
-    return {**config, **changes}
-
-
-def is_plain_list(config: Config) -> bool:
-    """Whether a configuration names its modules by a list, and by nothing else."""
-    narrowed = any(config.get(field) for field in ("exclude_modules", "layers_to_transform"))
-    return isinstance(config.get("target_modules"), list) and not narrowed
-
-
-def _exact_targets(
-    config: Config, modules: Sequence[str], left_out: Sequence[str], *, listed: bool
-) -> list[str] | str | None:
-    """``target_modules`` that names these modules and no other.
-
-    A list matches names and endings of names. That is exact where the inputs' own lists were, since
-    whatever ends like one of their modules was a module of theirs, and no module left out ends like
-    one that stays. Otherwise an alternation, which is matched as a whole.
-
-    Returns:
-        The value of the field.
-    """
-    if not modules:
-        wanted: list[str] | str | None = config.get("target_modules")
-        return [] if left_out or isinstance(wanted, list) else wanted
-    endings = {f".{name}" for name in modules}
-    ambiguous = any(name.endswith(end) for name in left_out for end in endings)
-    if listed and not ambiguous:
-        return list(modules)
-    return alternation(modules)
 
 
 def require_same(field: str, values: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed, located
-from devec.formats import card, peft_config
+from devec.formats import card, peft_config, peft_written
 from devec.formats.align import aligned
 from devec.formats.conventions import Naming, family_of, naming_of
 from devec.formats.peft_config import CONFIG_NAME, Config
@@ -226,7 +226,7 @@ class PeftLayout:
         shapes = {name: slot.shape for slot in self.slots for name in slot.modules}
         require_places(shapes, adapter.modules)
         held = {slot: slot.held(adapter.modules) for slot in self.slots}
-        config = peft_config.plain(self.config, carried=bool(adapter.carried))
+        config = peft_written.plain(self.config, carried=bool(adapter.carried))
         with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
         without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
         if with_bias and without:
@@ -241,12 +241,12 @@ class PeftLayout:
             held = {slot: padded(deltas) for slot, deltas in held.items() if deltas}
             if not held:
                 raise OutputError("the adapter changes no module; there is nothing to write")
-            config = peft_config.with_ranks(
+            config = peft_written.with_ranks(
                 config,
                 {name: d[0].rank for s, d in held.items() for name in s.parameters or (s.name,)},
                 [slot.name for slot in held if not slot.parameters],
                 left_out,
-                listed=all(map(peft_config.is_plain_list, self.merged_from or (self.config,))),
+                listed=all(map(peft_written.is_plain_list, self.merged_from or (self.config,))),
             )
         tensors: dict[str, Tensor] = {}
         for slot, deltas in held.items():
@@ -315,7 +315,7 @@ def plain_layout(
     ranks = {(delta.rank, delta.scaling) for delta in adapter.modules.values()}
     rank, scaling = next(iter(ranks)) if len(ranks) == 1 else (0, 1.0)
     uniform = config is None and rank > 0 and (rank * scaling) / rank == scaling
-    new = peft_config.new_config(
+    new = peft_written.new_config(
         list(places), rank if uniform else 1, rank * scaling if uniform else 1,
         layout.describe().get("base_model"),
     )  # fmt: skip

@@ -1,0 +1,226 @@
+"""What is done with several adapters: sums, inner products, distances, on common modules.
+
+An adapter is a vector; here is the algebra of such vectors, module by module and in factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from devec.errors import IncompatibleError, listed, located
+from devec.layout import Layout
+
+if TYPE_CHECKING:
+    from devec.adapter import Adapter
+    from devec.delta import Delta
+
+
+def inner(a: Adapter, b: Adapter) -> float:
+    """Frobenius inner product of two adapters, over the modules that both have.
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        Σ ⟨ΔW_a, ΔW_b⟩, exact to rounding.
+
+    Raises:
+        IncompatibleError: If a module has different shapes in the two.
+    """
+    a, b = on_common_modules([a, b])
+    return math.fsum(
+        delta.inner(b.modules[module]) for module, delta in a.modules.items() if module in b.modules
+    )
+
+
+def cosine(a: Adapter, b: Adapter) -> float:
+    """Cosine of the angle between two adapters as vectors, ⟨a, b⟩/(‖a‖·‖b‖).
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        The cosine in [-1, 1]; nan if either adapter is zero.
+    """
+    scale = a.norm() * b.norm()
+    return inner(a, b) / scale if scale else math.nan
+
+
+def distance(a: Adapter, b: Adapter) -> float:
+    """Frobenius distance ‖a - b‖ of two adapters' effects, however each is factored.
+
+    Computed from the factors of the difference, not from ‖a‖² - 2⟨a, b⟩ + ‖b‖², so that nearly
+    equal adapters keep their accuracy.
+
+    Args:
+        a: An adapter.
+        b: An adapter of the same base model.
+
+    Returns:
+        The distance; 0 to rounding if and only if the two change every module alike.
+
+    Raises:
+        IncompatibleError: If a module has different shapes in the two.
+    """
+    a, b = on_common_modules([a, b])
+    norms = [delta.norm() for m, delta in b.modules.items() if m not in a.modules]
+    for module, delta in a.modules.items():
+        other = b.modules.get(module)
+        norms.append(delta.norm() if other is None else (delta - other).norm())
+    return math.hypot(*norms)
+
+
+def linear_combination(
+    adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None = None
+) -> Adapter:
+    """Σ w_i · adapter_i, exact: ranks add where several adapters change a module.
+
+    Args:
+        adapters: Adapters of one base model, at least one.
+        weights: One finite weight for each.
+        carried_from: Name of the adapter whose carried tensors the result keeps, or ``"none"`` to
+            leave all of them out. None refuses if there are any, since full tensors do not add.
+
+    Returns:
+        The combination, named and stored like the first adapter.
+
+    Raises:
+        IncompatibleError: If the adapters do not fit together or carry tensors.
+    """
+    adapters = on_common_modules(adapters)
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise IncompatibleError(f"weights must be finite numbers, got {weight}")
+    terms: dict[str, Delta] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module, delta in adapter.modules.items():
+            term = delta if weight == 1 else weight * delta
+            terms[module] = terms[module] + term if module in terms else term
+    carrier = _carrier(adapters, weights, carried_from)
+    layout = merged_layout(adapters)
+    if layout is not None and carrier is not None and carrier.layout is not None:
+        layout = layout.carrying(carrier.layout)
+    return dataclasses.replace(
+        adapters[0],
+        modules=terms,
+        layout=layout,
+        carried={} if carrier is None else carrier.carried,
+        provenance=provenance(
+            "combine", adapters, weights=list(weights), carried_from=carried_from
+        ),
+        source="",
+        sha256="",
+    )
+
+
+def on_common_modules(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """Adapters of one base model whose modules have the same names in all of them.
+
+    Args:
+        adapters: The adapters. Those of different file formats are cut into common pieces.
+
+    Returns:
+        The adapters, changed only where their formats name or store modules differently.
+
+    Raises:
+        IncompatibleError: If the modules they have in common differ in shape; the message names
+            the modules and the adapters.
+    """
+    layouts = [adapter.layout for adapter in adapters]
+    if len(adapters) > 1 and layouts[0] is not None and None not in layouts:
+        with located(" and ".join(a.label for a in adapters)):
+            adapters = layouts[0].aligned(adapters)
+    first_with: dict[str, Adapter] = {}
+    for adapter in adapters:
+        clashes = []
+        for module, delta in adapter.modules.items():
+            known = first_with.setdefault(module, adapter)
+            if known.modules[module].shape != delta.shape:
+                clashes.append((module, known))
+        if clashes:
+            module, known = clashes[0]
+            raise IncompatibleError(
+                f"{adapter.label} and {known.label} are adapters of different base models: "
+                f"{len(clashes)} modules differ in shape ({listed([m for m, _ in clashes])}); "
+                f"e.g. {module!r} is {adapter.modules[module].shape} in {adapter.name!r} and "
+                f"{known.modules[module].shape} in {known.name!r} (out, in)"
+            )
+    return adapters
+
+
+def merged_layout(adapters: Sequence[Adapter]) -> Layout | None:
+    """The layout of a result made of several adapters; None if any was made in memory."""
+    layouts = [a.layout for a in adapters if a.layout is not None]
+    if len(layouts) < len(adapters):
+        return None
+    with located(" and ".join(a.label for a in adapters)):
+        return layouts[0].merged(layouts[1:])
+
+
+def provenance(operation: str, inputs: Sequence[Adapter], **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The record of an operation that output files keep.
+
+    Args:
+        operation: Name of the operation.
+        inputs: The adapters it was applied to.
+        **parameters: Its parameters, as JSON values.
+
+    Returns:
+        A JSON-serialisable record with the inputs' names, digests and own records.
+    """
+    return {
+        "operation": operation,
+        "parameters": parameters,
+        "inputs": [
+            {"name": a.name, "sha256": a.sha256}
+            if a.provenance is None or a.sha256
+            else {"name": a.name, "made_by": a.provenance}
+            for a in inputs
+        ],
+    }
+
+
+def _carrier(
+    adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None
+) -> Adapter | None:
+    """The adapter whose carried tensors a combination keeps: the one named, or where that is exact.
+
+    A whole tensor T stands for the change T - T0. With one carrier, at weight 1, the combination
+    holds that change once, and so holds T.
+
+    Returns:
+        The adapter, or None where no tensors are kept.
+
+    Raises:
+        IncompatibleError: If the combination of tensors would not be one of them.
+    """
+    if carried_from is not None and carried_from != "none":
+        for adapter in adapters:
+            if adapter.name == carried_from:
+                return adapter
+        names = listed([a.name for a in adapters])
+        raise IncompatibleError(f"no adapter is named {carried_from!r}; there are {names}")
+    carriers = [(a, w) for a, w in zip(adapters, weights, strict=True) if a.carried]
+    if not carriers or carried_from == "none":
+        return None
+    adapter, weight = carriers[0]
+    if len(carriers) == 1 and weight == 1:
+        return adapter
+    raise IncompatibleError(
+        f"{adapter.label} holds whole trained tensors ({listed(sorted(adapter.carried))}) which "
+        "are not deltas and cannot be added or scaled; name the one adapter whose tensors the "
+        "result shall keep (carried_from=NAME, --carried-from NAME), or 'none'"
+    )
+
+
+def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are identical."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
