@@ -74,3 +74,12 @@ def deflate(target, others, threshold):
         Z = chain_basis([rest, W], threshold)
         rest = rest - Z @ Z.T @ rest
     return target - rest, rest
+
+
+def dora_truth(W, B, A, scaling, m, axis, group=1):
+    """ΔW of a DoRA, dense: V = W0 + s·B·A brought to norms m, minus W0."""
+    V = W + scaling * B @ A
+    if axis == "out":
+        return (m / np.linalg.norm(V, axis=1))[:, None] * V - W
+    norms = np.sqrt((V**2).sum(0).reshape(-1, group).sum(1))
+    return V * np.repeat(m / norms, group) - W

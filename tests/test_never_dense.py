@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devec import (
     Adapter,
     Delta,
+    as_lora,
     combine,
     compress,
     cosine,
@@ -16,6 +17,9 @@ from devec import (
     overlap,
     save_adapters,
 )
+from devec.dora import as_magnitudes
+from devec.gain import Magnitude
+from devec.weights import HeldWeight
 
 OUT, IN = 97, 83
 
@@ -27,16 +31,23 @@ class DenseTensorFormedError(AssertionError):
 class Watch(TorchDispatchMode):
     """Fails on any operation whose result could hold a dense delta."""
 
-    def __init__(self, dense):
+    def __init__(self, dense, base=None):
         super().__init__()
-        self.dense = dense
+        self.dense, self.base = dense, base
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.dense:
+            large = isinstance(tensor, torch.Tensor) and tensor.numel() >= self.dense
+            if large and not self.is_base(tensor):
                 raise DenseTensorFormedError(f"{func} gave {tuple(tensor.shape)}")
         return result
+
+    def is_base(self, tensor):
+        """Whether a tensor is the base weight itself, or a view of it."""
+        return self.base is not None and (
+            tensor.untyped_storage().data_ptr() == self.base.untyped_storage().data_ptr()
+        )
 
 
 def pool(k, bias=False):
@@ -78,6 +89,44 @@ def test_no_dense_delta_is_formed(name):
         OPERATIONS[name]()
 
 
+def doras(k, axis="out"):
+    """A pool of DoRAs, and the base weight they share."""
+    W = torch.randn(2 * OUT, IN)  # more rows than are ever formed at once
+    adapters = []
+    for i in range(k):
+        B = torch.cat([torch.eye(2 * OUT, 2), torch.randn(2 * OUT, 2)], dim=1)
+        m = torch.rand(2 * OUT if axis == "out" else IN) + W.norm(dim=1 if axis == "out" else 0)
+        gain = Magnitude(m, axis, HeldWeight(W))
+        delta = Delta(B, torch.randn(4, IN), 0.1, gain=gain)
+        adapters.append(Adapter("abcde"[i], {"q": delta}))
+    return adapters, W
+
+
+DORA_OPERATIONS = {
+    "decompose": lambda pool: decompose(pool, threshold=0.3).outputs(),
+    "iterative": lambda pool: decompose(pool, scope="iterative", target="b", threshold=0.3),
+    "compact": lambda pool: decompose(pool[:2], threshold=0.3).outputs(compact=True),
+    "combine": lambda pool: combine(pool, [1, -0.4, 2.0]).norm(),
+    "compress": lambda pool: compress(pool[0], rank=2),
+    "overlap": overlap,
+    "measures": lambda pool: (cosine(*pool[:2]), distance(*pool[:2]), pool[0] == pool[1]),
+    "as_lora": lambda pool: as_lora(pool[0] - pool[1], rank=5),
+    "written": lambda pool: as_magnitudes(
+        (pool[0] - 0.3 * pool[1]).modules["q"],
+        pool[0].modules["q"].gain.axis,
+        pool[0].modules["q"].gain.base,
+    ),
+}
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("name", DORA_OPERATIONS)
+def test_of_a_dora_only_the_base_weight_is_dense(name, axis):
+    adapters, W = doras(3, axis)
+    with Watch(2 * OUT * IN, W):
+        DORA_OPERATIONS[name](adapters)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_dense_delta_is_formed_from_files_to_files(tmp_path, kind):
@@ -92,3 +141,6 @@ def test_the_watch_sees_a_dense_product():
     B, A = torch.randn(OUT, 3), torch.randn(3, IN)
     with pytest.raises(DenseTensorFormedError), Watch(OUT * IN):
         B @ A
+    W = torch.randn(OUT, IN)
+    with pytest.raises(DenseTensorFormedError), Watch(OUT * IN, W):
+        W * 2

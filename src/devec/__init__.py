@@ -1,4 +1,4 @@
-"""devec: adapter algebra for LoRA, on the low-rank factors.
+"""devec: adapter algebra for LoRA and DoRA, on the low-rank factors.
 
     import devec
 
@@ -22,6 +22,7 @@ from devec._version import __version__
 if TYPE_CHECKING:
     from devec.adapter import Adapter
     from devec.algebra import cosine, distance, inner
+    from devec.as_lora import as_lora
     from devec.combine import combine
     from devec.compress import Compression, compress
     from devec.decompose import Decomposition, decompose
@@ -39,6 +40,7 @@ _HOME = {
     "DevecError": "errors",
     "DevecWarning": "errors",
     "Overlap": "overlap",
+    "as_lora": "as_lora",
     "combine": "combine",
     "compress": "compress",
     "convert": "formats.convert",
@@ -59,6 +61,7 @@ __all__ = [
     "DevecWarning",
     "Overlap",
     "__version__",
+    "as_lora",
     "combine",
     "compress",
     "convert",

@@ -65,8 +65,9 @@ class Adapter:
         token: str | bool | None = None,
         max_rank: int = MAX_RANK,
         allow_pickle: bool = False,
+        base: object | None = None,
     ) -> Adapter:
-        """Read an adapter: LoRA, LoHa or LoKr, in any format that devec knows.
+        """Read an adapter: LoRA, DoRA, LoHa or LoKr, in any format that devec knows.
 
         Args:
             path: A file, a directory that holds one (of PEFT, or with one ``.safetensors`` file),
@@ -81,6 +82,9 @@ class Adapter:
             max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to. What has a
                 larger one is truncated at the least error, and a warning states the error.
             allow_pickle: Whether pickled state dicts may be read; of these, tensors only.
+            base: The base model, which a DoRA cannot be computed with without: a directory, file or
+                sharded index of its weights, the id of a repository in the Hub's local cache, or a
+                model in memory. Its weights are read one at a time, when they are needed.
 
         Returns:
             The adapter, its tensors as stored.
@@ -95,7 +99,7 @@ class Adapter:
         if max_rank < 1:
             raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
         for read in READERS:
-            adapter = read(found, name, ReadOptions(max_rank, allow_pickle))
+            adapter = read(found, name, ReadOptions(max_rank, allow_pickle, base))
             if adapter is not None:
                 return adapter
         raise FormatError(
@@ -257,7 +261,11 @@ class Adapter:
 
     def norm(self) -> float:
         """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
-        return math.hypot(*(delta.norm() for delta in self.modules.values()))
+        norms = []
+        for module, delta in self.modules.items():
+            with located(f"module {module!r} of {self.label}"):
+                norms.append(delta.norm())
+        return math.hypot(*norms)
 
 
 def _hub_name(path: str | Path) -> str:

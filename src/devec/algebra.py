@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from devec.delta import Delta
 from devec.errors import IncompatibleError, listed, located
+from devec.joint import resolved_together, weighted_sum
 from devec.layout import Layout
 
 if TYPE_CHECKING:
     from devec.adapter import Adapter
-    from devec.delta import Delta
 
 
 def inner(a: Adapter, b: Adapter) -> float:
@@ -35,9 +36,12 @@ def inner(a: Adapter, b: Adapter) -> float:
         IncompatibleError: If a module has different shapes in the two.
     """
     a, b = on_common_modules([a, b])
-    return math.fsum(
-        delta.inner(b.modules[module]) for module, delta in a.modules.items() if module in b.modules
-    )
+    products = []
+    for module in a.modules.keys() & b.modules.keys():
+        with located(f"module {module!r}"):
+            held = resolved_together({"a": a.modules[module], "b": b.modules[module]})
+            products.append(held["a"].inner(held["b"]))
+    return math.fsum(products)
 
 
 def cosine(a: Adapter, b: Adapter) -> float:
@@ -71,10 +75,11 @@ def distance(a: Adapter, b: Adapter) -> float:
         IncompatibleError: If a module has different shapes in the two.
     """
     a, b = on_common_modules([a, b])
-    norms = [delta.norm() for m, delta in b.modules.items() if m not in a.modules]
-    for module, delta in a.modules.items():
-        other = b.modules.get(module)
-        norms.append(delta.norm() if other is None else (delta - other).norm())
+    norms = []
+    for module in dict.fromkeys((*a.modules, *b.modules)):
+        held = [x.modules[module] for x in (a, b) if module in x.modules]
+        with located(f"module {module!r}"):
+            norms.append(weighted_sum(held, (1.0, -1.0)[: len(held)]).norm())
     return math.hypot(*norms)
 
 
@@ -99,18 +104,22 @@ def linear_combination(
     for weight in weights:
         if not math.isfinite(weight):
             raise IncompatibleError(f"weights must be finite numbers, got {weight}")
-    terms: dict[str, Delta] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        for module, delta in adapter.modules.items():
-            term = delta if weight == 1 else weight * delta
-            terms[module] = terms[module] + term if module in terms else term
+    sums: dict[str, Delta] = {}
+    for module in dict.fromkeys(m for adapter in adapters for m in adapter.modules):
+        terms = [
+            (adapter.modules[module], weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if module in adapter.modules
+        ]
+        with located(f"module {module!r}"):
+            sums[module] = weighted_sum(*zip(*terms, strict=True))
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
     if layout is not None and carrier is not None and carrier.layout is not None:
         layout = layout.carrying(carrier.layout)
     return dataclasses.replace(
         adapters[0],
-        modules=terms,
+        modules=sums,
         layout=layout,
         carried={} if carrier is None else carrier.carried,
         provenance=provenance(

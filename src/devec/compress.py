@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from devec.adapter import Adapter
 from devec.algebra import provenance
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
+from devec.gain import Gain
+from devec.joint import resolved_together
 from devec.linalg import rank_for_energy
 
 
@@ -39,18 +42,18 @@ def compress(
     Args:
         adapter: The adapter; carried tensors and bias changes are kept whole.
         rank: Largest rank of any module, at least 1. Modules of less rank keep theirs.
-        energy: Fraction of the squared Frobenius norm that every module keeps, in (0, 1], by the
-            smallest rank that does. Exactly one of `rank` and `energy` is given.
+        energy: Fraction of the squared Frobenius norm of ΔW that the error of every module leaves,
+            in (0, 1], by the smallest rank that does. Exactly one of `rank` and `energy` is given.
 
     Returns:
         The compressed adapter and the relative errors: √(Σ of the squared singular values cut
-        off)/‖ΔW‖, the least that any adapter of these ranks can have. Modules of rank 0 are left
-        out.
+        off)/‖ΔW‖, the least that any adapter of these ranks can have, of DoRAs the least that any
+        with the same gains can have. Modules of rank 0 are left out.
 
     Raises:
         IncompatibleError: If the arguments are out of range.
 
-    Cost: O((out + in)·r²) a module.
+    Cost: O((out + in)·r²) a module; of a DoRA O(out·in·r), its base weight is read.
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
@@ -64,8 +67,8 @@ def compress(
     # A module of less rank than asked for keeps its own: rounding is not worth a column.
     kept = 1.0 if energy is None else energy
 
-    def choose(_: str, S: Tensor) -> int:
-        own = rank_for_energy(S, kept)
+    def choose(_: str, S: Tensor, norm: float) -> int:
+        own = rank_for_energy(S, kept, norm)
         return own if rank is None else min(rank, own)
 
     result = truncate(adapter, choose)
@@ -77,32 +80,71 @@ def compress(
     )
 
 
-def truncate(adapter: Adapter, choose: Callable[[str, Tensor], int]) -> Compression:
-    """Cut every module at the rank chosen from its name and singular values.
+def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
+    """Cut every module at the rank chosen from its name, singular values and norm.
 
     Args:
         adapter: The adapter.
-        choose: From module name and singular values (descending) to the rank to keep.
+        choose: From module name, singular values of the low-rank part (descending) and ‖ΔW‖ to the
+            rank to keep.
 
     Returns:
         The truncated adapter, factors balanced (U·√S, √S·Vᵀ) and scaling 1, and its errors.
-        Modules of rank 0 without a bias change are left out.
+        Modules of rank 0 without gains or a bias change are left out.
     """
-    modules: dict[str, Delta] = {}
-    lost: dict[str, float] = {}
-    norms: dict[str, float] = {}
+    cut: dict[str, Cut] = {}
     for module, delta in adapter.modules.items():
         with located(f"module {module!r} of {adapter.label}"):
-            U, S, Vh = delta.svd()
-            rank = choose(module, S)
-            root = S[:rank].sqrt()
-            bias = None if delta.bias is None else delta.folded().bias
-            if rank or bias is not None:
-                B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank])
-                modules[module] = Delta(B=B, A=A.to(delta.dtype), bias=bias)
-            norms[module], lost[module] = float(S.norm()), float(S[rank:].norm())
+            cut[module] = truncated(delta, lambda S, norm: choose(module, S, norm))  # noqa: B023
+    return of_cuts(adapter, cut)
+
+
+class Cut(NamedTuple):
+    """What became of a module.
+
+    Attributes:
+        delta: What is left of it; None if nothing is.
+        lost: ‖ΔW - ΔW'‖_F.
+        norm: ‖ΔW‖_F.
+    """
+
+    delta: Delta | None
+    lost: float
+    norm: float
+
+
+def of_cuts(adapter: Adapter, cuts: Mapping[str, Cut]) -> Compression:
+    """The compression that consists of the cuts of all modules."""
+    lost, norms = ([getattr(cut, name) for cut in cuts.values()] for name in ("lost", "norm"))
+    modules = {m: cut.delta for m, cut in cuts.items() if cut.delta is not None}
     return Compression(
         adapter=dataclasses.replace(adapter, modules=modules, source="", sha256=""),
-        errors={m: lost[m] / norms[m] if norms[m] else 0.0 for m in norms},
-        error=math.hypot(*lost.values()) / (math.hypot(*norms.values()) or 1.0),
+        errors={m: cut.lost / cut.norm if cut.norm else 0.0 for m, cut in cuts.items()},
+        error=math.hypot(*lost) / (math.hypot(*norms) or 1.0),
     )
+
+
+def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
+    """A delta at a lower rank; of a DoRA the gains are kept and the low-rank part is cut.
+
+    Args:
+        original: The delta.
+        choose: From the singular values of the low-rank part (descending) and ‖ΔW‖ to the rank.
+
+    Returns:
+        The delta, factors balanced and scaling 1; none if nothing is left of it.
+    """
+    delta = resolved_together({"": original})[""]
+    U, S, Vh = delta.svd()
+    norm = float(S.norm()) if delta.gain is None else delta.norm()
+    rank = choose(S, norm)
+    lost = float(S[rank:].norm())
+    bias = None if delta.bias is None else delta.folded().bias
+    if not (rank or bias is not None or isinstance(delta.gain, Gain)):
+        return Cut(None, lost, norm)
+    root = S[:rank].sqrt()
+    B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank]).to(delta.dtype)
+    gain = None
+    if isinstance(delta.gain, Gain) and original.gain is not None:
+        gain = dataclasses.replace(delta.gain.beside(B, A), base=original.gain.base)
+    return Cut(Delta(B, A, bias=bias, gain=gain), lost, norm)

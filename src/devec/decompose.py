@@ -38,6 +38,7 @@ class Decomposition:
             which nothing is shared are left out.
         splits: What was found, a row per module and group.
         record: Inputs, operation and parameters, as the outputs keep them.
+        norms: Adapter name → module → ‖ΔW‖_F of the original, of the adapters that were split.
     """
 
     unique: Mapping[str, Adapter]
@@ -45,6 +46,7 @@ class Decomposition:
     common: Adapter | None
     splits: Sequence[ModuleSplit]
     record: Mapping[str, Any]
+    norms: Mapping[str, Mapping[str, float]]
 
     def __repr__(self) -> str:
         shared = sum(split.shared_rank for split in self.splits)
@@ -78,19 +80,25 @@ class Decomposition:
         """
         parts = {f"{name}-unique": adapter for name, adapter in self.unique.items()}
         parts |= {f"{name}-shared": adapter for name, adapter in self.shared.items()}
-        scales = {key: _original_norms(self, key.rpartition("-")[0]) for key in parts}
+        scales = {key: self._scale(key.rpartition("-")[0]) for key in parts}
         held = {
             key: dataclasses.replace(adapter, name=key)
             for key, adapter in parts.items()
-            if adapter.carried or adapter.norm() > _EMPTY_RTOL * math.hypot(*scales[key].values())
+            if adapter.carried or _exceeds(adapter, _EMPTY_RTOL * math.hypot(*scales[key].values()))
         }
         if compact:
             held = {key: _compacted(adapter, scales[key]) for key, adapter in held.items()}
-        if self.common is not None and self.common.norm() > _EMPTY_RTOL * math.hypot(
-            *(norm for split in self.splits for norm in split.norms)
-        ):
+        norms = (norm for split in self.splits for norm in split.norms)
+        if self.common is not None and _exceeds(self.common, _EMPTY_RTOL * math.hypot(*norms)):
             held["common"] = self.common
         return held
+
+    def _scale(self, name: str) -> Mapping[str, float]:
+        """Module → ‖ΔW‖ of what a part was made of."""
+        if name in self.norms:
+            return self.norms[name]
+        pair = [s for s in self.splits if "+".join(s.group) == name]
+        return {split.module: math.hypot(*split.norms) for split in pair}
 
 
 def decompose(
@@ -108,7 +116,8 @@ def decompose(
     In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``, where the columns
     of Z are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. Only B
     (and a bias change) differs between an adapter and its parts: they keep its rank, alpha and
-    layout.
+    layout. Of a DoRA the low-rank part decides what is shared, and all of ΔW is split: the shared
+    part is a plain LoRA, the unique part a DoRA, whose rank grows by that of the shared part.
     A module that an adapter of the pool lacks has nothing common to all: all of it is unique.
 
     Args:
@@ -133,7 +142,8 @@ def decompose(
     Raises:
         IncompatibleError: If the adapters do not fit together or an argument is out of range.
 
-    Cost: O(Σ_i (out + in)·r_i²) per module; linear in the number of adapters for ``"chain"``.
+    Cost: O(Σ_i (out + in)·r_i²) per module; linear in the number of adapters for ``"chain"``. With
+    DoRAs O(out·in·Σ_i r_i) and one base weight at a time.
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """
@@ -150,6 +160,7 @@ def decompose(
     shared: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
     unique: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
     common: dict[str, Delta] = {}
+    norms: dict[str, dict[str, float]] = {}
     splits: list[ModuleSplit] = []
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
@@ -157,12 +168,14 @@ def decompose(
         with located(f"module {module!r}"):
             pool = ModulePool(module, {n: d.to(device or home) for n, d in deltas.items()})
             parts = SCOPES[scope](question, pool)
-        for name, delta in parts.shared.items():
-            shared.setdefault(name, {})[module] = delta.to(home)
-        for name, delta in parts.unique.items():
-            unique.setdefault(name, {})[module] = delta.to(home)
+            parts = parts.map(lambda delta: pool.released(delta).to(home))  # noqa: B023
+        for found, result in ((parts.shared, shared), (parts.unique, unique)):
+            for name, delta in found.items():
+                result.setdefault(name, {})[module] = delta
+        for name, norm in parts.norms.items():
+            norms.setdefault(name, {})[module] = norm
         if parts.common is not None:
-            common[module] = parts.common.to(home)
+            common[module] = parts.common
         splits += parts.splits
         if progress is not None:
             progress(module)
@@ -180,6 +193,7 @@ def decompose(
         common=_common_part(adapters, layout, common, record) if scope == "all" else None,
         splits=splits,
         record=record,
+        norms=norms,
     )
 
 
@@ -259,16 +273,19 @@ def _common_part(
     )
 
 
-def _original_norms(parts: Decomposition, name: str) -> dict[str, float]:
-    """Module → ‖ΔW‖ of the original: shared and unique parts are orthogonal."""
-    of_name = [held[name] for held in (parts.unique, parts.shared) if name in held]
-    modules = dict.fromkeys(m for adapter in of_name for m in adapter.modules)
-    return {
-        m: math.hypot(*(a.modules[m].norm() for a in of_name if m in a.modules)) for m in modules
-    }
+def _exceeds(adapter: Adapter, level: float) -> bool:
+    """Whether an adapter's norm is above a level; looks no further than it must."""
+    squares = 0.0
+    for delta in adapter.modules.values():
+        squares += delta.norm() ** 2
+        if squares > level**2:
+            return True
+    return False
 
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     """Every module at its true rank: what is cut is rounding beside the original module."""
-    cut = truncate(adapter, lambda module, S: int((S > _EMPTY_RTOL * scales[module]).sum())).adapter
+    cut = truncate(
+        adapter, lambda module, S, _: int((S > _EMPTY_RTOL * scales[module]).sum())
+    ).adapter
     return cut if cut.modules else adapter  # kept for its carried tensors alone

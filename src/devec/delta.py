@@ -12,23 +12,42 @@ from torch import Tensor
 
 from devec import linalg
 from devec.errors import IncompatibleError
-from devec.linalg import ProductSVD, working_dtype
+from devec.gain import (
+    AXES,
+    Axis,
+    AxisGain,
+    Gain,
+    Magnitude,
+    gain_of,
+    inner_across,
+    oriented,
+    overlap_of,
+    require_same_base,
+    row_dots,
+)
+from devec.linalg import ProductSVD, basis_dtype, working_dtype
+from devec.weights import BaseWeight
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Delta:
-    """The change an adapter makes to one module: ``ΔW = scaling · B · A`` and ``Δb = scaling · b``.
+    """The change an adapter makes to one module, ΔW and Δb = scaling · b.
+
+        ΔW = scaling · B · A  +  diag(g) · W0  +  W0 · diag(h)
 
     W is the weight as a linear map from inputs to outputs, shape (out, in): a convolution is
     flattened to (out, in·kh·kw), a layer that stores its weight transposed is taken untransposed.
-    Deltas of one module are a vector space under ``+`` and ``*``: sums concatenate factors, so all
-    of it is exact, and ΔW itself is never formed.
+    A LoRA has g = h = 0. A DoRA with magnitudes of its outputs has g, with magnitudes of its inputs
+    h. Deltas of one module are a vector space under ``+`` and ``*``: sums concatenate factors and
+    add gains, so all of it is exact, and ΔW itself is never formed.
 
     Attributes:
         B: Output-side factor, shape (out, rank), as stored or in the working precision.
         A: Input-side factor, shape (rank, in).
         scaling: The effective scaling (alpha/r, or alpha/√r for rank-stabilised LoRA).
         bias: Change of the bias before scaling, shape (out,), or None.
+        gain: What a DoRA does to the base weight: as magnitudes where they stand for it together
+            with B, A and scaling as stored, or as the gains g and h. None for a LoRA.
 
     Raises:
         IncompatibleError: If the shapes do not fit together.
@@ -38,6 +57,7 @@ class Delta:
     A: Float[Tensor, "rank in"]
     scaling: float = 1.0
     bias: Float[Tensor, " out"] | None = None
+    gain: Gain | Magnitude | None = None
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
@@ -52,7 +72,8 @@ class Delta:
 
     def __repr__(self) -> str:
         biased = ", with bias" if self.bias is not None else ""
-        return f"Delta({self.shape[0]}×{self.shape[1]}, rank {self.rank}{biased})"
+        gained = ", with gains" if self.gain is not None else ""
+        return f"Delta({self.shape[0]}×{self.shape[1]}, rank {self.rank}{gained}{biased})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +82,7 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Number of columns of B: an upper bound of the rank of ΔW."""
+        """Number of columns of B: an upper bound of the rank of the low-rank part."""
         return self.B.shape[1]
 
     @property
@@ -72,15 +93,58 @@ class Delta:
     def to(self, device: torch.device | str) -> Delta:
         """The same delta on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return dataclasses.replace(self, B=self.B.to(device), A=self.A.to(device), bias=bias)
+        gain = None if self.gain is None else self.gain.to(device)
+        return dataclasses.replace(
+            self, B=self.B.to(device), A=self.A.to(device), bias=bias, gain=gain
+        )
+
+    def on(self, base: BaseWeight) -> Delta:
+        """The same delta with its base weight read from elsewhere; a LoRA needs none."""
+        if self.gain is None:
+            return self
+        return dataclasses.replace(self, gain=dataclasses.replace(self.gain, base=base))
 
     def folded(self) -> Delta:
         """The same delta with the scaling multiplied into B and the bias."""
-        return dataclasses.replace(self * self.scaling, scaling=1.0)
+        dtype, s = self.dtype, self.scaling
+        bias = None if self.bias is None else s * self.bias.to(dtype)
+        gain = self.gain.scaled(1.0, s) if isinstance(self.gain, Gain) else self.gain
+        return Delta(B=s * self.B.to(dtype), A=self.A, bias=bias, gain=gain)
+
+    def resolved(self) -> Delta:
+        """The same delta with gains for magnitudes, so that it can be computed with.
+
+        On the output axis W' = D·(W0 + s·B·A) with D = diag(m/‖W0 + s·B·A‖_row), so that g = D - 1
+        and the low-rank part is D·s·B·A. On the input axis the same, transposed.
+
+        Returns:
+            The delta, exact to rounding; a LoRA as it is.
+
+        Raises:
+            DevecError: If the base weight cannot be read or is not the one trained on.
+
+        Cost: O(out·in·r), one pass over the base weight.
+
+        Reference: Liu et al. 2024, arXiv 2402.09353, Eq. 5.
+        """
+        if not isinstance(self.gain, Magnitude):
+            return self
+        m, delta = self.gain, self.folded()
+        D, gain = gain_of(m.values, *oriented(delta.B, delta.A, m.base, m.axis))
+        D = D.to(self.dtype)
+        B, A = (D[:, None] * delta.B, delta.A) if m.axis == "out" else (delta.B, delta.A * D)
+        return Delta(B, A, bias=delta.bias, gain=Gain(m.base, {m.axis: gain}))
+
+    @property
+    def low_rank(self) -> Delta:
+        """The part of the delta that is a product of factors: all of a LoRA."""
+        return dataclasses.replace(self.resolved(), gain=None)
 
     def __mul__(self, weight: float) -> Delta:
-        bias = None if self.bias is None else weight * self.bias.to(self.dtype)
-        return dataclasses.replace(self, B=weight * self.B.to(self.dtype), bias=bias)
+        delta = self.resolved()
+        bias = None if delta.bias is None else weight * delta.bias.to(delta.dtype)
+        gain = delta.gain.scaled(weight, weight) if isinstance(delta.gain, Gain) else None
+        return dataclasses.replace(delta, B=weight * delta.B.to(delta.dtype), bias=bias, gain=gain)
 
     __rmul__ = __mul__
 
@@ -93,11 +157,12 @@ class Delta:
     def __add__(self, other: Delta) -> Delta:
         self._require_same_shape(other)
         dtype = torch.promote_types(self.dtype, other.dtype)
-        left, right = self.folded(), other.folded()
+        left, right = self.resolved().folded(), other.resolved().folded()
         return Delta(
             B=torch.cat([left.B.to(dtype), right.B.to(dtype)], dim=1),
             A=torch.cat([left.A.to(dtype), right.A.to(dtype)], dim=0),
             bias=_sum(left.bias, right.bias),
+            gain=_sum_of_gains(left, right),
         )
 
     def __sub__(self, other: Delta) -> Delta:
@@ -110,53 +175,106 @@ class Delta:
             other: A delta of the same module.
 
         Returns:
-            The inner product, exact to rounding; O((out + in)·r1·r2).
+            The inner product, exact to rounding; O((out + in)·r1·r2) and, for a DoRA whose gains
+            meet another adapter's factors, O(out·in·r).
 
         Raises:
-            IncompatibleError: If the weights have different shapes.
+            IncompatibleError: If the weights have different shapes or base models.
         """
         self._require_same_shape(other)
-        weights = linalg.product_inner(self.B, self.A, other.B, other.A)
-        if self.bias is not None and other.bias is not None:
-            dtype = linalg.basis_dtype(self.B.device)
-            weights += float(self.bias.to(dtype) @ other.bias.to(dtype))
-        return self.scaling * other.scaling * weights
+        left, right = self.resolved(), other.resolved()
+        low = linalg.product_inner(left.B, left.A, right.B, right.A)
+        total = left.scaling * (right.scaling * low + _bias_inner(left, right))
+        return total + _gain_inner(left, right)
 
     def norm(self) -> float:
-        """Frobenius norm of (ΔW, Δb), accurate also where factors cancel; O((out + in)·r²)."""
-        norm = linalg.product_norm(self.B, self.A)
-        if self.bias is not None:
-            norm = math.hypot(norm, float(self.bias.to(linalg.basis_dtype(self.B.device)).norm()))
-        return abs(self.scaling) * norm
+        """Frobenius norm of (ΔW, Δb); O((out + in)·r²).
+
+        Returns:
+            The norm. Of a LoRA it is accurate also where factors cancel; the terms of a DoRA are
+            summed, so that its error is rounding of `factor_norm`.
+        """
+        delta = self.resolved()
+        norm = abs(delta.scaling) * linalg.product_norm(delta.B, delta.A)
+        if delta.bias is not None:
+            bias = float(delta.bias.to(basis_dtype(delta.B.device)).norm())
+            norm = math.hypot(norm, abs(delta.scaling) * bias)
+        if delta.gain is None:
+            return norm
+        return math.sqrt(max(0.0, norm * norm + delta.gain_energy()))
+
+    def gain_energy(self) -> float:
+        """‖ΔW‖² - ‖s·B·A‖² of a resolved delta: what its gains add; O(out·r)."""
+        return _gain_inner(self, self)
 
     def factor_norm(self) -> float:
-        """|s|·‖B‖_F·‖A‖_F, to which rounding in products of the factors is relative."""
-        return abs(self.scaling) * float(self.B.float().norm() * self.A.float().norm())
+        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
+        delta = self.resolved()
+        norm = abs(delta.scaling) * float(delta.B.float().norm() * delta.A.float().norm())
+        axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
+        return norm + sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
 
     def projected(self, Z: Float[Tensor, "out k"]) -> Delta:
         """The part of this delta in the span of Z: ``Z·Zᵀ·ΔW`` (Eq. 12), bias alike.
 
-        Only B and the bias change, so rank, scaling and A stay what they are.
+        Of a LoRA only B and the bias change, so rank, scaling and A stay what they are. Of a DoRA
+        the part is a LoRA with the factors Z and Zᵀ·ΔW, of rank k.
 
         Args:
             Z: Orthonormal columns, shape (out, k).
 
         Returns:
-            The projection, B in the working precision; O(out·k·r).
+            The projection, B in the working precision; O(out·k·r), of a DoRA O(out·in·k).
         """
-        Z = Z.to(self.dtype)
-        bias = None if self.bias is None else Z @ (Z.mT @ self.bias.to(self.dtype))
-        return dataclasses.replace(self, B=Z @ (Z.mT @ self.B.to(self.dtype)), bias=bias)
+        delta = self.resolved()
+        Z = Z.to(delta.dtype)
+        bias = None if delta.bias is None else Z @ (Z.mT @ delta.bias.to(delta.dtype))
+        if not isinstance(delta.gain, Gain):
+            B = Z @ (Z.mT @ delta.B.to(delta.dtype))
+            return dataclasses.replace(delta, B=B, bias=bias)
+        bias = None if bias is None else delta.scaling * bias
+        return Delta(Z, delta.coordinates(Z), bias=bias)
+
+    def coordinates(self, Z: Float[Tensor, "out k"]) -> Float[Tensor, "k in"]:
+        """``Zᵀ·ΔW``: one thin product with each term of the delta.
+
+        Args:
+            Z: Columns, shape (out, k).
+
+        Returns:
+            The product in the working precision; O((out + in)·k·r), of a DoRA O(out·in·k).
+        """
+        delta = self.resolved()
+        Z = Z.to(delta.dtype)
+        C = (delta.scaling * (Z.mT @ delta.B.to(delta.dtype))) @ delta.A.to(delta.dtype)
+        if isinstance(delta.gain, Gain):
+            W = delta.gain.base.read(delta.dtype, Z.device)
+            if "out" in delta.gain.axes:
+                C.addmm_((delta.gain.axes["out"].values.to(Z)[:, None] * Z).mT, W)
+            if "in" in delta.gain.axes:
+                C += (Z.mT @ W) * delta.gain.axes["in"].values.to(Z)
+        return C
 
     def without(self, part: Delta) -> Delta:
-        """``ΔW - part`` for a part with the same A and scaling: subtracts B, keeps the rank."""
+        """``ΔW - part`` for a projection of this delta.
+
+        Args:
+            part: The projection.
+
+        Returns:
+            The rest. Of a LoRA, whose part has the same A and scaling, B is subtracted, and the
+            rank is kept; of a DoRA ranks add.
+        """
+        if self.gain is not None:
+            return self - part
         bias = _sum(self.bias, None if part.bias is None else -part.bias)
         return dataclasses.replace(self, B=self.B.to(part.dtype) - part.B, bias=bias)
 
     def svd(self) -> ProductSVD:
-        """Singular value decomposition of ΔW, scaling included, in the basis precision."""
-        U, S, Vh = linalg.product_svd(self.B, self.A)
-        return ProductSVD(U if self.scaling >= 0 else -U, abs(self.scaling) * S, Vh)
+        """Singular value decomposition of s·B·A, in the basis precision: of ΔW without gains."""
+        delta = self.resolved()
+        U, S, Vh = linalg.product_svd(delta.B, delta.A)
+        return ProductSVD(U if delta.scaling >= 0 else -U, abs(delta.scaling) * S, Vh)
 
     def _require_same_shape(self, other: Delta) -> None:
         if self.shape != other.shape:
@@ -180,6 +298,62 @@ def require_device(device: torch.device | str) -> None:
         raise IncompatibleError(
             f"device {str(device)!r} cannot be used ({reason}); leave it out to compute on the CPU"
         ) from error
+
+
+def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:
+    """The gains of a sum of resolved deltas, their overlaps side by side as the factors are."""
+    known = [d.gain for d in (left, right) if isinstance(d.gain, Gain)]
+    if not known:
+        return None
+    require_same_base(known[0], known[-1])
+    base = known[0].base
+    axes: dict[Axis, AxisGain] = {}
+    for axis in AXES:
+        gains = [gain.axes[axis] for gain in known if axis in gain.axes]
+        if gains:
+            overlap = torch.cat([_overlap(delta, axis, base) for delta in (left, right)], dim=1)
+            values = gains[0].values if len(gains) == 1 else gains[0].values + gains[1].values
+            axes[axis] = AxisGain(values, overlap, gains[0].squares)
+    return Gain(base, axes)
+
+
+def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:
+    """W0·Aᵀ of a resolved delta, or on the input axis W0ᵀ·B; as it is known, or from W0."""
+    if isinstance(delta.gain, Gain) and axis in delta.gain.axes:
+        return delta.gain.axes[axis].overlap
+    _, A, weight = oriented(delta.B, delta.A, base, axis)
+    return overlap_of(A, weight)
+
+
+def _gain_inner(left: Delta, right: Delta) -> float:
+    """What gains add to the inner product of two resolved deltas."""
+    known = [d.gain for d in (left, right) if isinstance(d.gain, Gain)]
+    if not known:
+        return 0.0
+    require_same_base(known[0], known[-1])
+    base, total = known[0].base, 0.0
+    gains = [d.gain.axes if isinstance(d.gain, Gain) else {} for d in (left, right)]
+    for axis in AXES:
+        for other, held in ((right, gains[0]), (left, gains[1])):
+            if axis in held:
+                B, _, _ = oriented(other.B, other.A, base, axis)
+                dots = row_dots(B, _overlap(other, axis, base))
+                total += other.scaling * float(held[axis].values @ dots)
+        if axis in gains[0] and axis in gains[1]:
+            first, second = gains[0][axis], gains[1][axis]
+            total += float((first.values * second.values) @ first.squares)
+    for rows, columns in (gains, gains[::-1]):
+        if "out" in rows and "in" in columns:
+            total += inner_across(rows["out"], columns["in"], base)
+    return total
+
+
+def _bias_inner(left: Delta, right: Delta) -> float:
+    """⟨b1, b2⟩ times the scaling of the second."""
+    if left.bias is None or right.bias is None:
+        return 0.0
+    dtype = basis_dtype(left.B.device)
+    return right.scaling * float(left.bias.to(dtype) @ right.bias.to(dtype))
 
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:

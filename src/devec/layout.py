@@ -27,10 +27,13 @@ class ReadOptions:
         max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to; what has a larger
             one is truncated, and its error stated.
         allow_pickle: Whether pickled state dicts may be read.
+        base: The base model whose weights DoRAs need: a path, the id of a repository, or a model.
+            Nothing of it is read before a weight is needed.
     """
 
     max_rank: int = MAX_RANK
     allow_pickle: bool = False
+    base: object | None = None
 
 
 Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]

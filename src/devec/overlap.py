@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -10,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.adapter import Adapter
-from devec.algebra import cosine, on_common_modules
+from devec.algebra import on_common_modules
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
+from devec.joint import resolved_together
 from devec.linalg import column_space
 from devec.pool import require_distinct_names, warn_of_strangers
 from devec.subspace import principal_vectors, random_edge
@@ -28,6 +30,7 @@ class ModuleOverlap:
         ranks: Numerical ranks of the two deltas.
         squared_cosines: Of the principal angles between the column spaces, descending.
         edge: Where the largest squared cosine of random subspaces of these ranks sits.
+        inner: ⟨ΔW1, ΔW2⟩_F.
         cosine: ⟨ΔW1, ΔW2⟩/(‖ΔW1‖·‖ΔW2‖); nan if either is zero.
     """
 
@@ -36,6 +39,7 @@ class ModuleOverlap:
     ranks: tuple[int, int]
     squared_cosines: Float[Tensor, " k"]
     edge: float
+    inner: float
     cosine: float
 
     @property
@@ -63,6 +67,9 @@ class Overlap:
 def overlap(adapters: Sequence[Adapter]) -> Overlap:
     """Measure how much the column spaces of adapters overlap, pair by pair.
 
+    Of a DoRA the column space is that of its low-rank part, D·s·B·A; cosines are those of the whole
+    deltas.
+
     Args:
         adapters: Two or more adapters of one base model.
 
@@ -82,23 +89,38 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
         raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
     adapters = on_common_modules(adapters)
     warn_of_strangers(adapters)
-    rows = []
+    rows: list[ModuleOverlap] = []
+    norms: dict[str, list[float]] = {adapter.name: [] for adapter in adapters}
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
         with located(f"module {module!r}"):
-            rows += _module_rows(module, deltas)
-    pairs = combinations(adapters, 2)
-    return Overlap(modules=rows, cosines={(a.name, b.name): cosine(a, b) for a, b in pairs})
+            deltas = resolved_together(deltas)
+            own = {name: delta.norm() for name, delta in deltas.items()}
+            rows += _module_rows(module, deltas, own)
+        for name, norm in own.items():
+            norms[name].append(norm)
+    pairs = combinations(norms, 2)
+    return Overlap(rows, {pair: _whole_cosine(pair, rows, norms) for pair in pairs})
 
 
-def _module_rows(module: str, deltas: dict[str, Delta]) -> list[ModuleOverlap]:
+def _whole_cosine(
+    pair: tuple[str, str], rows: Sequence[ModuleOverlap], norms: Mapping[str, Sequence[float]]
+) -> float:
+    """The cosine of two adapters as vectors, from those of their modules."""
+    scale = math.hypot(*norms[pair[0]]) * math.hypot(*norms[pair[1]])
+    inner = math.fsum(row.inner for row in rows if row.pair == pair)
+    return inner / scale if scale else math.nan
+
+
+def _module_rows(
+    module: str, deltas: Mapping[str, Delta], norms: Mapping[str, float]
+) -> list[ModuleOverlap]:
     """The overlaps of all pairs in one module."""
     spaces = {name: column_space(delta.B, delta.A) for name, delta in deltas.items()}
-    norms = {name: delta.norm() for name, delta in deltas.items()}
     rows = []
     for a, b in combinations(deltas, 2):
         U, V = spaces[a].U, spaces[b].U
-        scale = norms[a] * norms[b]
+        scale, inner = norms[a] * norms[b], deltas[a].inner(deltas[b])
         rows.append(
             ModuleOverlap(
                 module=module,
@@ -106,7 +128,8 @@ def _module_rows(module: str, deltas: dict[str, Delta]) -> list[ModuleOverlap]:
                 ranks=(U.shape[1], V.shape[1]),
                 squared_cosines=principal_vectors(U, V)[1].square().cpu(),
                 edge=random_edge(len(U), U.shape[1], V.shape[1]),
-                cosine=deltas[a].inner(deltas[b]) / scale if scale else float("nan"),
+                inner=inner,
+                cosine=inner / scale if scale else math.nan,
             )
         )
     return rows

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.delta import Delta
+from devec.joint import resolved_together
 from devec.linalg import ColumnSpace, column_space, working_dtype
 from devec.subspace import (
     METHODS,
@@ -71,12 +72,31 @@ class ModuleSplit:
 
 @dataclass
 class ModuleParts:
-    """The parts of one module, by the name of the adapter or pair they belong to."""
+    """The parts of one module, by the name of the adapter or pair they belong to.
+
+    Attributes:
+        shared: Shared parts.
+        unique: Unique parts.
+        common: The common vector of the pool.
+        splits: What was found.
+        norms: ‖ΔW‖_F of the originals that were split.
+    """
 
     shared: dict[str, Delta] = field(default_factory=dict)
     unique: dict[str, Delta] = field(default_factory=dict)
     common: Delta | None = None
     splits: list[ModuleSplit] = field(default_factory=list)
+    norms: dict[str, float] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Delta], Delta]) -> ModuleParts:
+        """The same parts with every delta replaced."""
+        return ModuleParts(
+            shared={name: change(delta) for name, delta in self.shared.items()},
+            unique={name: change(delta) for name, delta in self.unique.items()},
+            common=None if self.common is None else change(self.common),
+            splits=self.splits,
+            norms=self.norms,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,24 +125,38 @@ class Question:
 class ModulePool:
     """One module of all the adapters that have it.
 
+    A base weight that DoRAs need is read once and held for as long as the pool is; `released` parts
+    no longer hold it.
+
     Args:
         module: Name of the module.
         deltas: Adapter name → delta, where it is to be computed.
     """
 
     def __init__(self, module: str, deltas: Mapping[str, Delta]) -> None:
-        """Find the column spaces of the deltas."""
+        """Find the column spaces of the deltas' low-rank parts."""
         self.module = module
-        self.deltas = deltas
+        self.as_read = deltas
+        gains = (delta.gain for delta in deltas.values() if delta.gain is not None)
+        self.base = next((gain.base for gain in gains), None)
+        self.deltas = resolved_together(deltas)
         self.spaces: dict[str, ColumnSpace] = {
             name: column_space(delta.B if delta.scaling else 0 * delta.B, delta.A)
-            for name, delta in deltas.items()
+            for name, delta in self.deltas.items()
         }
+        self.norms = {
+            name: _norm(delta, abs(delta.scaling) * float(self.spaces[name].S.norm()))
+            for name, delta in self.deltas.items()
+        }
+
+    def released(self, delta: Delta) -> Delta:
+        """A part without the base weight that is held here."""
+        return delta if self.base is None else delta.on(self.base)
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision in which all the deltas can be combined."""
-        return working_dtype(*(f for delta in self.deltas.values() for f in (delta.B, delta.A)))
+        return working_dtype(*(f for delta in self.as_read.values() for f in (delta.B, delta.A)))
 
     def shared_subspace(self, question: Question, group: Sequence[str]) -> SharedSubspace:
         """The subspace that the deltas of a group share, by the method asked for."""
@@ -135,48 +169,45 @@ class ModulePool:
             return held_by_all(found, bases, lambda n, rank: chance_level(n, rank, 1))
         return found
 
-    def split(self, name: str, Z: Float[Tensor, "out k"]) -> tuple[Delta, Delta]:
-        """Shared and unique part of one delta (Eq. 12 and 13); the original where Z is empty."""
-        delta = self.deltas[name]
-        if Z.shape[1] == 0:
-            bias = None if delta.bias is None else torch.zeros_like(delta.bias)
-            return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias), delta
-        shared = delta.projected(Z)
-        return shared, delta.without(shared)
+    def parts(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> dict[str, Delta]:
+        """The shared part of every delta of a group (Eq. 12)."""
+        return {name: self.deltas[name].projected(Z) for name in group}
 
-    def norm(self, name: str) -> float:
-        """‖ΔW‖_F, from the singular values."""
-        return abs(self.deltas[name].scaling) * float(self.spaces[name].S.norm())
+    def whole(self, name: str) -> tuple[Delta, Delta]:
+        """Zero, and the delta as it was read: the parts where nothing is shared."""
+        delta = self.as_read[name]
+        if delta.gain is not None:
+            return Delta(delta.B[:, :0], delta.A[:0]), delta
+        bias = None if delta.bias is None else torch.zeros_like(delta.bias)
+        return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias), delta
 
-    def shared_norms(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> list[float]:
-        """‖Z Zᵀ ΔW_i‖_F = |s_i|·‖(ZᵀU_i)·diag(S_i)‖_F of the adapters of a group."""
-        return [
-            abs(self.deltas[name].scaling) * float(((Z.mT @ space.U) * space.S).norm())
-            for name, space in ((name, self.spaces[name]) for name in group)
-        ]
+    def shared_norm(self, name: str, Z: Float[Tensor, "out k"], part: Delta) -> float:
+        """‖Z Zᵀ ΔW‖_F: of a LoRA |s|·‖(ZᵀU)·diag(S)‖_F, of a DoRA the norm of its part Z·C."""
+        delta, space = self.deltas[name], self.spaces[name]
+        if delta.gain is not None:
+            return float(torch.linalg.matrix_norm(part.A))
+        return abs(delta.scaling) * float(((Z.mT @ space.U) * space.S).norm())
 
     def common(
-        self, group: Sequence[str], Z: Float[Tensor, "out k"], norms: Sequence[float]
+        self, parts: Mapping[str, Delta], Z: Float[Tensor, "out k"], norms: Sequence[float]
     ) -> Delta:
         """Mean of the shared parts of a group, weighted by their norms (Eq. 14).
 
-        Z·(Σ w_i·s_i·(ZᵀB_i)·A_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖.
+        Z·(Σ w_i·Zᵀ·shared_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖.
 
         Returns:
             The common vector, of rank ρ_shared and scaling 1.
         """
-        deltas = [self.deltas[name] for name in group]
-        dtype = self.dtype
         total = math.fsum(norms) or 1.0
-        Z = Z.to(dtype)
-        A = torch.zeros(Z.shape[1], deltas[0].shape[1], dtype=dtype, device=Z.device)
+        Z = Z.to(self.dtype)
+        columns = next(iter(parts.values())).shape[1]
+        A = torch.zeros(Z.shape[1], columns, dtype=self.dtype, device=Z.device)
         bias = None
-        for delta, norm in zip(deltas, norms, strict=True):
-            weight = norm / total * delta.scaling
-            A.addmm_(Z.mT @ delta.B.to(dtype), delta.A.to(dtype), alpha=weight)
-            if delta.bias is not None:
-                part = weight * (Z @ (Z.mT @ delta.bias.to(dtype)))
-                bias = part if bias is None else bias + part
+        for part, norm in zip(parts.values(), norms, strict=True):
+            A.add_(part.coordinates(Z), alpha=norm / total)
+            if part.bias is not None:
+                weighted = norm / total * part.scaling * part.bias.to(self.dtype)
+                bias = weighted if bias is None else bias + weighted
         return Delta(B=Z, A=A, bias=bias)
 
     def row(
@@ -199,28 +230,45 @@ class ModulePool:
             spectrum=found.spectrum.cpu(),
             quantity=found.quantity,
             basis=found.basis.cpu(),
-            norms=tuple(self.norm(name) for name in group),
+            norms=tuple(self.norms[name] for name in group),
             shared_norms=tuple(shared_norms),
         )
 
-    def compare(self, question: Question, group: Sequence[str]) -> tuple[ModuleSplit, Delta | None]:
-        """What a group shares: the row of the report and the common vector, if any (Eq. 8-14)."""
+    def compare(
+        self, question: Question, group: Sequence[str]
+    ) -> tuple[ModuleSplit, dict[str, Delta], Delta | None]:
+        """What a group shares: the row of the report, the shared parts, the common vector.
+
+        Returns:
+            All three; without parts and common vector where nothing is shared (Eq. 8-14).
+        """
         found = self.shared_subspace(question, group)
-        norms = self.shared_norms(group, found.basis)
-        common = self.common(group, found.basis, norms) if found.rank else None
-        return self.row(question, group, found, norms), common
+        Z = found.basis
+        parts = self.parts(group, Z) if found.rank else {}
+        norms = [self.shared_norm(n, Z, parts[n]) if parts else 0.0 for n in group]
+        common = self.common(parts, Z, norms) if parts else None
+        return self.row(question, group, found, norms), parts, common
+
+
+def _norm(delta: Delta, low_rank: float) -> float:
+    """‖ΔW‖_F of a resolved delta from ‖s·B·A‖_F."""
+    if delta.gain is None:
+        return low_rank
+    return math.sqrt(max(0.0, low_rank**2 + delta.gain_energy()))
 
 
 def split_all(question: Question, pool: ModulePool) -> ModuleParts:
     """Scope ``all``: one shared subspace for the whole pool (Eq. 8-14)."""
     parts = ModuleParts()
-    Z = next(iter(pool.spaces.values())).U[:, :0]
+    shared: dict[str, Delta] = {}
     if len(pool.deltas) == len(question.names):
-        row, parts.common = pool.compare(question, question.names)
+        row, shared, parts.common = pool.compare(question, question.names)
         parts.splits.append(row)
-        Z = row.basis.to(Z.device, pool.dtype)
-    for name in pool.deltas:
-        parts.shared[name], parts.unique[name] = pool.split(name, Z)
+    for name, delta in pool.deltas.items():
+        part, parts.norms[name] = shared.get(name), pool.norms[name]
+        parts.shared[name], parts.unique[name] = (
+            pool.whole(name) if part is None else (part, delta.without(part))
+        )
     return parts
 
 
@@ -229,7 +277,7 @@ def split_pairs(question: Question, pool: ModulePool) -> ModuleParts:
     parts = ModuleParts()
     for pair in combinations(question.names, 2):
         if all(name in pool.deltas for name in pair):
-            row, common = pool.compare(question, pair)
+            row, _, common = pool.compare(question, pair)
             parts.splits.append(row)
             if common is not None:
                 parts.shared["+".join(pair)] = common
@@ -250,12 +298,17 @@ def split_target(question: Question, pool: ModulePool) -> ModuleParts:
     left = U.shape[1]
     for other, found in zip(others, steps, strict=True):
         group = (target, other)
-        norms = pool.shared_norms(group, found.basis)
+        held = pool.parts(group, found.basis)
+        norms = [pool.shared_norm(name, found.basis, part) for name, part in held.items()]
         ranks = (left, pool.spaces[other].U.shape[1])
         parts.splits.append(pool.row(question, group, found, norms, ranks))
         left -= found.rank
     Z = torch.cat([U[:, :0], *(found.basis for found in steps)], dim=1)
-    parts.shared[target], parts.unique[target] = pool.split(target, Z)
+    delta, parts.norms[target] = pool.deltas[target], pool.norms[target]
+    part = delta.projected(Z) if Z.shape[1] else None
+    parts.shared[target], parts.unique[target] = (
+        pool.whole(target) if part is None else (part, delta.without(part))
+    )
     return parts
 
 

@@ -1,0 +1,276 @@
+"""What a DoRA does to the base weight itself: gains, and the magnitudes they are stored as.
+
+Everything is said for rows of W0. An adapter whose magnitudes are on the input axis is the same
+thing transposed, with Aᵀ, Bᵀ and W0ᵀ for B, A and W0.
+
+Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, Eq. 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.errors import FormatError, IncompatibleError
+from devec.linalg import basis_dtype, working_dtype
+from devec.weights import BaseWeight, HeldWeight, transposed
+
+Axis = Literal["out", "in"]
+AXES: tuple[Axis, Axis] = ("out", "in")
+
+# A squared norm below this fraction of its terms has lost digits by cancellation; it is taken from
+# the row itself instead, of which so many are formed at a time.
+_CANCELLED = 0.1
+_BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Magnitude:
+    """The magnitudes of a DoRA as they are stored: norms that W0 + s·B·A is brought to.
+
+    W' = diag(m/‖V‖_row)·V on the output axis, W' = V·diag(m/‖V‖_column) on the input axis, with
+    V = W0 + s·B·A. On the input axis of a convolution a norm is of all that one channel feeds.
+
+    Attributes:
+        values: m, one for each output or for each input channel. Zero and negative ones are valid.
+        axis: ``"out"`` (PEFT, diffusers, LyCORIS since 3.2) or ``"in"`` (LyCORIS before it,
+            OneTrainer).
+        base: The base weight W0.
+    """
+
+    values: Float[Tensor, " n"]
+    axis: Axis
+    base: BaseWeight
+
+    def to(self, device: torch.device | str) -> Magnitude:
+        """The same magnitudes on another device."""
+        return dataclasses.replace(self, values=self.values.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class AxisGain:
+    """The gains g of one axis, diag(g)·W, and what is known of W beside factors B·A.
+
+    Attributes:
+        values: g, shape (out,).
+        overlap: W·Aᵀ, shape (out, rank): with it norms and inner products need W no more.
+        squares: ‖w_i‖², shape (out,).
+    """
+
+    values: Float[Tensor, " out"]
+    overlap: Float[Tensor, "out rank"]
+    squares: Float[Tensor, " out"]
+
+    def to(self, device: torch.device | str) -> AxisGain:
+        """The same gains on another device."""
+        return AxisGain(*(t.to(device) for t in (self.values, self.overlap, self.squares)))
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """A change of the base weight by gains: diag(g)·W0 + W0·diag(h).
+
+    Attributes:
+        base: The base weight W0.
+        axes: ``"out"`` → g, ``"in"`` → h; one at least.
+    """
+
+    base: BaseWeight
+    axes: dict[Axis, AxisGain] = field(default_factory=dict)
+
+    def scaled(self, weight: float, factor: float) -> Gain:
+        """The gains times a weight, beside a B times a factor."""
+        axes: dict[Axis, AxisGain] = {}
+        for axis, gain in self.axes.items():
+            overlap = factor * gain.overlap if axis == "in" else gain.overlap  # W0ᵀ·B or W0·Aᵀ
+            axes[axis] = AxisGain(weight * gain.values, overlap, gain.squares)
+        return Gain(self.base, axes)
+
+    def beside(self, B: Tensor, A: Tensor) -> Gain:
+        """The same gains beside other factors, of this base weight; O(out·in·rank)."""
+        axes: dict[Axis, AxisGain] = {}
+        for axis, gain in self.axes.items():
+            _, factor, weight = oriented(B, A, self.base, axis)
+            axes[axis] = dataclasses.replace(no_gain(factor, weight), values=gain.values)
+        return Gain(self.base, axes)
+
+    def to(self, device: torch.device | str) -> Gain:
+        """The same gains on another device."""
+        return Gain(self.base, {axis: gain.to(device) for axis, gain in self.axes.items()})
+
+
+def oriented(
+    B: Tensor, A: Tensor, base: BaseWeight, axis: Axis
+) -> tuple[Tensor, Tensor, BaseWeight]:
+    """Factors and base weight such that the axis is that of the rows."""
+    return (B, A, base) if axis == "out" else (A.mT, B.mT, transposed(base))
+
+
+def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "out rank"]:
+    """W·Aᵀ in the working precision; O(out·in·rank)."""
+    W = base.read(working_dtype(A), A.device)
+    return W @ A.to(W.dtype).mT
+
+
+def no_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
+    """Gains of zero beside a factor A, with what is to be known of W.
+
+    Args:
+        A: The factor.
+        base: W.
+
+    Returns:
+        The gains; O(out·in·rank).
+
+    Raises:
+        FormatError: If W is not finite.
+    """
+    dtype = working_dtype(A)
+    if not isinstance(base, HeldWeight) or base.tensor.dtype != dtype:
+        base = HeldWeight(base.read(dtype, A.device))
+    squares = base.row_squares
+    if not bool(torch.isfinite(squares).all()):
+        rows = int((~torch.isfinite(squares)).sum())
+        raise FormatError(f"the base weight holds NaN or infinity in {rows} of its rows")
+    return AxisGain(torch.zeros_like(squares), overlap_of(A, base), squares)
+
+
+def gain_of(
+    magnitude: Float[Tensor, " n"],
+    B: Float[Tensor, "out rank"],
+    A: Float[Tensor, "rank in"],
+    base: BaseWeight,
+) -> tuple[Float[Tensor, " out"], AxisGain]:
+    """Gains from the magnitudes of rows: D = m/‖W + B·A‖_row, g = D - 1.
+
+    Args:
+        magnitude: m; one for each row or for each group of rows that follow each other.
+        B: Left factor, scaling included.
+        A: Right factor.
+        base: W.
+
+    Returns:
+        D and the gains, exact to rounding of the working precision.
+
+    Raises:
+        IncompatibleError: If a row of W + B·A is zero: no gain gives it a norm.
+
+    Cost: O(out·in·rank), one pass over W.
+    """
+    known = no_gain(A, base)
+    group = len(B) // len(magnitude)
+    norms = row_norms(known, torch.ones_like(known.values), B, A, base, group)
+    if not bool((norms > 0).all()):
+        row = int((norms <= 0).nonzero()[0])
+        raise IncompatibleError(
+            f"row {row} of W0 + s·B·A is zero, so that its magnitude means nothing (hosts divide "
+            "by zero there); this is not the base model the adapter was trained on"
+        )
+    D = (magnitude.to(norms) / norms).repeat_interleave(group)
+    return D, dataclasses.replace(known, values=D - 1)
+
+
+def row_norms(
+    known: AxisGain,
+    D: Float[Tensor, " out"],
+    B: Float[Tensor, "out rank"],
+    A: Float[Tensor, "rank in"],
+    base: BaseWeight,
+    group: int = 1,
+) -> Float[Tensor, " n"]:
+    """‖D_i·w_i + b_i·A‖ of every row, or of every group of rows, without forming them.
+
+    ‖D_i·w_i + b_i·A‖² = D_i²·‖w_i‖² + 2·D_i·b_i·(A·w_iᵀ) + b_i·(A·Aᵀ)·b_iᵀ.
+
+    Args:
+        known: Overlap and squares of W.
+        D: What each row of W is multiplied by.
+        B: Left factor.
+        A: Right factor.
+        base: W, read again only for rows of which the sum cancels most.
+        group: How many rows make up one norm.
+
+    Returns:
+        The norms, in the basis precision.
+
+    Cost: O(out·rank²).
+    """
+    dtype = working_dtype(B, A)
+    b, a = B.to(dtype), A.to(dtype)
+    own = D.square() * known.squares
+    low = row_dots(b @ (a @ a.mT), b)
+    squares = own + 2 * D * row_dots(b, known.overlap) + low
+    lossy = (squares < _CANCELLED * (own + low)).nonzero()[:, 0]
+    if len(lossy):
+        W = base.read(dtype, B.device)
+        for rows in torch.split(lossy, _BLOCK_ROWS):
+            block = D[rows, None] * W[rows].to(D) + b[rows].to(D) @ a.to(D)
+            squares[rows] = block.square().sum(dim=1)
+    return squares.clamp(min=0).reshape(-1, group).sum(dim=1).sqrt()
+
+
+def row_dots(
+    B: Float[Tensor, "out rank"], other: Float[Tensor, "out rank"]
+) -> Float[Tensor, " out"]:
+    """The inner product of each row of B with the same row of another; in the basis precision."""
+    dtype = working_dtype(B, other)
+    dots = torch.einsum("ir,ir->i", B.to(dtype), other.to(dtype))
+    return dots.to(basis_dtype(B.device))
+
+
+def inner_across(rows: AxisGain, columns: AxisGain, base: BaseWeight) -> float:
+    """⟨diag(g)·W, W·diag(h)⟩ = gᵀ(W∘W)h, by blocks of rows."""
+    W = base.read(working_dtype(rows.overlap), rows.values.device)
+    total = 0.0
+    for start in range(0, len(W), _BLOCK_ROWS):
+        block = W[start : start + _BLOCK_ROWS].to(columns.values).square()
+        total += float(rows.values[start : start + _BLOCK_ROWS] @ (block @ columns.values))
+    return total
+
+
+def require_same_base(left: Gain | Magnitude, right: Gain | Magnitude) -> None:
+    """Refuse gains of different base weights: their sum is no gain of either.
+
+    Args:
+        left: Gains.
+        right: Others.
+
+    Raises:
+        IncompatibleError: If the base weights are of different models.
+    """
+    if left.base.source != right.base.source:
+        raise IncompatibleError(
+            f"two DoRAs were read with different base models ({left.base.source} and "
+            f"{right.base.source}); read all adapters with the same one, a loaded model with the "
+            "same object"
+        )
+
+
+def magnitude_of(stored: Tensor, axis: Axis, shape: tuple[int, int], base: BaseWeight) -> Magnitude:
+    """Magnitudes as they stand in a file, checked against the shape of the weight.
+
+    Args:
+        stored: The stored tensor; every dimension but one is 1.
+        axis: The axis they are on.
+        shape: Shape (out, in) of the weight.
+        base: The base weight.
+
+    Returns:
+        The magnitudes.
+
+    Raises:
+        FormatError: If there are not as many as the axis needs, in one dimension.
+    """
+    size = shape[0] if axis == "out" else shape[1]
+    fits = stored.numel() == size if axis == "out" else size % max(stored.numel(), 1) == 0
+    if not fits or not stored.numel() or stored.numel() not in stored.shape:
+        what = f"{size} outputs" if axis == "out" else f"inputs of which there are {size}"
+        raise FormatError(
+            f"the magnitudes have shape {tuple(stored.shape)}, expected one for each of {what}"
+        )
+    return Magnitude(stored.flatten(), axis, base)
