@@ -1,0 +1,82 @@
+"""Base models whose files are not what the model computes with, as transformers loads them.
+
+A checkpoint may name its layers otherwise than the model that is made of it, and adapters go by the
+names in the model; or its weights are quantised. Then transformers loads the whole of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from devec.errors import DevecWarning, UnsupportedError
+from devec.formats.base_layers import LOAD_IT, Layer, Model
+from devec.formats.base_live import live_model
+
+
+def as_loaded(folder: Path, architecture: str) -> Model:
+    """The model in a directory, by the names it has in memory.
+
+    Args:
+        folder: The directory, with a config.json.
+        architecture: Name of the model's class in transformers, as the configuration has it.
+
+    Returns:
+        The model. Only its layers are told here; it is loaded when a weight is read.
+
+    Raises:
+        UnsupportedError: If transformers knows no such class, or cannot make one.
+    """
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise UnsupportedError(f"transformers has no model {architecture!r}; {LOAD_IT}")
+    try:
+        config = kind.config_class.from_pretrained(folder)
+        # what the files are quantised by says nothing of the names
+        config.quantization_config = None
+        with torch.device("meta"):
+            layers = live_model(kind(config)).layers
+    except Exception as error:  # of transformers, or of what it quantises by
+        raise UnsupportedError(_not_loaded(folder, error)) from error
+    whole = cache(partial(_load_whole, kind, folder))
+    return Model(
+        str(folder),
+        {
+            name: dataclasses.replace(layer, load=partial(_weight, whole, name))
+            for name, layer in layers.items()
+        },
+    )
+
+
+def _weight(whole: Any, name: str) -> Tensor:  # noqa: ANN401
+    """The weight of a layer of a model that is loaded for the first of them."""
+    layer: Layer = whole().layers[name]
+    return layer.load()
+
+
+def _load_whole(kind: Any, folder: Path) -> Model:  # noqa: ANN401
+    """The model, all of it in memory."""
+    warnings.warn(
+        f"the files of {str(folder)!r} are quantised or name layers otherwise than the model does; "
+        "all of it is loaded with transformers, into as much memory as the model takes",
+        DevecWarning,
+        stacklevel=2,
+    )
+    try:
+        return live_model(kind.from_pretrained(folder))
+    except Exception as error:  # of transformers, or of what it quantises by
+        raise UnsupportedError(_not_loaded(folder, error)) from error
+
+
+def _not_loaded(folder: Path, error: Exception) -> str:
+    """What to say of a model that transformers cannot load, with the first line of the reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"transformers cannot load {str(folder)!r} ({reason}); {LOAD_IT}"
