@@ -42,6 +42,8 @@ benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.toy
 	$(BIN)/python -m benchmarks.products
+	$(BIN)/python -m benchmarks.dora
+	$(BIN)/python -m benchmarks.dora_demo
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m devec.demo.train

@@ -139,14 +139,36 @@ def bias_truth(path):
 
 
 def magnitudes(path):
-    """Module id → magnitudes of a DoRA, in the shape they are stored in."""
+    """Module id → axis of the weight `(out, in, …)` and magnitudes of a DoRA, one for each index.
+
+    `dora_scale` multiplies the weight as it stands; all others are of outputs.
+    """
     tensors, _ = _read(path)
     return {
-        key.removesuffix(suffix): value
+        key.removesuffix(suffix): (
+            1 if suffix == ".dora_scale" and value.shape[0] == 1 else 0,
+            value.reshape(-1),
+        )
         for key, value in tensors.items()
         for suffix in MAGNITUDES
         if key.endswith(suffix)
     }
+
+
+def dora_truth(path, weights):
+    """Module id → ΔW `(out, in·kh·kw)`, of DoRAs m·(W0 + ΔV)/‖W0 + ΔV‖ - W0.
+
+    `weights` gives W0 `(out, in, kh, kw)` or `(out, in)` of a module id.
+    """
+    deltas, found = dense_truth(path), magnitudes(path)
+    for module, (axis, values) in found.items():
+        W = weights(module)
+        V = W + deltas[module].reshape(W.shape)
+        others = tuple(d for d in range(W.ndim) if d != axis)
+        scale = values.reshape([-1 if d == axis else 1 for d in range(W.ndim)])
+        norm = np.sqrt((V**2).sum(axis=others, keepdims=True))
+        deltas[module] = (scale * V / norm - W).reshape(len(W), -1)
+    return deltas
 
 
 def carried(path):

@@ -1,5 +1,6 @@
 """The README says what is: its examples run, what it names exists, its figures are printed."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import save_kohya
+from llama_doras import apart, expected, loaded, save_models
 
 from devec import Adapter
 
@@ -30,9 +32,23 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_python_example_runs(here):
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert Adapter.from_pretrained(here / "out/anime-unique.safetensors").modules
+
+
+def test_the_example_of_doras_runs(tmp_path, monkeypatch):
+    save_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _, example = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    (command,) = re.findall(r"`devec (combine toxic .*?)`", README)
+    subprocess.run([sys.executable, "-m", "devec", *shlex.split(command)], check=True)
+    for out, coefficients in (("detox", {}), ("mixed", {"toxic": 1, "polite": -0.5})):
+        config = json.loads((tmp_path / "out" / out / "adapter_config.json").read_text())
+        assert config["use_dora"]
+        if coefficients:
+            assert apart(loaded(tmp_path, f"out/{out}"), expected(tmp_path, coefficients)) < 1e-6
 
 
 def test_the_command_runs(here):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from cases import save_adapter
-from golden_truth import dense_truth
 from safetensors.torch import load_file, save_file
 
 from devec import Adapter, DevecError, DevecWarning, combine, decompose, overlap
@@ -195,14 +194,6 @@ def test_what_has_no_delta_is_refused_by_name(tmp_path, method, beside):
 def test_other_methods_of_peft_are_refused_by_name(tmp_path, end):
     method = {"oft": "OFT", "boft": "BOFT", "ia3": "IA3", "vera": "VeRA"}[end.partition("_")[0]]
     refused(saved(tmp_path, {f"base_model.model.x.{end}": ONES(2, 2)}), f" {method} ")
-
-
-@pytest.mark.parametrize(
-    "name", ["lycoris_dora_in", "lycoris_dora_out", "lycoris_doha", "peft_dora"]
-)
-def test_doras_are_refused_clearly(name):
-    path = GOLDEN / f"{name}.safetensors"
-    refused(path, next(iter(dense_truth(path))), "DoRA", "base weights")
 
 
 def test_weights_of_peft_without_their_configuration():

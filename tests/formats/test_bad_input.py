@@ -160,7 +160,6 @@ def test_configs_that_are_not_json_objects(adapter, text):
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": None}, "peft_type is None"),
-        ({"use_dora": True}, "is a DoRA"),
         ({"kasa_config": {"beta": 1}}, "is a KaSA adapter"),
         ({"use_bdlora": {"nblocks": 2}}, "is a BD-LoRA adapter"),
         ({"arrow_config": {"top_k": 2}}, "is an Arrow router"),
@@ -175,12 +174,6 @@ def test_configs_that_are_not_json_objects(adapter, text):
 )
 def test_what_is_not_a_plain_delta_is_refused_by_name(adapter, change, message):
     refused(with_config(adapter, **change), CONFIG, message)
-
-
-def test_a_real_dora_is_refused(tmp_path):
-    path = save_adapter(tmp_path / "dora", "linear", "plain", 0, use_dora=True)
-    refused(path, "DoRA", "convert_to_lora")
-    refused(with_config(path, use_dora=False), "lora_magnitude_vector", "DoRA")
 
 
 def test_unknown_lora_tensors(adapter):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_pool import DORA
 from golden_truth import dense_truth
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -19,8 +20,8 @@ from devec.formats.families import flat
 pytestmark = pytest.mark.filterwarnings("ignore::devec.DevecWarning")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-REFUSED = {"lycoris_dora_in", "lycoris_dora_out", "lycoris_doha", "peft_dora", "lycoris_full"}
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors") if path.stem not in REFUSED)
+OTHERS = {"lycoris_full", *DORA}  # whole tensors; DoRAs have tests of their own
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors") if path.stem not in OTHERS)
 CARRIED = {"bundled_embeddings", "lycoris_norm"}
 OUTDATED = {"diffusers_old", "diffusers_sdxl", "diffusers_sd15"}  # in their names
 FORMATS = ["kohya", "diffusers", "peft"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from cases import dense, relative_error
 from golden_pool import (
-    DORA,
     READABLE,
     REWRITTEN,
     WHOLE,
@@ -66,12 +65,6 @@ def test_what_is_no_delta_is_carried_as_it_is(name):
 def test_some_golden_files_carry_something():
     assert carried(golden("lycoris_norm"))
     assert carried(golden("bundled_embeddings"))
-
-
-@pytest.mark.parametrize("name", DORA)
-def test_doras_are_refused_by_name(name):
-    with pytest.raises(DevecError, match=f"{name}.safetensors: module '.*DoRA.*base weights"):
-        read(name)
 
 
 def test_whole_tensors_alone_are_carried():

@@ -8,9 +8,9 @@ from functools import cache
 import numpy as np
 import pytest
 from golden_pool import DORA, PRODUCTS, READABLE, REWRITTEN, WHOLE, command, golden, stored
-from golden_truth import bias_truth, carried, dense_truth
+from golden_truth import bias_truth, carried, dense_truth, magnitudes
 
-from devec import Adapter, DevecError
+from devec import Adapter
 
 # The readers apply it too weakly, and so does the truth.
 pytestmark = pytest.mark.filterwarnings(
@@ -156,7 +156,14 @@ def test_inspect_of_whole_tensors_alone(inspected):
     assert set(report["carried"]) == set(carried(golden(WHOLE)))
 
 
+@pytest.mark.filterwarnings("ignore:.*written by PEFT, but its adapter_config.json")
 @pytest.mark.parametrize("name", DORA)
-def test_inspect_refuses_what_cannot_be_read(name):
-    with pytest.raises(DevecError, match=name):
-        command("inspect", golden(name))
+def test_inspect_of_a_dora_needs_no_base_model(inspected, name):
+    text, _, report = inspected(name)
+    found = magnitudes(golden(name))
+    assert report["dora"] == {"in" if name.endswith("_in") else "out": len(found)}
+    assert f"{len(found)} modules: DoRA" in text
+    assert "norm which needs the base model (--base)" in text
+    assert {row["module"] for row in report["modules"]} == found.keys()
+    assert all(row["dora"] and row["norm"] is None for row in report["modules"])
+    assert report["norm"] is None

@@ -10,6 +10,7 @@ import typer
 
 from devec.cli.common import (
     AllowPickle,
+    AsLora,
     Base,
     CarriedFrom,
     Dtype,
@@ -21,8 +22,10 @@ from devec.cli.common import (
     in_format,
     read_source,
     require_new,
+    said_norm,
     save,
     storage_dtype,
+    to_plain,
 )
 from devec.errors import IncompatibleError
 
@@ -39,6 +42,7 @@ def combine(
     ],
     out: OutPath,
     carried_from: CarriedFrom = None,
+    as_lora: AsLora = None,
     format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
@@ -55,7 +59,7 @@ def combine(
         ) from None
     storage = storage_dtype(dtype)
     adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
-    write_sum(adapters, numbers, out, carried_from, format, storage, overwrite=overwrite)
+    write_sum(adapters, numbers, out, carried_from, as_lora, format, storage, overwrite=overwrite)
 
 
 def write_sum(
@@ -63,6 +67,7 @@ def write_sum(
     weights: Sequence[float],
     out: Path,
     carried_from: str | None,
+    as_lora: int | None,
     format: str | None,
     dtype: torch.dtype | None,
     *,
@@ -75,14 +80,16 @@ def write_sum(
         weights: One for each.
         out: Where to write.
         carried_from: As of `devec.combine`.
+        as_lora: Rank of the nearest plain LoRA, if that is to be written.
         format: As on the command line.
         dtype: Storage type.
         overwrite: Whether an output that exists may be replaced.
     """
     from devec import combine as add
 
-    result = in_format(add(adapters, weights, carried_from=carried_from), format)
+    total = to_plain(add(adapters, weights, carried_from=carried_from), as_lora)
+    result = in_format(total, format)
     require_new([result.output_path(out)], overwrite=overwrite)
     path = save(result, out, dtype, overwrite=overwrite)
     terms = " ".join(f"{w:+g}·{a.name}" for a, w in zip(adapters, weights, strict=True))
-    typer.echo(f"Written: {path} = {terms}, norm {result.norm():.4g}")
+    typer.echo(f"Written: {path} = {terms}{said_norm(result)}")

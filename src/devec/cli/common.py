@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from devec.adapter import Adapter
+    from devec.compress import Compression
     from devec.output import Writer
 
 _SOURCE = "PATH or NAME=PATH; a PATH may be user/repo[@revision][/file] on the Hugging Face Hub."
@@ -43,7 +44,8 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Base model to record in the outputs; plain LoRA needs none of its weights.",
+        help="Base model: recorded in the outputs, and read from where DoRAs need its weights. A "
+        "directory, a file, or user/repo in the Hub's local cache.",
     ),
 ]
 CarriedFrom = Annotated[
@@ -65,6 +67,14 @@ MaxRank = Annotated[
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled files (.pt, .bin, .ckpt), too.")
+]
+AsLora = Annotated[
+    int | None,
+    typer.Option(
+        "--as-lora",
+        metavar="RANK",
+        help="Write the nearest plain LoRAs of this rank for DoRAs, and say how near they are.",
+    ),
 ]
 Format = Annotated[
     str | None,
@@ -89,7 +99,7 @@ def read_source(
 
     Args:
         source: As on the command line.
-        base: Base model to put on record.
+        base: Base model to put on record, and to read weights from where they are needed.
         max_rank: Largest rank that a LoHa or LoKr is rewritten to.
         allow_pickle: Whether pickled files are read.
 
@@ -106,7 +116,11 @@ def read_source(
 
     name, path = _name_and_path(source)
     adapter = Adapter.from_pretrained(
-        path, name, max_rank=MAX_RANK if max_rank is None else max_rank, allow_pickle=allow_pickle
+        path,
+        name,
+        max_rank=MAX_RANK if max_rank is None else max_rank,
+        allow_pickle=allow_pickle,
+        base=base,
     )
     if base is not None and adapter.layout is not None:
         adapter = dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
@@ -130,6 +144,66 @@ def in_format(adapter: Adapter, wanted: str | None) -> Adapter:
     if wanted is None:
         return adapter
     return dataclasses.replace(convert(adapter, wanted), provenance=adapter.provenance)
+
+
+def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
+    """A result as the nearest plain LoRA, if that is asked for; prints how near it is.
+
+    Args:
+        adapter: The result.
+        rank: As on the command line; None for the result as it is.
+
+    Returns:
+        The adapter, under the record of the operation that made it.
+    """
+    import dataclasses
+
+    from devec import as_lora
+
+    if rank is None:
+        return adapter
+    result = as_lora(adapter, rank)
+    print_errors(adapter, result)
+    typer.echo(f"{adapter.name}: plain LoRA of rank {rank}, relative error {result.error:.3g}\n")
+    record = {**(adapter.provenance or {}), "as_lora": {"rank": rank, "error": result.error}}
+    return dataclasses.replace(result.adapter, provenance=record)
+
+
+def print_errors(adapter: Adapter, result: Compression) -> None:
+    """Print ranks and errors by type of module.
+
+    Args:
+        adapter: The adapter before.
+        result: What became of it.
+    """
+    table = new_table("module", "modules", "rank", "now", "error")
+    kinds: dict[str, list[str]] = {}
+    for module in adapter.modules:
+        kinds.setdefault(module_type(module), []).append(module)
+    kept = result.adapter.modules
+    for kind, modules in kinds.items():
+        table.add_row(
+            kind,
+            str(len(modules)),
+            ranged([adapter.modules[m].rank for m in modules]),
+            ranged([kept[m].rank if m in kept else 0 for m in modules]),
+            f"{max(result.errors[m] for m in modules):.3g}",
+        )
+    show("Ranks, by type of module", table)
+
+
+def said_norm(adapter: Adapter) -> str:
+    """The norm of a result for a message; nothing where a DoRA was only passed on.
+
+    Its norm would need the base weights, which nothing else did.
+
+    Returns:
+        The words.
+    """
+    from devec.gain import Magnitude
+
+    passed_on = any(isinstance(delta.gain, Magnitude) for delta in adapter.modules.values())
+    return "" if passed_on else f", norm {adapter.norm():.4g}"
 
 
 def save(adapter: Adapter, out: Path, dtype: torch.dtype | None, *, overwrite: bool) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from devec.cli.common import (
     AllowPickle,
+    AsLora,
     Base,
     Device,
     Dtype,
@@ -17,19 +18,13 @@ from devec.cli.common import (
     Overwrite,
     Source,
     in_format,
-    module_type,
-    new_table,
-    ranged,
+    print_errors,
     read_source,
     require_new,
     save,
-    show,
     storage_dtype,
 )
-
-if TYPE_CHECKING:
-    from devec.adapter import Adapter
-    from devec.compress import Compression
+from devec.errors import IncompatibleError
 
 
 def compress(
@@ -42,6 +37,7 @@ def compress(
         float | None,
         typer.Option(metavar="F", help="Fraction of each module's squared norm to keep."),
     ] = None,
+    as_lora: AsLora = None,
     format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
@@ -51,33 +47,20 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Lower the ranks of an adapter at the least error."""
+    from devec import as_lora as nearest
     from devec import compress as shrink
 
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapter = adapter.to(device)
-    result = shrink(adapter, rank=rank, energy=energy)
+    if as_lora is not None and (rank, energy) != (None, None):
+        raise IncompatibleError("give one of --rank, --energy and --as-lora")
+    result = (
+        shrink(adapter, rank=rank, energy=energy) if as_lora is None else nearest(adapter, as_lora)
+    )
     written = in_format(result.adapter, format)
     require_new([written.output_path(out)], overwrite=overwrite)
     path = save(written, out, storage, overwrite=overwrite)
-    _print(adapter, result)
+    print_errors(adapter, result)
     typer.echo(f"Written: {path}, relative error {result.error:.3g}")
-
-
-def _print(adapter: Adapter, result: Compression) -> None:
-    """Print ranks and errors by type of module."""
-    table = new_table("module", "modules", "rank", "now", "error")
-    kinds: dict[str, list[str]] = {}
-    for module in adapter.modules:
-        kinds.setdefault(module_type(module), []).append(module)
-    kept = result.adapter.modules
-    for kind, modules in kinds.items():
-        table.add_row(
-            kind,
-            str(len(modules)),
-            ranged([adapter.modules[m].rank for m in modules]),
-            ranged([kept[m].rank if m in kept else 0 for m in modules]),
-            f"{max(result.errors[m] for m in modules):.3g}",
-        )
-    show("Ranks, by type of module", table)

@@ -8,6 +8,7 @@ import typer
 
 from devec.cli.common import (
     AllowPickle,
+    AsLora,
     Base,
     Dtype,
     MaxRank,
@@ -16,8 +17,10 @@ from devec.cli.common import (
     Source,
     read_source,
     require_new,
+    said_norm,
     save,
     storage_dtype,
+    to_plain,
 )
 
 
@@ -32,6 +35,7 @@ def convert(
             help="Keep the adapter of one model only: denoiser, clip_l, clip_g or t5.",
         ),
     ] = None,
+    as_lora: AsLora = None,
     base: Base = None,
     dtype: Dtype = None,
     max_rank: MaxRank = None,
@@ -43,7 +47,7 @@ def convert(
 
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    result = rewrite(adapter, format, component=component)
+    result = to_plain(rewrite(adapter, format, component=component), as_lora)
     require_new([result.output_path(out)], overwrite=overwrite)
     path = save(result, out, storage, overwrite=overwrite)
-    typer.echo(f"Written: {path}, norm {result.norm():.4g}")
+    typer.echo(f"Written: {path}{said_norm(result)}")

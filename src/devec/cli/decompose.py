@@ -13,6 +13,7 @@ import typer
 from devec._version import __version__
 from devec.cli.common import (
     AllowPickle,
+    AsLora,
     Base,
     Device,
     Dtype,
@@ -31,6 +32,7 @@ from devec.cli.common import (
     require_new,
     show,
     storage_dtype,
+    to_plain,
 )
 from devec.errors import IncompatibleError
 
@@ -61,6 +63,7 @@ def decompose(
     target: Annotated[
         str | None, typer.Option(metavar="NAME", help="Adapter to split, for --scope iterative.")
     ] = None,
+    as_lora: AsLora = None,
     format: Format = None,
     base: Base = None,
     compact: Annotated[
@@ -101,7 +104,8 @@ def decompose(
             device=device,
             progress=step,
         )
-    held = {name: in_format(part, format) for name, part in parts.outputs(compact=compact).items()}
+    plain = {n: to_plain(part, as_lora) for n, part in parts.outputs(compact=compact).items()}
+    held = {name: in_format(part, format) for name, part in plain.items()}
     outputs = {part.output_path(out / name): part.writer(storage) for name, part in held.items()}
     report = {json: json_writer(_report(parts, list(held)))} if json else {}
     fates = _fates([path for path in planned if path not in outputs])

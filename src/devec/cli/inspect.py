@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from devec.cli.common import (
     AllowPickle,
+    Base,
     JsonFile,
     MaxRank,
     Overwrite,
@@ -32,6 +34,7 @@ def inspect(
     modules: Annotated[
         bool, typer.Option("--modules", help="A row for every module, not for every type.")
     ] = False,
+    base: Base = None,
     json: JsonFile = None,
     max_rank: MaxRank = None,
     allow_pickle: AllowPickle = False,
@@ -44,23 +47,28 @@ def inspect(
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
-    adapter = read_source(source, None, max_rank, allow_pickle=allow_pickle)
-    report = _report(adapter)
+    adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
+    report = _report(adapter, with_base=base is not None)
     if json:
         write_all({json: json_writer(report)}, overwrite=overwrite)
     _print(adapter, report, by_type=not modules)
 
 
-def _report(adapter: Adapter) -> dict[str, Any]:
+def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
     """All there is to say of an adapter, a row per module."""
     files = adapter.layout.describe() if adapter.layout is not None else {}
+    norms = {
+        module: delta.norm() if with_base or delta.gain is None else None
+        for module, delta in adapter.modules.items()
+    }
+    known = [norm for norm in norms.values() if norm is not None]
     return {
         "name": adapter.name,
         "sha256": adapter.sha256,
         "rewritten": {},
         "truncated": {},
         **files,
-        "norm": adapter.norm(),
+        "norm": math.hypot(*known) if len(known) == len(norms) else None,
         "carried": {
             key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for key, tensor in sorted(adapter.carried.items())
@@ -75,7 +83,8 @@ def _report(adapter: Adapter) -> dict[str, Any]:
                 "scaling": delta.scaling,
                 "dtype": str(_type(adapter, module)).removeprefix("torch."),
                 "bias": delta.bias is not None,
-                "norm": delta.norm(),
+                "dora": delta.gain is not None,
+                "norm": norms[module],
             }
             for module, delta in adapter.modules.items()
         ],
@@ -93,7 +102,10 @@ def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
     """Print the report, a row per type of module or per module."""
     lines = [f"{report['name']}: adapter in the {report.get('format', 'in-memory')} convention"]
     lines.append(f"base model: {_base(report)}")
-    lines.append(f"{len(adapter.modules)} modules, norm {report['norm']:.4g}")
+    norm = "which needs the base model (--base)" if report["norm"] is None else ""
+    lines.append(f"{len(adapter.modules)} modules, norm {norm or format(report['norm'], '.4g')}")
+    doras = sum(row["dora"] for row in report["modules"])
+    lines += [f"{doras} modules: DoRA"] if doras else []
     lines += [
         f"{n} modules: {kind}, rewritten to factors" for kind, n in report["rewritten"].items()
     ]
@@ -120,7 +132,7 @@ def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
             _distinct(f"{r['scaling']:.4g}" for r in rows),
             _distinct("×".join(str(n) for n in r["shape"]) for r in rows),
             _distinct(r["dtype"] for r in rows),
-            _spread([f"{norm:.3g}" for norm in sorted(r["norm"] for r in rows)]),
+            _spread(sorted(r["norm"] for r in rows if r["norm"] is not None)),
         )
     show("Modules, by type" if by_type else "Modules", table)
 
@@ -131,9 +143,10 @@ def _base(report: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in said if value)) or "not on record"
 
 
-def _spread(ordered: list[str]) -> str:
+def _spread(ordered: list[float]) -> str:
     """The first and the last of ordered values, once if they read the same."""
-    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
+    ends = dict.fromkeys(f"{value:.3g}" for value in ordered[:1] + ordered[-1:])
+    return "-".join(ends) or "?"
 
 
 def _distinct(values: Any) -> str:  # noqa: ANN401

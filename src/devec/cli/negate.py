@@ -9,6 +9,7 @@ import typer
 from devec.cli.combine import write_sum
 from devec.cli.common import (
     AllowPickle,
+    AsLora,
     Base,
     CarriedFrom,
     Dtype,
@@ -27,6 +28,7 @@ def negate(
     out: OutPath,
     scale: Annotated[float, typer.Option(metavar="S", help="Multiply by -S.")] = 1.0,
     carried_from: CarriedFrom = None,
+    as_lora: AsLora = None,
     format: Format = None,
     base: Base = None,
     dtype: Dtype = None,
@@ -37,4 +39,4 @@ def negate(
     """Turn an adapter around: what it adds, the result takes away."""
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    write_sum([adapter], [-scale], out, carried_from, format, storage, overwrite=overwrite)
+    write_sum([adapter], [-scale], out, carried_from, as_lora, format, storage, overwrite=overwrite)

@@ -8,6 +8,7 @@ import typer
 
 from devec.cli.common import (
     AllowPickle,
+    Base,
     Device,
     JsonFile,
     MaxRank,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def overlap(
     sources: Sources,
+    base: Base = None,
     device: Device = None,
     json: JsonFile = None,
     max_rank: MaxRank = None,
@@ -38,7 +40,7 @@ def overlap(
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
-    adapters = [read_source(s, None, max_rank, allow_pickle=allow_pickle) for s in sources]
+    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
     found = measure(adapters)

@@ -134,24 +134,38 @@ def train_base(digits: Tensor, labels: Tensor, out: Path) -> None:
     model.save_pretrained(out / "base")
 
 
-def train_adapter(task: str, digits: Tensor, labels: Tensor, out: Path) -> None:
-    """Train one task's LoRA adapter on the base in `out`, and write it to `out / task`.
+def train_adapter(
+    task: str,
+    digits: Tensor,
+    labels: Tensor,
+    out: Path,
+    *,
+    use_dora: bool = False,
+    epochs: int | None = None,
+) -> None:
+    """Train one task's adapter on the base in `out`, and write it to `out / task`.
 
     Args:
         task: one of `TASKS`.
         digits: raw digits, (n, 8, 8), uint8 in 0..16.
         labels: what they are, (n,).
         out: directory of the pool.
+        use_dora: whether the adapter is a DoRA; those of the pool are LoRAs.
+        epochs: how long to train; by default as long as the adapters of the pool.
     """
     seed = SEED + 1 + TASKS.index(task)
     torch.manual_seed(seed)
     base = load_base(out)
     base.name_or_path = BASE_NAME  # PEFT records it; the path of this run means nothing elsewhere
     config = LoraConfig(
-        r=RANKS[task], lora_alpha=ALPHA_PER_RANK * RANKS[task], target_modules=TARGETS
+        r=RANKS[task],
+        lora_alpha=ALPHA_PER_RANK * RANKS[task],
+        target_modules=TARGETS,
+        use_dora=use_dora,
     )
     model = get_peft_model(base, config)
-    fit(model, lambda generator: draw(task, digits, labels, generator), ADAPTER_SCHEDULE, seed)
+    schedule = Schedule(epochs or ADAPTER_SCHEDULE.epochs, ADAPTER_SCHEDULE.rate)
+    fit(model, lambda generator: draw(task, digits, labels, generator), schedule, seed)
     config.target_modules = TARGETS  # PEFT made it a set, whose order changes from run to run
     model.save_pretrained(out / task, save_embedding_layers=False)
     (out / task / "README.md").unlink()

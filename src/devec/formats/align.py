@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from devec.adapter import Adapter
+from devec.dora import require_representable
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
+from devec.formats.base_model import BaseModel
 from devec.formats.conventions import Naming
 from devec.formats.families import Family
 from devec.formats.join import Target
@@ -52,6 +54,10 @@ class NamedLayout(Layout, Protocol):
     @property
     def naming(self) -> Naming:
         """How the modules are named."""
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model that was given with the adapter."""
 
     def kernel(self, module: str) -> tuple[int, ...]:
         """The kernel of a module, empty if it is none of a convolution."""
@@ -90,6 +96,11 @@ class AlignedLayout:
     def naming(self) -> Naming:
         """How pieces are named: by diffusers' names or those of the output, without prefixes."""
         return Naming({}, flat=False, scheme=self.inner.naming.scheme)
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model that was given with the adapter."""
+        return self.inner.base
 
     @property
     def suffix(self) -> str:
@@ -158,9 +169,11 @@ class AlignedLayout:
 
         Raises:
             IncompatibleError: If a module has no name in the convention that is written.
-            UnsupportedError: If a carried tensor has none.
+            UnsupportedError: If a carried tensor has none, or no DoRA is such a delta.
         """
         modules = {}
+        require_representable(adapter.modules)
+        family = _family([adapter])
         places = {name for target in self.targets.values() for name, _ in target.pieces}
         require_places(
             {name: adapter.modules[name].shape for name in places & adapter.modules.keys()},
@@ -168,7 +181,8 @@ class AlignedLayout:
         )
         for module, target in self.targets.items():
             with located(f"module {module!r}"):
-                whole = target.joined(adapter.modules)
+                base = self.base.weight(module, target.shape, family=family)
+                whole = target.joined(adapter.modules, base)
             if whole is not None and target.unnamed:
                 raise IncompatibleError(target.unnamed)
             if whole is not None:
@@ -295,7 +309,7 @@ def _carried_names(adapter: Adapter, tables: Tables) -> dict[str, str]:
     if tables.naming.agrees(before) and tables.naming.one_model == before.one_model:
         return known
     result: dict[str, str] = {}
-    for key in adapter.carried if tables.naming.has_whole_tensors else ():
+    for key in adapter.carried if tables.naming.for_comfy else ():
         module, _, end = key.rpartition(".")
         name = parse(module)
         parts = parts_of(name, (0, 1), tables.family)

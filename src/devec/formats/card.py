@@ -20,6 +20,7 @@ _WHAT = {
     "common": "the common vector of {of} (Eq. 14 of the paper)",
     "combine": "a linear combination",
     "compress": "a compressed adapter",
+    "as_lora": "the nearest plain LoRA to an adapter",
 }
 
 
@@ -73,7 +74,7 @@ def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None
         "",
         f"# {name}",
         "",
-        f"A LoRA adapter: {_described(record)}.",
+        f"A {'DoRA' if config.get('use_dora') else 'LoRA'} adapter: {_described(record)}.",
         "",
         "```python",
         "from peft import PeftModel",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from devec.formats.bases import family_name
 from devec.formats.families import Family, flat
+from devec.formats.magnitudes import DORA_SCALE, MAGNITUDE_VECTOR
 from devec.formats.names import CLIP_G, CLIP_L, DENOISER, T5, Name, parse
 from devec.formats.tables import TABLES
 
@@ -45,8 +46,8 @@ class Naming:
         )
 
     @property
-    def has_whole_tensors(self) -> bool:
-        """Whether readers of the convention know ``diff``, ``w_norm`` and the like."""
+    def for_comfy(self) -> bool:
+        """Whether it is read as ComfyUI reads: with ``dora_scale``, ``diff`` and the like."""
         return self.flat or self.prefixes.get(DENOISER) in _COMFY
 
     def prefix(self, component: str, family: Family | None) -> str | None:
@@ -84,12 +85,14 @@ class Suffixes:
         up: Suffix of the factor on the output side.
         alpha: Suffix of alpha; empty where there is none, so that scalings are folded.
         bias: Suffix of the change of the bias.
+        magnitude: Suffix of the magnitudes of a DoRA.
     """
 
     down: str
     up: str
     alpha: str = ""
     bias: str = ".lora_B.bias"
+    magnitude: str = f"{MAGNITUDE_VECTOR}.weight"
 
     def keys(self, module: str) -> tuple[str, str, str, str]:
         """Keys of down, up, alpha (empty if there is none) and the bias of a module."""
@@ -105,9 +108,9 @@ DIFFUSERS, OLD_DIFFUSERS, KOHYA = "diffusers", "diffusers (up/down)", "kohya"
 
 # ComfyUI reads the change of a bias as a whole, unscaled; A1111 and kohya's own tools read none.
 WHOLE_BIAS = ".diff_b"
-KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha", WHOLE_BIAS)
+KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha", WHOLE_BIAS, DORA_SCALE)
 PEFT_SUFFIXES = Suffixes(".lora_A.weight", ".lora_B.weight")
-XLABS_SUFFIXES = Suffixes("_lora.down.weight", "_lora.up.weight")
+XLABS_SUFFIXES = Suffixes("_lora.down.weight", "_lora.up.weight", magnitude=DORA_SCALE)
 
 
 def naming_of(modules: Iterable[str], family: Family | None) -> Naming:

@@ -8,7 +8,7 @@ from typing import Any
 
 from devec.adapter import Adapter
 from devec.algebra import provenance
-from devec.errors import IncompatibleError, listed
+from devec.errors import IncompatibleError, UnsupportedError, listed
 from devec.formats import file_layout, peft_layout
 from devec.formats.align import Build, realigned
 from devec.formats.conventions import (
@@ -22,6 +22,7 @@ from devec.formats.conventions import (
     kohya_naming,
 )
 from devec.formats.families import Family
+from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.names import CLIP_L, parse
 from devec.formats.tables import TABLES
 
@@ -88,6 +89,7 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
 
     Raises:
         IncompatibleError: If the format is not known, or a module has no name in it.
+        UnsupportedError: If a DoRA has magnitudes of inputs and the format of outputs only.
 
     Cost: slicing and concatenating factors.
     """
@@ -112,9 +114,18 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
     if layout.describe()["format"] == format and layout.same_spelling(naming):
         result = adapter  # as it is, alphas included
     else:
+        if format != KOHYA:
+            _require_outputs(adapter)
         (result,) = realigned([adapter], naming, build, declared)
     record = provenance("convert", [adapter], format=format, component=component)
     return dataclasses.replace(result, provenance=record, source="", sha256="")
+
+
+def _require_outputs(adapter: Adapter) -> None:
+    """Refuse DoRAs with magnitudes of inputs, before a base weight is asked for."""
+    turned = [module for module, delta in adapter.modules.items() if "in" in axes_of(delta)]
+    if turned:
+        raise UnsupportedError(f"module {turned[0]!r} of {adapter.label}: {of_outputs_only()}")
 
 
 def _component(name: str) -> str:

@@ -19,6 +19,7 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, OutputError, located
 from devec.formats import metadata as header
 from devec.formats.align import aligned
+from devec.formats.base_model import BaseModel, base_model
 from devec.formats.conventions import (
     DIFFUSERS,
     OLD_DIFFUSERS,
@@ -28,13 +29,17 @@ from devec.formats.conventions import (
     family_of,
     naming_of,
 )
-from devec.formats.file_slot import FileSlot, exact_alpha, one_alpha
+from devec.formats.file_dora import as_doras
+from devec.formats.file_slot import FileSlot, anew, exact_alpha, one_alpha
+from devec.formats.magnitudes import MagnitudeSlot
 from devec.formats.names import parse
 from devec.formats.peft_written import alternation, rank_pattern
 from devec.formats.places import Places, require_places, spread, usual_dtype
+from devec.formats.tables import TABLES
 from devec.formats.tensors import data_sha256, write_tensors
 from devec.layout import Layout
 from devec.output import Writer
+from devec.weights import BaseWeight
 
 # UNets whose files diffusers reads by one alpha for all attention layers
 _ONE_ALPHA = ("sd", "sd2", "sdxl")
@@ -53,6 +58,7 @@ class FileLayout:
         family: Name of the base model's family, empty if unknown.
         slots: Where each module is stored, in the order of the file.
         metadata: The strings of the header.
+        base: The base model that was given with the adapter.
         by_metadata: Whether ranks and alphas stand in the header, as diffusers writes them.
         kinds: Module → ``"LoHa"``, ``"LoKr"``, …, where it was rewritten to plain factors.
         errors: Module → relative error, where factors had to be truncated.
@@ -64,6 +70,7 @@ class FileLayout:
     family: str
     slots: tuple[FileSlot, ...]
     metadata: Mapping[str, str]
+    base: BaseModel = field(default_factory=lambda: base_model(None))
     by_metadata: bool = False
     kinds: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -87,16 +94,20 @@ class FileLayout:
             if not isinstance(other, FileLayout):
                 raise IncompatibleError("adapters of different kinds of files were not aligned")
             for slot in other.slots:
-                known = slots.setdefault(slot.id, slot)
+                spelled = slot.magnitude.under(slot.id + self.suffixes.magnitude)
+                known = slots.setdefault(slot.id, dataclasses.replace(slot, magnitude=spelled))
                 if spread(known.kernel) != spread(slot.kernel):
                     raise IncompatibleError(
                         f"module {slot.id!r} is a convolution {known.kernel} in one adapter and "
                         f"{slot.kernel or 'no convolution'} in another"
                     )
+                if known.magnitude.axis is None and slot.magnitude.axis:
+                    slots[slot.id] = dataclasses.replace(known, magnitude=spelled)
         layouts = [self, *(other for other in others if isinstance(other, FileLayout))]
         return dataclasses.replace(
             self,
             slots=tuple(slots.values()),
+            base=next((o.base for o in layouts if o.base.given is not None), self.base),
             by_metadata=self.by_metadata and not others,
             kinds={module: kind for o in layouts for module, kind in o.kinds.items()},
             errors={module: error for o in layouts for module, error in o.errors.items()},
@@ -131,6 +142,7 @@ class FileLayout:
             "architecture": self.metadata.get("modelspec.architecture"),
             "rewritten": dict(Counter(self.kinds.values())),
             "truncated": dict(self.errors),
+            "dora": dict(Counter(s.magnitude.axis for s in self.slots if s.magnitude.axis)),
             "header": dict(self.metadata),
         }
 
@@ -219,18 +231,23 @@ class FileLayout:
         Raises:
             OutputError: If there is nothing to write.
             IncompatibleError: If a module has no place in the file.
+            UnsupportedError: If no DoRA of the format is such a delta.
         """
         require_places({slot.id: slot.shape for slot in self.slots}, adapter.modules)
         deltas = {
-            slot.id: _at_least_one(adapter.modules[slot.id])
-            for slot in self.slots
-            if slot.id in adapter.modules
+            module: _at_least_one(delta)
+            for module, delta in as_doras(
+                {s.id: adapter.modules[s.id] for s in self.slots if s.id in adapter.modules},
+                self._slot_of,
+                self.weight,
+                unchanged=bool(adapter.sha256),
+            ).items()
         }
         by_metadata = self._metadata_holds(deltas)
         if not by_metadata:
             deltas = self._expressible(deltas)
         tensors: dict[str, Tensor] = {}
-        for slot in self.slots:
+        for slot in self.slots if adapter.sha256 else map(anew, self.slots):
             if slot.id in deltas:
                 with located(f"module {slot.id!r}"):
                     written = slot.write(deltas[slot.id], dtype)
@@ -242,6 +259,12 @@ class FileLayout:
             raise OutputError("the adapter changes no module; there is nothing to write")
         return tensors, self._strings(adapter, deltas, tensors, by_metadata=by_metadata)
 
+    def weight(self, module: str) -> BaseWeight:
+        """The base weight of a module, not yet read."""
+        table = TABLES.get(self.family)
+        family = table() if table else None
+        return self.base.weight(module, self._slot_of[module].shape, family=family)
+
     def _metadata_holds(self, deltas: Mapping[str, Delta]) -> bool:
         """Whether ranks and alphas in the header still hold, for all modules that it names."""
         return self.by_metadata and all(
@@ -250,7 +273,7 @@ class FileLayout:
 
     def _expressible(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         """The same deltas with scalings that the file can express: by alphas, or none."""
-        slots = {slot.id: slot for slot in self.slots}
+        slots = self._slot_of
         result = {
             module: delta
             if slots[module].alpha and exact_alpha(delta, torch.float32) is not None
@@ -305,10 +328,13 @@ def _is_diffusers(layout: FileLayout) -> bool:
 def _patterns(deltas: Mapping[str, Delta]) -> str:
     """Diffusers' configuration for modules of different ranks, by component."""
     config: dict[str, dict[str, int]] = {}
+    fields: dict[str, Any] = {}
     for module, delta in deltas.items():
         name = parse(module)
-        config.setdefault(name.prefix.rstrip("."), {})[name.path] = delta.rank
-    fields: dict[str, Any] = {}
+        component = name.prefix.rstrip(".")
+        config.setdefault(component, {})[name.path] = delta.rank
+        if delta.gain is not None:
+            fields[f"{component}.use_dora"] = True
     for component, ranks in config.items():
         # newer transformers have no text_model in CLIP, which diffusers heeds in keys alone
         usual, others = rank_pattern(ranks, optional="text_model.")
@@ -350,7 +376,14 @@ def plain_layout(
         strings["base_model_name_or_path"] = described["base_model"]
     dtypes = (layout.dtype, layout.dtype, torch.float32)
     slots = tuple(
-        FileSlot(module, shape, kernel, *suffixes.keys(module), dtypes=dtypes)
+        FileSlot(
+            module,
+            shape,
+            kernel,
+            *suffixes.keys(module),
+            magnitude=MagnitudeSlot(module + suffixes.magnitude),
+            dtypes=dtypes,
+        )
         for module, (shape, kernel) in places.items()
     )
-    return FileLayout(convention, naming, suffixes, family, slots, strings)
+    return FileLayout(convention, naming, suffixes, family, slots, strings, layout.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.formats.conventions import WHOLE_BIAS
+from devec.formats.magnitudes import MagnitudeSlot, axes_of
 from devec.formats.tensors import storable
+from devec.gain import Axis, Magnitude
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class FileSlot:
         up: Key of the factor on the output side.
         alpha: Key of alpha; empty where scalings are folded into B.
         bias: Key of the change of the bias.
+        magnitude: Where the magnitudes of a DoRA are.
         dtypes: Storage types of down, up and alpha.
         rank: The rank it was read with; 0 if it was not.
         scaling: The scaling it was read with.
@@ -40,20 +44,32 @@ class FileSlot:
     up: str
     alpha: str
     bias: str
+    magnitude: MagnitudeSlot
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     rank: int = 0
     scaling: float = 1.0
     read_as: torch.dtype | None = None
 
+    def group(self, axis: Axis) -> int:
+        """How many rows or columns of the weight share a magnitude: the columns of a kernel."""
+        if axis == "out":
+            return 1
+        if self.magnitude.axis == axis and self.magnitude.shape:
+            return self.shape[1] // math.prod(self.magnitude.shape)
+        return math.prod(self.kernel)
+
     def as_read(self, delta: Delta) -> bool:
-        """Whether a delta has the rank and scaling that the module was read with."""
-        return (delta.rank, delta.scaling) == (self.rank, self.scaling)
+        """Whether a delta has the rank, scaling and axis that the module was read with."""
+        axis = next(iter(axes_of(delta)), None)
+        read = self.rank, self.scaling, self.magnitude.axis
+        return (delta.rank, delta.scaling, axis) == read
 
     def write(self, delta: Delta, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Stored tensors of a delta.
 
         Args:
-            delta: The delta of the module, its scaling one that the file can express.
+            delta: The delta of the module, its scaling one that the file can express, its gain
+                none or magnitudes.
             dtype: Storage type of the factors; by default that of the input.
 
         Returns:
@@ -61,6 +77,7 @@ class FileSlot:
 
         Raises:
             OutputError: If a value is too large for the storage type.
+            UnsupportedError: If there is no form for magnitudes of the axis.
         """
         tensors: dict[str, Tensor] = {}
         if self.alpha:
@@ -77,7 +94,15 @@ class FileSlot:
             whole = self.bias.endswith(WHOLE_BIAS)
             bias = delta.folded().bias if whole else delta.bias
             tensors[self.bias] = storable(self.bias, torch.as_tensor(bias), dtype or self.dtypes[1])
+        if isinstance(delta.gain, Magnitude):
+            stored = self.magnitude.write(delta.gain, self.kernel, dtype)
+            tensors[self.magnitude.key] = stored
         return tensors
+
+
+def anew(slot: FileSlot) -> FileSlot:
+    """A slot for what is not just the file that was read, under keys that all hosts load."""
+    return dataclasses.replace(slot, magnitude=slot.magnitude.anew())
 
 
 def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
@@ -102,10 +127,15 @@ def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         return dict(deltas)
     alpha = alphas.most_common(1)[0][0]
     return {
-        module: dataclasses.replace(
-            delta * (delta.scaling * delta.rank / alpha), scaling=alpha / delta.rank
-        )
-        if delta.scaling * delta.rank != alpha
-        else delta
+        module: _with_alpha(delta, alpha) if delta.scaling * delta.rank != alpha else delta
         for module, delta in deltas.items()
     }
+
+
+def _with_alpha(delta: Delta, alpha: float) -> Delta:
+    """The same delta with another alpha, what that lacks multiplied into B and the bias."""
+    # s·B stays what it is, and with it W0 + s·B·A, on which the magnitudes of a DoRA stand
+    factor = delta.scaling * delta.rank / alpha
+    bias = None if delta.bias is None else factor * delta.bias.to(delta.dtype)
+    B = factor * delta.B.to(delta.dtype)
+    return dataclasses.replace(delta, B=B, bias=bias, scaling=alpha / delta.rank)

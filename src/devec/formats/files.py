@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import DevecWarning, FormatError, listed, located
+from devec.formats import magnitudes
 from devec.formats import metadata as header
+from devec.formats.base_model import BaseModel, base_model
 from devec.formats.bases import conv_kernel
 from devec.formats.conventions import (
     DIFFUSERS,
@@ -32,9 +34,11 @@ from devec.formats.conventions import (
 from devec.formats.file_layout import SUFFIX, FileLayout
 from devec.formats.file_slot import FileSlot
 from devec.formats.keys import FileKeys, ModuleKeys, sort_keys
+from devec.formats.magnitudes import MagnitudeSlot
 from devec.formats.modules import StoredModule, read_module
 from devec.formats.names import DENOISER, parse
 from devec.formats.peft_config import CONFIG_NAME, rank_and_scaling
+from devec.formats.peft_dora import warn_of_signs
 from devec.formats.tensors import (
     TensorFile,
     is_tensor_file,
@@ -46,6 +50,14 @@ from devec.formats.tensors import (
 from devec.layout import ReadOptions
 
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
+
+
+class _Configured(NamedTuple):
+    """What the header says of a module."""
+
+    rank: int
+    scaling: float
+    is_dora: bool
 
 
 def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
@@ -73,7 +85,9 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
         configured = _configured(header.adapter_config(strings), keys.modules)
         modules = _modules(keys.modules, tensors, configured, options.max_rank)
-        layout = _layout(modules, keys, file, by_metadata=bool(configured))
+        base = base_model(options.base, strings.get("base_model_name_or_path", ""))
+        layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
+        deltas = {m: _delta(m, found, layout) for m, found in modules.items()}
         provenance = header.read_record(strings)
     _warn_of_unknown(path, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
@@ -82,10 +96,11 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
             "beside it; the scaling is taken to be 1, as other readers do"
         )
     _warn_of_truncation(path, layout, options)
-    _warn_of_fused(path, modules)
+    _warn_of_fused(path, deltas)
+    warn_of_signs(str(path), deltas)
     return Adapter(
         name=name,
-        modules={module: found.delta for module, found in modules.items()},
+        modules=deltas,
         layout=layout,
         carried=carried,
         provenance=provenance,
@@ -97,7 +112,7 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
 def _modules(
     keys: Mapping[str, ModuleKeys],
     tensors: Mapping[str, Tensor],
-    configured: Mapping[str, tuple[int, float]],
+    configured: Mapping[str, _Configured],
     max_rank: int,
 ) -> dict[str, StoredModule]:
     """What the tensors of every module say."""
@@ -110,14 +125,27 @@ def _modules(
                 else require_factor(key, tensors[key])
                 for part, key in found.parts.items()
             }
-            rank, scaling = configured.get(module, (0, None))
-            modules[module] = read_module(parts, scaling, max_rank)
-            if rank and rank != modules[module].delta.rank:
+            said = configured.get(module)
+            stored = read_module(parts, said.scaling if said else None, max_rank)
+            if said and said.rank != stored.delta.rank:
                 raise FormatError(
-                    f"{header.ADAPTER_KEY} in the header says rank {rank}, the tensors have rank "
-                    f"{modules[module].delta.rank}"
+                    f"{header.ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
+                    f"rank {stored.delta.rank}"
                 )
+            if said and said.is_dora != bool(stored.magnitudes):
+                raise FormatError(
+                    f"{header.ADAPTER_KEY} in the header says use_dora {said.is_dora}, but there "
+                    f"are {'no' if said.is_dora else 'some'} magnitudes; which of the two is wrong "
+                    "cannot be told"
+                )
+            modules[module] = stored
     return modules
+
+
+def _delta(module: str, found: StoredModule, layout: FileLayout) -> Delta:
+    """What a module does, a DoRA with its base weight, which is not read."""
+    with located(f"module {module!r}"):
+        return found.on(layout.weight(module))
 
 
 def _only_file(path: Path) -> Path:
@@ -135,18 +163,19 @@ def _only_file(path: Path) -> Path:
 
 def _configured(
     config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]
-) -> dict[str, tuple[int, float]]:
-    """Module → rank and scaling by the header's ``lora_adapter_metadata``; empty if it has none."""
+) -> dict[str, _Configured]:
+    """What the header's ``lora_adapter_metadata`` says of modules; empty if it has none."""
     components: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, _, field_name = key.rpartition(".")
         components.setdefault(component, {})[field_name] = value
-    result: dict[str, tuple[int, float]] = {}
+    result: dict[str, _Configured] = {}
     for module in modules:
         name = parse(module)
         found = components.get(name.prefix.rstrip(".")) or components.get("")
         if found:
-            result[module] = rank_and_scaling({**_PEFT_DEFAULTS, **found}, name.current)
+            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **found}, name.current)
+            result[module] = _Configured(rank, scaling, bool(found.get("use_dora")))
     return result
 
 
@@ -154,6 +183,7 @@ def _layout(
     modules: Mapping[str, StoredModule],
     keys: FileKeys,
     file: TensorFile,
+    base: BaseModel,
     *,
     by_metadata: bool,
 ) -> FileLayout:
@@ -168,21 +198,28 @@ def _layout(
     # diffusers drops what is not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
-    slots = [_slot(keys.modules[module], found, file, family) for module, found in modules.items()]
+    suffixes = _suffixes(keys.modules.values(), naming, one_style=one_style)
+    slots = [
+        _slot(keys.modules[module], found, file, family, suffixes)
+        for module, found in modules.items()
+    ]
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
         naming=naming,
-        suffixes=_suffixes(keys.modules.values(), naming, one_style=one_style),
+        suffixes=suffixes,
         family=family,
         slots=tuple(map(_todays, slots) if one_style else slots),
         metadata=dict(file.metadata),
+        base=base,
         by_metadata=by_metadata,
         kinds={m: found.kind for m, found in modules.items() if found.kind != "LoRA"},
         errors={m: found.error for m, found in modules.items() if found.error},
     )
 
 
-def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) -> FileSlot:
+def _slot(
+    keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str, usual: Suffixes
+) -> FileSlot:
     """Where a module that was read is written: its own keys, or those of a plain LoRA."""
     parts, delta = keys.parts, found.delta
     plain = found.kind.startswith("LoRA")
@@ -195,7 +232,7 @@ def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) 
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
     if "scale" in parts:  # which is A1111's alone
         alpha = keys.id + KOHYA_SUFFIXES.alpha
-    factors = [key for part, key in parts.items() if part not in ("alpha", "scale")]
+    factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *magnitudes.PARTS)]
     types = [file.tensors[parts.get(part, factors[0])].dtype for part in ("down", "up")]
     stored = file.tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
     alpha_type = stored if stored.is_floating_point else torch.float32
@@ -207,6 +244,7 @@ def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) 
         up=parts.get("up", up),
         alpha=parts.get("alpha", alpha),
         bias=parts.get("bias", bias),
+        magnitude=_magnitude_slot(keys, found, file, usual.magnitude),
         dtypes=(types[0], types[1], alpha_type),
         rank=0 if "scale" in parts else delta.rank,
         scaling=delta.scaling,
@@ -214,25 +252,49 @@ def _slot(keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str) 
     )
 
 
+def _magnitude_slot(
+    keys: ModuleKeys, found: StoredModule, file: TensorFile, suffix: str
+) -> MagnitudeSlot:
+    """Where the magnitudes of a module are, or would be."""
+    key = next((keys.parts[part] for part in magnitudes.PARTS if part in keys.parts), "")
+    if not key:
+        return MagnitudeSlot(keys.id + suffix)
+    stored = file.tensors[key]
+    return MagnitudeSlot(key, found.axis, tuple(stored.shape), stored.dtype)
+
+
 def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
     """How the tensors of further modules are called, after those that are there."""
+    keys = list(keys)
+    usual = _usual_suffixes(keys, naming, one_style=one_style)
+    ends = (k.parts[p].removeprefix(k.id) for k in keys for p in magnitudes.PARTS if p in k.parts)
+    return dataclasses.replace(usual, magnitude=next(ends, usual.magnitude))
+
+
+def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
+    """The suffixes of a file, where it has no magnitudes those of the programs that read it."""
     pairs = [k for k in keys if {"up", "down"} <= k.parts.keys()]
-    alpha = KOHYA_SUFFIXES.alpha if any("alpha" in k.parts for k in pairs) else ""
+    has_alpha = any("alpha" in k.parts for k in pairs)
     if naming.scheme == "xlabs":
         return XLABS_SUFFIXES
     if one_style:
         return PEFT_SUFFIXES
-    for module in pairs:
-        down, up = (module.parts[part].removeprefix(module.id) for part in ("down", "up"))
-        return Suffixes(down, up, alpha, KOHYA_SUFFIXES.bias if alpha else PEFT_SUFFIXES.bias)
-    return KOHYA_SUFFIXES
+    if not pairs:
+        return KOHYA_SUFFIXES
+    down, up = (pairs[0].parts[part].removeprefix(pairs[0].id) for part in ("down", "up"))
+    alike = KOHYA_SUFFIXES if has_alpha else PEFT_SUFFIXES
+    magnitude = (KOHYA_SUFFIXES if naming.for_comfy else PEFT_SUFFIXES).magnitude
+    return Suffixes(down, up, alike.alpha, alike.bias, magnitude)
 
 
 def _todays(slot: FileSlot) -> FileSlot:
     """A slot of diffusers with the keys it writes today."""
     name = parse(slot.id)
-    down, up, _, bias = PEFT_SUFFIXES.keys(name.prefix + name.current)
-    return dataclasses.replace(slot, down=down, up=up, bias=bias)
+    module, magnitude = name.prefix + name.current, slot.magnitude
+    down, up, _, bias = PEFT_SUFFIXES.keys(module)
+    if magnitude.everywhere:
+        magnitude = dataclasses.replace(magnitude, key=module + PEFT_SUFFIXES.magnitude)
+    return dataclasses.replace(slot, down=down, up=up, bias=bias, magnitude=magnitude)
 
 
 def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
@@ -263,16 +325,18 @@ def _warn_of_truncation(path: Path, layout: FileLayout, options: ReadOptions) ->
     """State the error of factors that are not exact."""
     if layout.errors:
         worst = max(layout.errors, key=lambda module: layout.errors[module])
+        doras = any(slot.magnitude.axis for slot in layout.slots if slot.id in layout.errors)
+        of_factors = "; of the factors, DoRAs bring the sum with W0 to its norms" if doras else ""
         _warn(
             f"{path}: {len(layout.errors)} modules are of a rank above {options.max_rank} and were "
-            f"cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in {worst!r}); "
-            "a larger rank (--max-rank, max_rank=) makes it smaller"
+            f"cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in {worst!r}"
+            f"{of_factors}); a larger rank (--max-rank, max_rank=) makes it smaller"
         )
 
 
-def _warn_of_fused(path: Path, modules: Mapping[str, StoredModule]) -> None:
+def _warn_of_fused(path: Path, deltas: Mapping[str, Delta]) -> None:
     """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
-    weak = [m for m, found in modules.items() if _is_stacked(m, found.delta)]
+    weak = [module for module, delta in deltas.items() if _is_stacked(module, delta)]
     if weak:
         _warn(
             f"{path}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "

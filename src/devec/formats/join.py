@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
+from devec.formats.piece_gains import common_gain, one_axis, stacked_magnitude, with_magnitudes
+from devec.weights import BaseWeight
 
 
 @dataclass(frozen=True)
@@ -26,53 +29,74 @@ class Target:
     shape: tuple[int, int]
     unnamed: str = ""
 
-    def joined(self, modules: Mapping[str, Delta]) -> Delta | None:
-        """The delta of the whole, None if the adapter changes no piece of it."""
-        found = [modules.get(name) for name, _ in self.pieces]
-        held = [delta for delta in found if delta is not None]
+    def joined(self, modules: Mapping[str, Delta], base: BaseWeight) -> Delta | None:
+        """The delta of the whole.
+
+        Args:
+            modules: The modules of the adapter.
+            base: The base weight of the whole, read for pieces that are plain LoRAs where others
+                are DoRAs.
+
+        Returns:
+            The delta, exact; None if the adapter changes no piece of it.
+
+        Raises:
+            UnsupportedError: If pieces are DoRAs of which no single DoRA is the whole.
+        """
+        held = [modules[name] for name, _ in self.pieces if name in modules]
         if not held:
             return None
         if len(self.pieces) == 1:
             return held[0]
-        if len({delta.scaling for delta in held}) > 1:
-            found = [delta and delta.folded() for delta in found]
-            held = [delta for delta in found if delta is not None]
-        filled = [
-            delta or Delta(held[0].B.new_zeros(rows, 0), held[0].A[:0], held[0].scaling)
-            for delta, (_, rows) in zip(found, self.pieces, strict=True)
+        B, A, scaling = held[0].B, held[0].A[:0], held[0].scaling
+        pieces = [
+            modules.get(name) or Delta(B.new_zeros(rows, 0), A, scaling)
+            for name, rows in self.pieces
         ]
-        return _beside(filled) if _share_input_side(held) else _stacked(filled)
+        axis = one_axis(pieces)
+        if axis == "out":
+            pieces = with_magnitudes(pieces, base)
+            return dataclasses.replace(_product(pieces), gain=stacked_magnitude(pieces))
+        if axis == "in":
+            pieces = [piece.resolved() for piece in pieces]
+            product = _product(pieces)
+            return dataclasses.replace(product, gain=common_gain(pieces, product))
+        return _product(pieces)
+
+
+def _product(pieces: Sequence[Delta]) -> Delta:
+    """Deltas one under the other, without their gains; those of rank 0 are zero."""
+    if len({piece.scaling for piece in pieces}) > 1:
+        pieces = [piece.folded() for piece in pieces]
+    held = [piece for piece in pieces if piece.rank] or pieces
+    return _beside(pieces, held[0]) if _share_input_side(held) else _stacked(pieces)
 
 
 def _share_input_side(held: Sequence[Delta]) -> bool:
-    """Whether all deltas have the same A and scaling."""
-    return all(
-        delta.scaling == held[0].scaling
-        and (delta.A is held[0].A or torch.equal(delta.A, held[0].A))
-        for delta in held
-    )
+    """Whether all deltas have the same A."""
+    A = held[0].A
+    return all(piece.A is A or torch.equal(piece.A, A) for piece in held)
 
 
-def _beside(deltas: Sequence[Delta]) -> Delta:
+def _beside(pieces: Sequence[Delta], first: Delta) -> Delta:
     """Deltas one under the other that share A; those of rank 0 are zero."""
-    first = next((delta for delta in deltas if delta.rank), deltas[0])
-    rows = [d.B if d.rank else first.B.new_zeros(len(d.B), first.rank) for d in deltas]
-    return Delta(torch.cat(rows), first.A, first.scaling, _one_bias(deltas))
+    rows = [p.B if p.rank else first.B.new_zeros(len(p.B), first.rank) for p in pieces]
+    return Delta(torch.cat(rows), first.A, first.scaling, _one_bias(pieces))
 
 
-def _stacked(deltas: Sequence[Delta]) -> Delta:
+def _stacked(pieces: Sequence[Delta]) -> Delta:
     """Deltas of one scaling one under the other: As stacked, Bs on the diagonal."""
-    dtype = max((delta.dtype for delta in deltas), key=lambda dtype: dtype.itemsize)
-    blocks = [delta.B.to(dtype) for delta in deltas]
+    dtype = max((piece.dtype for piece in pieces), key=lambda dtype: dtype.itemsize)
+    blocks = [piece.B.to(dtype) for piece in pieces]
     B: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    A = torch.cat([delta.A.to(dtype) for delta in deltas])
-    return Delta(B, A, deltas[0].scaling, _one_bias(deltas))
+    A = torch.cat([piece.A.to(dtype) for piece in pieces])
+    return Delta(B, A, pieces[0].scaling, _one_bias(pieces))
 
 
-def _one_bias(deltas: Sequence[Delta]) -> Tensor | None:
+def _one_bias(pieces: Sequence[Delta]) -> Tensor | None:
     """Changes of the bias one under the other, None if there are none."""
-    if all(delta.bias is None for delta in deltas):
+    if all(piece.bias is None for piece in pieces):
         return None
-    rows = [d.B.new_zeros(len(d.B)) if d.bias is None else d.bias for d in deltas]
+    rows = [p.B.new_zeros(len(p.B)) if p.bias is None else p.bias for p in pieces]
     dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
     return torch.cat([row.to(dtype) for row in rows])

@@ -27,10 +27,12 @@ _PARTS = {
     ".scale": "scale",
     **{f".hada_{p}": f"hada_{p}" for p in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{p}": f"lokr_{p}" for p in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    **dict.fromkeys((".dora_scale", ".magnitude", ".lora_magnitude_vector"), "magnitude"),
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector.default": "magnitude",
-    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".dora_scale": "dora_scale",
+    ".magnitude": "magnitude",
+    **{
+        f".lora_magnitude_vector{end}": "magnitude"
+        for end in ("", ".weight", ".default", ".default.weight")
+    },
     **{f".{p}": p for p in ("diff", "diff_b", "w_norm", "b_norm")},
     **{f".{p}": p for p in ("set_weight", "reshape_weight")},
 }

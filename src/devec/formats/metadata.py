@@ -36,7 +36,7 @@ _OF_THE_BASE = (
     "modelspec.author",
 )
 _NEVER_KEPT = ("sshs_legacy_hash", "ss_network_dim", "ss_network_alpha", ADAPTER_KEY, RECORD_KEY)
-_SINGLE_SOURCE = ("compress", "convert", "combine")
+_SINGLE_SOURCE = ("compress", "convert", "combine", "as_lora")
 
 
 def base_hint(metadata: Mapping[str, str]) -> str:

@@ -1,13 +1,14 @@
 """The tensors of one module of a single-file adapter, as one pair of factors.
 
 LoRA factors are taken as they are. LoHa and LoKr, with or without Tucker cores, are rewritten to
-factors, exactly where the rank allows it.
+factors, exactly where the rank allows it. The magnitudes of a DoRA stand beside any of them.
 
 Reference: Yeh et al. 2024, arXiv 2309.14859 (LyCORIS: LoHa, LoKr, Tucker form).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
+from devec.formats import magnitudes
+from devec.gain import Axis, magnitude_of
 from devec.products import Factors, hadamard_product, kronecker_product
+from devec.weights import BaseWeight
 
 Parts = Mapping[str, Tensor]
 
@@ -40,16 +44,37 @@ class StoredModule:
     """What the tensors of a module say.
 
     Attributes:
-        delta: The change they make.
+        delta: The change they make; of a DoRA without its magnitudes.
         kind: ``"LoRA"``, ``"LoHa"`` or ``"LoKr"``, and whether it has a Tucker core.
         kernel: Shape of a convolution's kernel, as far as the tensors tell.
         error: Relative error of the factors: 0 unless they had to be truncated.
+        magnitudes: The magnitudes of a DoRA as stored, and their axis.
     """
 
     delta: Delta
     kind: str
     kernel: tuple[int, ...]
     error: float = 0.0
+    magnitudes: tuple[Tensor, Axis] | None = None
+
+    @property
+    def axis(self) -> Axis | None:
+        """The axis of the magnitudes, None if there are none."""
+        return self.magnitudes[1] if self.magnitudes else None
+
+    def on(self, base: BaseWeight) -> Delta:
+        """The whole change.
+
+        Args:
+            base: The base weight, which is not read.
+
+        Returns:
+            The delta; of a DoRA with the magnitudes of that weight.
+        """
+        if self.magnitudes is None:
+            return self.delta
+        gain = magnitude_of(*self.magnitudes, self.delta.shape, base)
+        return dataclasses.replace(self.delta, gain=gain)
 
 
 def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
@@ -66,25 +91,23 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
 
     Raises:
         FormatError: If tensors are missing or contradict each other.
-        UnsupportedError: If it is a DoRA, or a kind that has no plain delta.
+        UnsupportedError: If it is a kind that has no plain delta.
     """
-    if "magnitude" in parts:
-        raise UnsupportedError(
-            "this is a DoRA (it has a dora_scale or magnitude): its change depends on the base "
-            "weights, which are not read yet; extract a plain LoRA from the merged model instead"
-        )
     for part, tensor in parts.items():
         if part not in ("alpha", "scale") and 0 in tensor.shape:
             raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
     for own, read in _KINDS.items():
         if any(part.startswith(own) for part in parts):
-            strange = [p for p in parts if not p.startswith((*own, "alpha", "scale"))]
+            allowed = (*own, "alpha", "scale", *magnitudes.PARTS)
+            strange = [part for part in parts if not part.startswith(allowed)]
             if strange:
                 raise FormatError(
                     f"there are {', '.join(strange)} beside {', '.join(own)}…, two kinds of "
                     "change of one module; take one of them out"
                 )
-            return read(parts, scaling, max_rank)
+            found = read(parts, scaling, max_rank)
+            held = magnitudes.find_magnitudes(parts, found.delta.shape, found.kernel)
+            return dataclasses.replace(found, magnitudes=held)
     raise FormatError(f"there are {', '.join(sorted(parts))}, but no factors")
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
-from devec.formats import card, peft_config
+from devec.formats import card, peft_config, peft_dora
+from devec.formats.base_model import BaseModel, base_model
 from devec.formats.peft_config import CONFIG_NAME, Config
-from devec.formats.peft_layout import PREFIX, WEIGHTS_NAME, PeftLayout
+from devec.formats.peft_dora import BaseWeights
+from devec.formats.peft_layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
 from devec.formats.peft_slots import Slot, slot_for
 from devec.formats.tensors import read_tensors, require_factor, require_finite, sha256
 from devec.layout import ReadOptions
@@ -54,12 +56,14 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     with located(str(weights)):
         tensors = read_tensors(weights, allow_pickle=options.allow_pickle).tensors
         sorted_keys = _sort_keys(config, tensors)
-        slots, modules = _slots(config, sorted_keys.factors)
+        base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
+        slots, modules = _slots(config, sorted_keys, base)
+    peft_dora.warn_of_signs(str(weights), modules)
     _warn_of_left_out(weights, sorted_keys.training_only)
     return Adapter(
         name=name,
         modules=modules,
-        layout=PeftLayout(config, tuple(slots), sorted_keys.base_copies),
+        layout=PeftLayout(config, tuple(slots), base, sorted_keys.base_copies),
         carried=sorted_keys.carried,
         provenance=card.read_record(directory),
         source=str(directory),
@@ -115,11 +119,9 @@ def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
                 factors["embedding"] = tensor
         elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):
             result.training_only.append(key)
-        elif "lora_magnitude_vector" in key:
-            raise UnsupportedError(
-                f"{key!r} is the magnitude of a DoRA adapter, whose change depends on the base "
-                "weights, which are not read yet; PEFT's convert_to_lora can approximate it"
-            )
+        elif path := peft_dora.owner(key):
+            factors = result.factors.setdefault(path, {})
+            peft_dora.add_magnitude(factors, key, require_factor(key, tensor))
         elif ".lora_" in key:
             raise UnsupportedError(f"{key!r} belongs to no kind of LoRA layer that is known")
         elif ".base_layer." in key and not key.endswith(trained):
@@ -132,43 +134,70 @@ def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
 
 
 def _slots(
-    config: Config, factors: Mapping[str, Mapping[str, Tensor]]
+    config: Config, keys: _SortedKeys, base: BaseModel
 ) -> tuple[list[Slot], dict[str, Delta]]:
     """The slots of a file and the deltas in them."""
     slots: list[Slot] = []
-    modules: dict[str, Delta] = {}
-    unexpected = []
-    for path, tensors in factors.items():
+    for path, tensors in keys.factors.items():
         name = path.removeprefix(PREFIX)
         missing = {"A", "B"} - tensors.keys()
         if missing:
             raise FormatError(f"module {name!r} has no factor {missing.pop()}")
-        base, nested, _ = name.partition(".base_layer")
-        owners = peft_config.owners(config, re.sub(r"(\.base_layer)+$", "", name))
-        ranks: dict[tuple[int, float], list[str]] = {}
-        for owner in owners or [name]:
-            key = peft_config.rank_and_scaling(config, owner)
-            ranks.setdefault(key, []).extend([owner] if owners else [])
         with located(f"module {name!r}"):
-            slot = slot_for(path, name, tensors, ranks, embedding="embedding" in tensors)
-            modules |= slot.read(tensors["A"], tensors["B"], tensors.get("bias"))
-        slots.append(slot)
-        if not owners and not peft_config.targets(config, base if nested else name):
-            unexpected.append(name)
-        if nested and not owners:
+            slots.append(_slot(config, path, tensors))
+        if slots[-1].name != slots[-1].base_name and not slots[-1].parameters:
             _warn_of_attention(name)
+    if not slots:
+        raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
+    _require_as_said(config, slots, keys.factors)
+    weights = BaseWeights(base, family(config, slots)[1], keys.base_copies)
+    modules: dict[str, Delta] = {}
+    for slot in slots:
+        with located(f"module {slot.name!r}"):
+            modules |= slot.read(keys.factors[slot.path], weights.of(slot))
+    return slots, modules
+
+
+def _slot(config: Config, path: str, tensors: Mapping[str, Tensor]) -> Slot:
+    """The slot of a pair of factors."""
+    name = path.removeprefix(PREFIX)
+    owners = peft_config.owners(config, re.sub(r"(\.base_layer)+$", "", name))
+    ranks: dict[tuple[int, float], list[str]] = {}
+    for owner in owners or [name]:
+        key = peft_config.rank_and_scaling(config, owner)
+        ranks.setdefault(key, []).extend([owner] if owners else [])
+    return slot_for(
+        path,
+        name,
+        tensors,
+        ranks,
+        embedding="embedding" in tensors,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _require_as_said(
+    config: Config, slots: Sequence[Slot], factors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Check that modules and their tensors are those that the configuration speaks of."""
+    unexpected = [
+        slot.name
+        for slot in slots
+        if not slot.parameters
+        and not peft_config.targets(config, slot.name.partition(".base_layer")[0])
+    ]
     if unexpected:
         raise FormatError(
             f"the file has modules that target_modules of {CONFIG_NAME} does not name, which no "
             f"host would load: {listed(unexpected)}"
         )
-    if not slots:
-        raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
     if bool(config.get("lora_bias")) != any("bias" in t for t in factors.values()):
         raise FormatError(
             f"lora_bias is {config.get('lora_bias')} in {CONFIG_NAME}, which the tensors contradict"
         )
-    return slots, modules
+    peft_dora.require_everywhere(
+        config, {path.removeprefix(PREFIX): tensors for path, tensors in factors.items()}
+    )
 
 
 def _warn_of_left_out(weights: Path, keys: Sequence[str]) -> None:

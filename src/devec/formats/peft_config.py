@@ -31,10 +31,6 @@ _CONVERT = "PEFT's convert_to_lora can approximate it by a plain LoRA"
 
 # Fields that make an adapter something other than a sum of B·A, and what to do about it.
 _REFUSED_FIELDS = {
-    "use_dora": (
-        "is a DoRA: its change depends on the base weights, which are not read yet",
-        _CONVERT,
-    ),
     "kasa_config": ("is a KaSA adapter: it truncates the base weight", _CONVERT),
     "use_bdlora": ("is a BD-LoRA adapter: its factors are stacked blocks", _CONVERT),
     "arrow_config": (
@@ -42,6 +38,16 @@ _REFUSED_FIELDS = {
         "the adapters it routes between are ordinary LoRAs, use those",
     ),
 }
+
+# What PEFT refuses beside use_dora, so that no host would load the adapter.
+_NEVER_DORA = (
+    "lora_bias",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
 
 # State of training methods that leaves no trace in the forward pass once training is over.
 TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
@@ -166,12 +172,37 @@ def _require_plain(config: Config, path: Path) -> None:
     for field, (what, remedy) in _REFUSED_FIELDS.items():
         if config.get(field):
             raise UnsupportedError(f"{path}: the adapter {what} ({field}); {remedy}")
+    if config.get("use_dora"):
+        require_dora_fits(config, str(path))
     init = str(config.get("init_lora_weights", True)).lower()
     if init not in _PLAIN_INITS:
         remedy = _KEEP_BASE if init.startswith(("pissa", "olora", "corda", "lora_ga")) else _CONVERT
         raise UnsupportedError(
             f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
             f"when the adapter is loaded, so B·A is not the change the adapter makes; {remedy}"
+        )
+
+
+def require_dora_fits(config: Config, where: str) -> None:
+    """Refuse what a DoRA cannot be beside.
+
+    Args:
+        config: The configuration of an adapter that is a DoRA.
+        where: What it is the configuration of, for messages.
+
+    Raises:
+        UnsupportedError: If it has such a field.
+    """
+    beside = [field for field in _NEVER_DORA if config.get(field)]
+    if beside:
+        raise UnsupportedError(
+            f"{where}: {listed(beside)} beside use_dora is nothing that PEFT loads; one of them is "
+            "wrong"
+        )
+    if config.get("layer_replication"):
+        raise UnsupportedError(
+            f"{where}: layer_replication beside use_dora is not supported, as the copied layers "
+            "have names that the base model does not have; " + _CONVERT
         )
 
 

@@ -16,10 +16,13 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed, located
-from devec.formats import card, peft_config, peft_written
+from devec.formats import card, peft_config, peft_dora, peft_written
 from devec.formats.align import aligned
+from devec.formats.base_model import BaseModel, base_model
 from devec.formats.conventions import Naming, family_of, naming_of
+from devec.formats.families import Family
 from devec.formats.peft_config import CONFIG_NAME, Config
+from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_slots import Slot, padded
 from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.tensors import write_tensors
@@ -37,6 +40,7 @@ class PeftLayout:
     Attributes:
         config: The configuration, as read.
         slots: The stored pairs of factors, in the order of the file.
+        base: The base model that was given with the adapter.
         base_copies: Weights of the base model that PEFT stores beside adapted embeddings.
         merged_from: Configurations of all the adapters that the slots come from, if they are
             several, so that `config` does not speak for all of them.
@@ -44,6 +48,7 @@ class PeftLayout:
 
     config: Config
     slots: tuple[Slot, ...]
+    base: BaseModel = field(default_factory=lambda: base_model(None))
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     merged_from: tuple[Config, ...] = ()
 
@@ -163,6 +168,7 @@ class PeftLayout:
         return dataclasses.replace(
             self,
             slots=tuple(slots.values()),
+            base=next((o.base for o in layouts if o.base.given is not None), self.base),
             base_copies=copies,
             merged_from=configs if others else self.merged_from,
         )
@@ -227,15 +233,14 @@ class PeftLayout:
         require_places(shapes, adapter.modules)
         held = {slot: slot.held(adapter.modules) for slot in self.slots}
         config = peft_written.plain(self.config, carried=bool(adapter.carried))
-        with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
-        without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
-        if with_bias and without:
-            raise IncompatibleError(
-                f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "
-                "are embeddings or parameters; leave one kind out"
-            )
-        if with_bias != config.get("lora_bias", False):
-            config["lora_bias"] = with_bias
+        with_bias = _has_biases(held)
+        dora = any(delta.gain is not None for delta in adapter.modules.values())
+        for name, value in {"lora_bias": with_bias, "use_dora": dora}.items():
+            if value != bool(config.get(name)):
+                config[name] = value
+        if dora:
+            weights = BaseWeights(self.base, family(config, self.slots)[1], self.base_copies)
+            held = peft_dora.as_doras(config, held, weights)
         if not self._as_read(held):
             left_out = [slot.name for slot, deltas in held.items() if not deltas]
             held = {slot: padded(deltas) for slot, deltas in held.items() if deltas}
@@ -250,9 +255,8 @@ class PeftLayout:
             )
         tensors: dict[str, Tensor] = {}
         for slot, deltas in held.items():
-            dtypes = slot.dtypes if dtype is None else (dtype, dtype)
             with located(f"module {slot.name!r}"):
-                tensors |= slot.write(deltas, with_bias=with_bias, dtypes=dtypes)
+                tensors |= slot.write(deltas, with_bias=with_bias, dtype=dtype)
             copies = (k for k in self.base_copies if k.startswith(f"{slot.path}."))
             tensors |= {key: self.base_copies[key] for key in copies}
         return config, {**tensors, **adapter.carried}
@@ -278,19 +282,30 @@ class PeftLayout:
 
     def describe(self) -> dict[str, Any]:
         """What there is to say of the files, as JSON values."""
+        dora = any(config.get("use_dora") for config in self.merged_from or (self.config,))
         return {
             "format": "peft",
-            "family": self._family() or None,
+            "family": family(self.config, self.slots)[0] or None,
             "base_model": self.config.get("base_model_name_or_path"),
             "task_type": self.config.get("task_type"),
             "peft_version": self.config.get("peft_version"),
             "base_copies": sorted(self.base_copies),
+            "dora": {"out": len(self.slots)} if dora else {},
         }
 
-    def _family(self) -> str:
-        """The family of the base model."""
-        shapes = {slot.name: slot.shape for slot in self.slots}
-        return family_of(shapes, str(self.config.get("base_model_name_or_path") or ""))[0]
+
+def family(config: Config, slots: Sequence[Slot]) -> tuple[str, Family | None]:
+    """The family of the base model: its name, empty if unknown, and its tables, if there are any.
+
+    Args:
+        config: The configuration.
+        slots: The slots.
+
+    Returns:
+        Name and tables.
+    """
+    shapes = {slot.name: slot.shape for slot in slots}
+    return family_of(shapes, str(config.get("base_model_name_or_path") or ""))
 
 
 def plain_layout(
@@ -333,10 +348,22 @@ def plain_layout(
         for name, (shape, kernel) in places.items()
     )
     if uniform:
-        return PeftLayout(new, slots)
+        return PeftLayout(new, slots, layout.base)
     # the names of others may be endings of names that no adapter has, so none is listed
     named = {**(config or new), "target_modules": new["target_modules"]}
-    return PeftLayout(named, slots, merged_from=(named,))
+    return PeftLayout(named, slots, layout.base, merged_from=(named,))
+
+
+def _has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:
+    """Whether biases are changed, which PEFT cannot hold beside all kinds of layers."""
+    with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
+    without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
+    if with_bias and without:
+        raise IncompatibleError(
+            f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "
+            "are embeddings or parameters; leave one kind out"
+        )
+    return with_bias
 
 
 def _require_same_parameters(layouts: Sequence[PeftLayout]) -> None:

@@ -8,6 +8,7 @@ pairs of factors stacked, A by expert and B by rank.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
 from devec.formats.tensors import storable
+from devec.gain import Magnitude, magnitude_of
+from devec.weights import BaseWeight
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Slot:
         kernel: Shape of a convolution's kernel.
         experts: Number of experts.
         parameters: Full names of the parameters the slot may belong to, if it is not a module.
+        transposed: Whether the layer stores its weight transposed, None if the base model tells.
     """
 
     path: str
@@ -46,6 +50,7 @@ class Slot:
     kernel: tuple[int, ...] = ()
     experts: int = 1
     parameters: tuple[str, ...] = ()
+    transposed: bool | None = None
 
     @property
     def keys(self) -> tuple[str, str, str]:
@@ -57,6 +62,16 @@ class Slot:
             f"{self.path}.lora_B.weight",
             f"{self.path}.lora_B.bias",
         )
+
+    @property
+    def magnitude_key(self) -> str:
+        """Key of the magnitudes of a DoRA; without the ending transformers would not load it."""
+        return f"{self.path}.lora_magnitude_vector.weight"
+
+    @property
+    def base_name(self) -> str:
+        """Name of the layer in a base model that is not wrapped by PEFT."""
+        return self.name.replace(".base_layer", "")
 
     @property
     def modules(self) -> list[str]:
@@ -80,34 +95,44 @@ class Slot:
         empty = Delta(torch.zeros(self.shape[0], 0), torch.zeros(0, self.shape[1]))
         return [modules.get(name, empty) for name in self.modules]
 
-    def read(self, A: Tensor, B: Tensor, bias: Tensor | None) -> dict[str, Delta]:
+    def read(self, tensors: Mapping[str, Tensor], base: BaseWeight) -> dict[str, Delta]:
         """The deltas of the slot from its stored tensors.
 
         Args:
-            A: Stored tensor on the input side.
-            B: Stored tensor on the output side.
-            bias: Stored change of the bias, or None.
+            tensors: ``"A"`` on the input side, ``"B"`` on the output side and, if stored,
+                ``"bias"`` and ``"magnitude"``, shape (out,) or of a convolution (1, out, 1, …).
+            base: The base weight, for a DoRA.
 
         Returns:
             Name → delta.
+
+        Raises:
+            FormatError: If there are not as many magnitudes as outputs.
         """
-        E = self.experts
+        A, B, E = tensors["A"], tensors["B"], self.experts
         if self.kind == "experts":
             return {
                 name: Delta(B[:, e::E], A[e * self.rank : (e + 1) * self.rank], self.scaling)
                 for e, name in enumerate(self.modules)
             }
-        return {self.name: Delta(B.flatten(1), A.flatten(1), self.scaling, bias)}
+        gain = None
+        if "magnitude" in tensors:
+            gain = magnitude_of(tensors["magnitude"], "out", self.shape, base)
+        bias = tensors.get("bias")
+        return {self.name: Delta(B.flatten(1), A.flatten(1), self.scaling, bias, gain)}
 
     def write(
-        self, deltas: Sequence[Delta], *, with_bias: bool, dtypes: Sequence[torch.dtype]
+        self, deltas: Sequence[Delta], *, with_bias: bool, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Stored tensors from the deltas of the slot, which have one rank and scaling.
 
+        Magnitudes that were computed are stored in the precision they were computed in: they are
+        few, and what is rounded off them is a fraction of W0 and not of ΔW.
+
         Args:
-            deltas: The deltas, in the order of `modules`.
+            deltas: The deltas, in the order of `modules`, without gains or with magnitudes.
             with_bias: Whether the file holds changes of biases.
-            dtypes: Storage types of A and B.
+            dtype: Storage type; by default that of the input.
 
         Returns:
             Key → tensor.
@@ -124,12 +149,17 @@ class Slot:
         if self.kind == "conv":
             A = A.reshape(len(A), -1, *self.kernel)
             B = B.reshape(*B.shape, *(1 for _ in self.kernel))
+        of_A, of_B = self.dtypes if dtype is None else (dtype, dtype)
         key_A, key_B, key_bias = self.keys
-        stored = {key_A: storable(key_A, A, dtypes[0]), key_B: storable(key_B, B, dtypes[1])}
+        stored = {key_A: storable(key_A, A, of_A), key_B: storable(key_B, B, of_B)}
         if with_bias:
             bias = deltas[0].bias
             bias = torch.zeros(len(B)) if bias is None else bias
-            stored[key_bias] = storable(key_bias, bias, dtypes[1])
+            stored[key_bias] = storable(key_bias, bias, of_B)
+        if isinstance(deltas[0].gain, Magnitude):
+            m, key = deltas[0].gain.values, self.magnitude_key
+            shape = (1, -1, *(1 for _ in self.kernel)) if self.kernel else (-1,)
+            stored[key] = storable(key, m.reshape(shape), dtype or m.dtype)
         return stored
 
 
@@ -137,7 +167,7 @@ def padded(deltas: Sequence[Delta]) -> list[Delta]:
     """Deltas of a slot brought to one rank with zeros, scaling folded into B.
 
     Args:
-        deltas: The deltas.
+        deltas: The deltas, without gains or with magnitudes.
 
     Returns:
         Deltas of the same effect; of rank 1 at least, since PEFT knows no rank 0.
@@ -148,7 +178,7 @@ def padded(deltas: Sequence[Delta]) -> list[Delta]:
         short = rank - delta.rank
         B = torch.nn.functional.pad(delta.B, (0, short))
         A = torch.nn.functional.pad(delta.A, (0, 0, 0, short))
-        result.append(Delta(B, A, bias=delta.bias))
+        result.append(dataclasses.replace(delta, B=B, A=A))
     return result
 
 
@@ -159,6 +189,7 @@ def slot_for(
     ranks: Mapping[tuple[int, float], Sequence[str]],
     *,
     embedding: bool,
+    fan_in_fan_out: bool = False,
 ) -> Slot:
     """Recognise the kind of layer from the shapes of its tensors and check them.
 
@@ -169,6 +200,7 @@ def slot_for(
         ranks: The (rank, scaling) that the configuration gives the module, or its parameters, with
             the names of those parameters.
         embedding: Whether the keys are those of an embedding.
+        fan_in_fan_out: Whether the configuration says that linear layers are stored transposed.
 
     Returns:
         The slot.
@@ -196,18 +228,28 @@ def slot_for(
     (rank, scaling), parameters = _fitting(A.shape[0], ranks)
     kind = "conv" if A.ndim > 2 else "embedding" if embedding else "linear"
     experts = A.shape[0] // rank
+    shape = (B.shape[0], A[0].numel())
     return Slot(
         path=path,
         name=name,
         kind="experts" if parameters and experts > 1 else kind,
-        shape=(B.shape[0], A[0].numel()),
+        shape=shape,
         rank=rank,
         scaling=scaling,
         dtypes=(A.dtype, B.dtype),
         kernel=tuple(A.shape[2:]),
         experts=experts,
         parameters=tuple(parameters),
+        transposed=_transposed(kind, shape, fan_in_fan_out=fan_in_fan_out),
     )
+
+
+def _transposed(kind: str, shape: tuple[int, int], *, fan_in_fan_out: bool) -> bool | None:
+    """Whether a layer stores its weight transposed, None if the base model is to tell."""
+    if kind == "linear":
+        # one field for all layers, which PEFT corrects by their classes
+        return True if fan_in_fan_out and shape[0] == shape[1] else None
+    return kind == "embedding"
 
 
 def _fitting(

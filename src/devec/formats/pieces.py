@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import IncompatibleError
+from devec.errors import IncompatibleError, located
 from devec.formats.conventions import Naming, diffusers_naming
 from devec.formats.families import Family, Part, flat
 from devec.formats.join import Target
 from devec.formats.names import DENOISER, Name, parse
+from devec.formats.piece_gains import rows_of, sliceable
 from devec.formats.tables import dotted_names, text_encoders
 
 Key = tuple[str, str]  # component and part
@@ -270,7 +271,7 @@ def sliced(
     modules: Sequence[Module],
     pieces: Pieces,
 ) -> dict[str, Delta]:
-    """Piece → delta: rows of B, A shared.
+    """Piece → delta: rows of B and of magnitudes, A shared.
 
     Args:
         adapter: The adapter.
@@ -282,15 +283,14 @@ def sliced(
     """
     result: dict[str, Delta] = {}
     for module in modules:
-        delta = adapter.modules[module.id]
-        start = 0
+        delta, start = adapter.modules[module.id], 0
         for key, rows in zip(module.keys, module.rows, strict=True):
             name, together = pieces[key]
             if len(together) > 1 or len(module.keys) == 1:
                 result[name] = delta
                 continue
-            bias = None if delta.bias is None else delta.bias[start : start + rows]
-            B = delta.B[start : start + rows]
-            result[name] = dataclasses.replace(delta, B=B, bias=bias)
+            with located(f"module {module.id!r} of {adapter.label}"):
+                delta = sliceable(delta)
+                result[name] = rows_of(delta, start, start + rows)
             start += rows
     return result

@@ -1,0 +1,156 @@
+"""How long DoRAs of LLaMA-2-7B's shapes take, and how much memory.
+
+    python -m benchmarks.dora [--rank N] [--json FILE]
+
+Two DoRA adapters of one module lie on the disk beside the base weight, as PEFT writes them, and
+share a quarter of their directions. They are read and decomposed, and the two unique parts are
+turned into the tensors that are written: factors and magnitudes. Every shape has a process of its
+own; the memory is what its peak grows by while it decomposes and writes for the first time, the
+base weight's own pages included. There is no dense method beside it, which takes minutes a module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from devec import Adapter, __version__, decompose
+
+MODULE = "model.layers.0.mlp.down_proj"
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
+BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REPEATS = 7
+
+
+def write_pool(folder: Path, shape: tuple[int, int], rank: int, base: torch.dtype) -> None:
+    """Write a base weight and two DoRA adapters that share a quarter of their directions.
+
+    Args:
+        folder: Where to write.
+        shape: Shape (out, in) of the module.
+        rank: Rank of the adapters.
+        base: Type of the base weight; factors are bfloat16.
+    """
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(rows, columns, generator=generator) / columns**0.5
+    save_file({f"{MODULE}.weight": W.to(base)}, folder / "model.safetensors")
+    common = torch.randn(rows, rank // 4, generator=generator)
+    for name in ("first", "second"):
+        B = torch.randn(rows, rank, generator=generator)
+        B[:, : rank // 4] = common + 0.1 * B[:, : rank // 4]
+        A = torch.randn(rank, columns, generator=generator) / columns**0.5
+        m = W.norm(dim=1) * (1 + 0.05 * torch.randn(rows, generator=generator))
+        key = f"base_model.model.{MODULE}"
+        tensors = {"lora_A.weight": A, "lora_B.weight": 0.02 * B, "lora_magnitude_vector": m}
+        (folder / name).mkdir()
+        save_file(
+            {f"{key}.{end}": tensor.bfloat16() for end, tensor in tensors.items()},
+            folder / name / "adapter_model.safetensors",
+        )
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "use_dora": True,
+            "target_modules": [MODULE],
+        }
+        (folder / name / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def peak() -> int:
+    """Peak of the resident memory so far, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def fresh_peak() -> int:
+    """The resident memory now, from which later peaks are counted."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak()
+
+
+def warm_up() -> None:
+    """Load libraries and start threads, whose memory is no module's."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        write_pool(folder, (512, 512), 64, torch.float32)
+        pool = [Adapter.from_pretrained(folder / n, base=folder) for n in ("first", "second")]
+        for part in decompose(pool).unique.values():
+            part.layout.stored(part, None)  # type: ignore[union-attr]
+
+
+def measure(shape: tuple[int, int], rank: int, base: str) -> dict[str, Any]:
+    """Times and memory of one shape, in the calling process.
+
+    Args:
+        shape: Shape (out, in) of the module.
+        rank: Rank of the adapters.
+        base: Type of the base weight.
+
+    Returns:
+        Medians in seconds, and the memory as a multiple of the base weight in float32.
+    """
+    torch.set_num_threads(2)
+    times: dict[str, list[float]] = {"decompose": [], "write": []}
+    grown = 0
+    warm_up()
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        write_pool(folder, shape, rank, BASES[base])
+        adapters = [Adapter.from_pretrained(folder / n, base=folder) for n in ("first", "second")]
+        before = fresh_peak()
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            parts = decompose(adapters)
+            times["decompose"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for part in parts.unique.values():
+                part.layout.stored(part, None)  # type: ignore[union-attr]
+            times["write"].append(time.perf_counter() - start)
+            grown = grown or peak() - before
+    return {
+        "shared_rank": parts.splits[0].shared_rank,
+        **{what: statistics.median(found) for what, found in times.items()},
+        "memory": grown / (4 * shape[0] * shape[1]),
+    }
+
+
+def main() -> None:
+    """Print the measurements as a table, and write them where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dora")
+    parser.add_argument("--rank", type=int, default=256, help="rank of the adapters")
+    parser.add_argument("--json", type=Path, help="file to write the measurements to")
+    arguments = parser.parse_args()
+    print(f"devec {__version__}, torch {torch.__version__}, {platform.machine()}, 2 threads\n")
+    print("| module, k = 2 | base weight | shared | decompose | write | memory |")
+    print("|---|---|---:|---:|---:|---:|")
+    results: dict[str, dict[str, Any]] = {}
+    context = multiprocessing.get_context("spawn")
+    for shape in SHAPES:
+        for base in BASES:
+            with context.Pool(1) as process:
+                found = process.apply(measure, (shape, arguments.rank, base))
+            name = f"{shape[0]} × {shape[1]}"
+            results[f"{name} {base}"] = found
+            print(
+                f"| {name} | {base} | {found['shared_rank']} | {found['decompose']:.2f} s "
+                f"| {found['write']:.2f} s | {found['memory']:.1f} × |",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""DoRAs of the demo: trained with PEFT, decomposed, added and negated, beside PEFT's own sums.
+
+    python -m benchmarks.dora_demo [--epochs N] [--json FILE]
+
+Three DoRAs are trained as the demo's LoRAs are: on its vision transformer, for its looks of the
+digits, all of rank 8 so that PEFT's ``linear`` takes them. Then
+
+1. accuracy on the 497 held-out digits: of the parts that devec finds, of sums, of negations;
+2. how far sums are from the truth. The truth is naive, dense and in float64: W0 + Σ w_i·ΔW_i with
+   ΔW_i = m_i·(W0 + s·B·A)/‖W0 + s·B·A‖ - W0, put into a model of its own. Everything else is loaded
+   by PEFT, and its weights are told from what its layers do to the unit vectors.
+
+The error of ΔW is ‖W - W_truth‖/‖W_truth - W0‖ over all modules, of what is stored and done, in
+float64; that of logits is the largest ‖y - y_truth‖/‖y_truth‖ of any image, in float32 as loaded.
+PEFT's ``cat`` and ``svd`` (here of full rank) are exact for LoRAs, so that their errors are due to
+the magnitudes alone; ``linear`` adds up factors, which is no sum for LoRAs either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from devec import Adapter, Decomposition, __version__, combine, decompose, save_adapters
+from devec.demo.evaluate import POOL, accuracy, heldout_sets, load_base
+from devec.demo.run import COEFFICIENTS, loaded
+from devec.demo.train import ADAPTER_SCHEDULE, ALPHA_PER_RANK, load_split, train_adapter
+from devec.formats.card import adapter_name
+
+DOMAINS = ("chalk", "sign", "emboss")
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"method": "mean", "threshold": "auto"},  # of the demo
+    {"method": "chain", "threshold": 0.85},  # of the paper
+)
+NEGATIONS = (1.0, -0.5, -1.0)
+PAIR_WEIGHTS = ((1.0, 1.0), (0.5, 0.5), (1.0, -0.5))
+PEFT_TYPES = ("linear", "cat", "svd")
+
+Row = dict[str, Any]
+Sets = Mapping[str, tuple[Tensor, Tensor]]
+Changes = dict[str, Tensor]
+
+
+def train_pool(folder: Path, epochs: int) -> None:
+    """Train a DoRA for every domain on the demo's base.
+
+    Args:
+        folder: Where to write the base and the adapters.
+        epochs: How long to train each.
+    """
+    shutil.copytree(POOL / "base", folder / "base")
+    training, _ = load_split()
+    digits, labels = training["digits"], training["labels"].long()
+    for domain in DOMAINS:
+        train_adapter(domain, digits, labels, folder, use_dora=True, epochs=epochs)
+
+
+def dense_changes(base: nn.Module, path: Path) -> Changes:
+    """ΔW of every module of a DoRA by the formula, dense, in float64.
+
+    Args:
+        base: The base model.
+        path: The adapter, as PEFT wrote it.
+
+    Returns:
+        Module → ΔW, shape (out, in).
+    """
+    stored = load_file(path / "adapter_model.safetensors")
+    changes = {}
+    for key, m in stored.items():
+        if key.endswith(".lora_magnitude_vector"):
+            name = key.removesuffix(".lora_magnitude_vector")
+            B, A = (stored[f"{name}.lora_{x}.weight"].double() for x in "BA")
+            module = name.removeprefix("base_model.model.")
+            W = base.get_submodule(module).weight.detach().double()
+            V = W + ALPHA_PER_RANK * B @ A
+            changes[module] = m.double()[:, None] * V / V.norm(dim=1, keepdim=True) - W
+    return changes
+
+
+def weighted_sum(changes: Sequence[Changes], weights: Sequence[float]) -> Changes:
+    """Σ w_i · ΔW_i, module by module."""
+    return {
+        module: sum(w * c[module] for w, c in zip(weights, changes, strict=True))
+        for module in changes[0]
+    }
+
+
+def layer_weights(model: nn.Module) -> Changes:
+    """Module → the weight that its layer applies, with whatever adapters are active."""
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            unit = torch.eye(layer.in_features, dtype=torch.float64)
+            applied = layer(unit) - layer(torch.zeros_like(unit[:1]))
+            weights[name.removeprefix("base_model.model.")] = applied.mT
+    return weights
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of all images, (n, classes), in float64."""
+    return torch.cat([model(batch).logits.double() for batch in torch.split(images, 256)])
+
+
+@dataclass(frozen=True, eq=False)
+class Referee:
+    """Compares what PEFT does with the dense truth.
+
+    Attributes:
+        base: The base in float64.
+        images: Held-out images, (n, 3, SIZE, SIZE).
+    """
+
+    base: nn.Module
+    images: Tensor
+
+    @torch.no_grad()
+    def errors(
+        self, model: PeftModel, ways: Mapping[str, Sequence[str]], changes: Changes
+    ) -> Iterator[Row]:
+        """How far a model is from the truth, with some of its adapters active.
+
+        Args:
+            model: The model as PEFT loaded it; it is in float64 afterwards.
+            ways: What is compared → the adapters active, in the order in which PEFT applies them.
+            changes: Module → ΔW that they should make, dense.
+
+        Yields:
+            Relative errors of weights and logits, and the share of images classified otherwise.
+        """
+        truth = copy.deepcopy(self.base)
+        for module, change in changes.items():
+            truth.get_submodule(module).weight.add_(change)
+        expected = logits(truth, self.images.double())
+        found = {what: logits(activated(model, names), self.images) for what, names in ways.items()}
+        model.double()
+        for what, names in ways.items():
+            weights = layer_weights(activated(model, names))
+            off = {m: W - truth.get_submodule(m).weight for m, W in weights.items()}
+            apart = (found[what] - expected).norm(dim=1) / expected.norm(dim=1)
+            changed = found[what].argmax(dim=1) != expected.argmax(dim=1)
+            yield {
+                "what": what,
+                "weights": norm(off) / norm(changes),
+                "logits": float(apart.max()),
+                "changed": float(changed.double().mean()),
+            }
+
+
+def activated(model: PeftModel, names: Sequence[str]) -> PeftModel:
+    """The model with these adapters active, in this order."""
+    model.base_model.set_adapter([adapter_name(name) for name in names])
+    return model
+
+
+def norm(changes: Changes) -> float:
+    """Frobenius norm over all modules."""
+    return float(sum(change.square().sum() for change in changes.values())) ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The trained DoRAs and all that devec made of them.
+
+    Attributes:
+        folder: Where the adapters are.
+        found: Decomposition for each of `SETTINGS`.
+        outputs: Names of all adapters that devec wrote.
+    """
+
+    folder: Path
+    found: tuple[Decomposition, ...]
+    outputs: tuple[str, ...]
+
+    def load(self, *names: str) -> PeftModel:
+        """The base with these adapters, loaded by PEFT."""
+        return loaded({name: self.folder / name for name in names}).eval()
+
+
+def prepare(folder: Path) -> Pool:
+    """Decompose, add up and negate the trained DoRAs, and write all of it.
+
+    Args:
+        folder: Where `train_pool` wrote them.
+
+    Returns:
+        What was written.
+    """
+    base = load_base(folder)
+    adapters = [Adapter.from_pretrained(folder / domain, base=base) for domain in DOMAINS]
+    found = tuple(decompose(adapters, **settings) for settings in SETTINGS)
+    outputs = found[0].outputs()
+    apart = {}
+    for a in adapters:
+        parts = decompose(adapters, **SETTINGS[0], scope="iterative", target=a.name)
+        apart[a.name] = parts.unique[a.name]
+    for c in COEFFICIENTS:
+        for kind, pool in (("original", adapters), ("unique", list(found[0].unique.values()))):
+            outputs[f"{kind}-sum-{c:g}"] = combine(pool, [c] * len(pool))
+    for w in NEGATIONS:
+        for a in adapters:
+            outputs[f"{a.name}-original-times-{w:g}"] = w * a
+            outputs[f"{a.name}-unique-times-{w:g}"] = w * apart[a.name]
+    for pair in combinations(adapters, 2):
+        for weights in PAIR_WEIGHTS:
+            outputs[pair_name([a.name for a in pair], weights)] = combine(pair, weights)
+    save_adapters({folder / name: adapter for name, adapter in outputs.items()})
+    return Pool(folder, found, tuple(outputs))
+
+
+def pair_name(pair: Sequence[str], weights: Sequence[float]) -> str:
+    """The name of devec's sum of two."""
+    return "-".join([*pair, *(f"{w:g}" for w in weights)])
+
+
+def shared_rows(pool: Pool) -> Iterator[Row]:
+    """What the settings of the demo and those of the paper find."""
+    for settings, parts in zip(SETTINGS, pool.found, strict=True):
+        splits = parts.splits
+        yield {
+            **settings,
+            "modules": len(splits),
+            "modules that share": sum(split.shared_rank > 0 for split in splits),
+            "shared directions": sum(split.shared_rank for split in splits),
+            "largest": max(split.largest for split in splits),
+            "shared energy": sum(n * n for split in splits for n in split.shared_norms)
+            / sum(n * n for split in splits for n in split.norms),
+        }
+
+
+def accuracies(pool: Pool, sets: Sets, *names: str) -> dict[str, dict[str, float]]:
+    """Adapter → domain → accuracy, each adapter by itself on the base; with the base's own.
+
+    Args:
+        pool: Where the adapters are.
+        sets: Domain → images and labels.
+        *names: The adapters; those that were not written are left out.
+
+    Returns:
+        The accuracies, and those of ``"base"``.
+    """
+    found = {"base": {domain: accuracy(load_base(), *drawn) for domain, drawn in sets.items()}}
+    for name in (n for n in names if n in (*DOMAINS, *pool.outputs)):
+        model = pool.load(name)  # one at a time: PEFT slows down with every adapter in a model
+        found[name] = {domain: accuracy(model, *drawn) for domain, drawn in sets.items()}
+    return found
+
+
+def own_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+    """Accuracy in every domain of the base, its DoRA and the DoRA's parts."""
+    for domain in DOMAINS:
+        names = {"base": "base", "original": domain}
+        names |= {part: f"{domain}-{part}" for part in ("shared", "unique")}
+        yield {
+            "domain": domain,
+            **{kind: found.get(name, {}).get(domain) for kind, name in names.items()},
+        }
+
+
+def sum_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+    """Mean accuracy over the domains of the sums, at every coefficient."""
+    for c in COEFFICIENTS:
+        sums = {kind: found[f"{kind}-sum-{c:g}"].values() for kind in ("original", "unique")}
+        yield {"coefficient": c, **{kind: sum(v) / len(v) for kind, v in sums.items()}}
+
+
+def negation_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+    """Accuracy in a domain and in the others with the domain's adapter added or negated."""
+    for domain in DOMAINS:
+        names = {("none", 0.0): "base"}
+        for part in ("original", "unique"):
+            names |= {(part, w): f"{domain}-{part}-times-{w:g}" for w in NEGATIONS}
+        for (part, weight), name in names.items():
+            others = [found[name][other] for other in DOMAINS if other != domain]
+            yield {
+                "adapter": domain,
+                "part": part,
+                "weight": weight,
+                "own": found[name][domain],
+                "others": sum(others) / len(others),
+            }
+
+
+def error_rows(referee: Referee, pool: Pool) -> Iterator[Row]:
+    """How far every way to put DoRAs together is from the truth."""
+    truth = {domain: dense_changes(referee.base, pool.folder / domain) for domain in DOMAINS}
+    for domain in DOMAINS:
+        yield from part_errors(referee, pool, domain, truth[domain])
+    for pair in combinations(DOMAINS, 2):
+        for weights in PAIR_WEIGHTS:
+            changes = weighted_sum([truth[name] for name in pair], weights)
+            yield from pair_errors(referee, pool, pair, weights, changes)
+
+
+def part_errors(referee: Referee, pool: Pool, domain: str, changes: Changes) -> Iterator[Row]:
+    """The errors of a DoRA by itself, and of its two parts active together."""
+    parts = [f"{domain}-{part}" for part in ("unique", "shared")]
+    orders = {"one DoRA by itself": [domain]}
+    if set(parts) <= set(pool.outputs):
+        orders |= {"unique, then shared part": parts, "shared, then unique part": parts[::-1]}
+    model = pool.load(*dict.fromkeys(name for names in orders.values() for name in names))
+    for errors in referee.errors(model, orders, changes):
+        yield {"of": domain, "coefficients": [], **errors}
+
+
+def pair_errors(
+    referee: Referee, pool: Pool, pair: tuple[str, str], weights: Sequence[float], changes: Changes
+) -> Iterator[Row]:
+    """The errors of every way to add up two DoRAs; PEFT's ``svd`` at full rank."""
+    name = pair_name(pair, weights)
+    model = pool.load(*pair, name)
+    ways = {"`devec.combine`": [name]}
+    rank = sum(model.peft_config[p].r for p in pair)
+    for way in PEFT_TYPES:
+        settings = {"combination_type": way, "svd_rank": rank if way == "svd" else None}
+        model.base_model.add_weighted_adapter(list(pair), list(weights), way, **settings)
+        ways[f"PEFT's `{way}`"] = [way]
+    if set(weights) == {1.0}:
+        ways["both active in PEFT"] = list(pair)
+    for errors in referee.errors(model, ways, changes):
+        yield {"of": " + ".join(pair), "coefficients": list(weights), **errors}
+
+
+def measure(epochs: int, images: int | None = None) -> dict[str, list[Row]]:
+    """Train, decompose, and measure everything.
+
+    Args:
+        epochs: How long to train each adapter.
+        images: How many held-out images of every domain to use; by default all.
+
+    Returns:
+        The rows of every table.
+    """
+    logging.disable_progress_bar()
+    drawn = heldout_sets()
+    sets = {domain: (drawn[domain][0][:images], drawn[domain][1][:images]) for domain in DOMAINS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        train_pool(folder, epochs)
+        pool = prepare(folder)
+        pairs = [pair_name(p, w) for p in combinations(DOMAINS, 2) for w in PAIR_WEIGHTS]
+        found = accuracies(pool, sets, *DOMAINS, *(n for n in pool.outputs if n not in pairs))
+        referee = Referee(load_base().double(), torch.cat([drawn for drawn, _ in sets.values()]))
+        return {
+            "shared": list(shared_rows(pool)),
+            "own": list(own_rows(found)),
+            "sums": list(sum_rows(found)),
+            "negations": list(negation_rows(found)),
+            "errors": list(error_rows(referee, pool)),
+        }
+
+
+def print_tables(tables: Mapping[str, Sequence[Row]]) -> None:
+    """Print every table in markdown."""
+    print_table(
+        "What the DoRAs share, with the settings of the demo and of the paper",
+        ["method, threshold", "modules that share", "directions", "largest", "shared energy"],
+        (
+            [
+                f"{row['method']}, {row['threshold']}",
+                f"{row['modules that share']} of {row['modules']}",
+                f"{row['shared directions']}",
+                f"{row['largest']:.3f}",
+                f"{100 * row['shared energy']:.1f} %",
+            ]
+            for row in tables["shared"]
+        ),
+    )
+    print_accuracies(tables)
+    print_table(
+        "Errors beside the dense truth",
+        ["what is loaded", "weights", "error of ΔW", "largest error of logits", "other answers"],
+        error_cells(tables["errors"]),
+    )
+
+
+def print_accuracies(tables: Mapping[str, Sequence[Row]]) -> None:
+    """Print the tables of accuracies."""
+    kinds = ("base", "original", "shared", "unique")
+    own = [*tables["own"], {"domain": "mean", **means(tables["own"], kinds)}]
+    print_table(
+        "Accuracy on held-out digits of the adapter's own domain",
+        ["domain", *kinds],
+        ([row["domain"], *(share(row[kind]) for kind in kinds)] for row in own),
+    )
+    print_table(
+        "All adapters added up: mean accuracy over the domains",
+        ["coefficient", "originals", "unique"],
+        (
+            [f"{row['coefficient']:g}", share(row["original"]), share(row["unique"])]
+            for row in tables["sums"]
+        ),
+    )
+    print_table(
+        "Accuracy with one adapter at a weight: in its own domain, and mean over the others",
+        ["adapter", "part", "weight", "own", "others"],
+        (
+            [
+                r["adapter"],
+                r["part"],
+                f"{r['weight']:g}",
+                share(r["own"]),
+                share(r["others"]),
+            ]
+            for r in [*tables["negations"], *mean_negations(tables["negations"])]
+        ),
+    )
+
+
+def error_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """One line for each way and weights: the range over the adapters or pairs."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        weights = ", ".join(f"{w:g}" for w in row["coefficients"])
+        lines.setdefault((row["what"], weights), []).append(row)
+    for (what, weights), same in lines.items():
+        spans = (span([row[key] for row in same]) for key in ("weights", "logits"))
+        changed = [100 * row["changed"] for row in same]
+        yield [what, weights, *spans, f"{min(changed):.1f} to {max(changed):.1f} %"]
+
+
+def mean_negations(rows: Sequence[Row]) -> Iterator[Row]:
+    """The means over the adapters."""
+    for part, weight in dict.fromkeys((row["part"], row["weight"]) for row in rows):
+        same = [row for row in rows if (row["part"], row["weight"]) == (part, weight)]
+        yield {"adapter": "mean", "part": part, "weight": weight, **means(same, ("own", "others"))}
+
+
+def means(rows: Sequence[Row], keys: Sequence[str]) -> Row:
+    """The mean of every column over the rows that have it."""
+    held = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    return {key: sum(values) / len(values) if values else None for key, values in held.items()}
+
+
+def share(value: float | None) -> str:
+    """An accuracy, or a dash where there is none."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def span(values: Sequence[float]) -> str:
+    """The least and the largest of some errors, in percent unless they are rounding."""
+    low, high = min(values), max(values)
+    if high < 1e-4:
+        return f"{low:.0e} to {high:.0e}"
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterator[list[str]]) -> None:
+    """Print one table in markdown."""
+    print(f"\n{title}:\n")
+    print("| " + " | ".join(header) + " |")
+    print("|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables, and write their rows where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dora_demo")
+    parser.add_argument(
+        "--epochs", type=int, default=ADAPTER_SCHEDULE.epochs, help="of training each DoRA"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the measurements to")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # so that a run can be repeated
+    versions = f"devec {__version__}, peft {peft.__version__}, torch {torch.__version__}"
+    print(f"{versions}, {platform.machine()}; {arguments.epochs} epochs")
+    start = time.perf_counter()
+    tables = measure(arguments.epochs)
+    print_tables(tables)
+    print(f"\n{time.perf_counter() - start:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""DoRA as PEFT stores it: magnitudes of the outputs, in every module of an adapter or in none."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.dora import as_magnitudes, require_representable
+from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
+from devec.formats import peft_config
+from devec.formats.base_model import BaseModel
+from devec.formats.families import Family
+from devec.formats.magnitudes import axes_of, of_outputs_only
+from devec.formats.peft_config import CONFIG_NAME, Config
+from devec.formats.peft_slots import Slot
+from devec.gain import Magnitude
+from devec.weights import BaseWeight, HeldWeight
+
+# PEFT itself writes no ending, except once more with one beside an embedding that it saves whole.
+_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
+
+
+def owner(key: str) -> str:
+    """The path of the module whose magnitudes a key holds, empty for other keys."""
+    match = _KEY.fullmatch(key)
+    return match["path"] if match else ""
+
+
+def add_magnitude(factors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+    """Put magnitudes with the factors of their module.
+
+    Args:
+        factors: The factors, to which they are added.
+        key: Key of the magnitudes.
+        tensor: The magnitudes.
+
+    Raises:
+        FormatError: If the module has others under another key.
+    """
+    known = factors.setdefault("magnitude", tensor)
+    if known.shape != tensor.shape or not torch.equal(known.double(), tensor.double()):
+        raise FormatError(f"{key!r} is not the same as the other magnitudes of its module")
+
+
+def require_everywhere(config: Config, factors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check that all modules have magnitudes if the configuration says so, and none else.
+
+    Args:
+        config: The configuration.
+        factors: Name of a module → its tensors.
+
+    Raises:
+        FormatError: If it is otherwise.
+    """
+    said = bool(config.get("use_dora"))
+    other = [name for name, tensors in factors.items() if ("magnitude" in tensors) != said]
+    if other and said:
+        raise FormatError(
+            f"use_dora is true in {CONFIG_NAME}, but {len(other)} of {len(factors)} modules have "
+            f"no magnitudes (lora_magnitude_vector): {listed(other)}"
+        )
+    if other:
+        raise FormatError(
+            f"use_dora is not true in {CONFIG_NAME}, but the file has magnitudes "
+            f"(lora_magnitude_vector) of {listed(other)}; which of the two is wrong cannot be told"
+        )
+
+
+def warn_of_signs(where: str, modules: Mapping[str, Delta]) -> None:
+    """Tell of magnitudes that are no norms: valid, and hardly meant.
+
+    Args:
+        where: The file.
+        modules: The deltas of the adapter.
+    """
+    values = {m: d.gain.values for m, d in modules.items() if isinstance(d.gain, Magnitude)}
+    for what, does, odd in (
+        ("zero", "switches an output off", {m: int((v == 0).sum()) for m, v in values.items()}),
+        ("negative", "turns an output around", {m: int((v < 0).sum()) for m, v in values.items()}),
+    ):
+        if any(odd.values()):
+            warnings.warn(
+                f"{where}: {sum(odd.values())} magnitudes are {what}, each of which {does}; they "
+                f"are used as they are, in {listed([m for m, count in odd.items() if count])}",
+                DevecWarning,
+                stacklevel=4,
+            )
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Where the base weights of slots are.
+
+    Attributes:
+        model: The base model.
+        family: The names of its modules, where they are known.
+        copies: Weights of the base model that are stored beside the adapter. They come first, as
+            PEFT loads them into the model: the vocabulary may have grown in training.
+    """
+
+    model: BaseModel
+    family: Family | None
+    copies: Mapping[str, Tensor]
+
+    def of(self, slot: Slot) -> BaseWeight:
+        """The base weight of a slot as the map from inputs to outputs, not yet read."""
+        known = self.model.weight(
+            slot.base_name, slot.shape, family=self.family, transposed=slot.transposed
+        )
+        copy = self.copies.get(f"{slot.path}.base_layer.weight")
+        if copy is None or copy.ndim != 2:
+            return known
+        W = copy.mT if slot.transposed else copy
+        return HeldWeight(W, known.source) if W.shape == slot.shape else known
+
+
+def as_doras(
+    config: Config, held: Mapping[Slot, Sequence[Delta]], weights: BaseWeights
+) -> dict[Slot, list[Delta]]:
+    """The deltas of an adapter some of whose modules are DoRAs, all as DoRAs: use_dora is for all.
+
+    Args:
+        config: The configuration they are written with.
+        held: Slot → its deltas, of which there may be none.
+        weights: The base weights, read for modules that are plain LoRAs.
+
+    Returns:
+        Slot → deltas with magnitudes of the outputs, exact to rounding.
+
+    Raises:
+        UnsupportedError: If PEFT has no DoRA of this kind.
+    """
+    present = {slot: delta for slot, deltas in held.items() for delta in deltas[:1]}
+    _require_kinds(present)
+    peft_config.require_dora_fits(config, "the configuration to write")
+    require_representable({slot.name: delta for slot, delta in present.items()})
+    result: dict[Slot, list[Delta]] = {slot: [] for slot in held}
+    for slot, delta in present.items():
+        what = f"module {slot.name!r}"
+        if delta.gain is None:
+            what += " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
+        with located(what):
+            result[slot] = [as_magnitudes(delta, "out", weights.of(slot))]
+    return result
+
+
+def _require_kinds(present: Mapping[Slot, Delta]) -> None:
+    """Refuse what a DoRA of PEFT cannot hold."""
+    biased = [slot.name for slot, delta in present.items() if delta.bias is not None]
+    if biased:
+        raise UnsupportedError(
+            f"the change of the bias of {listed(biased)} cannot be written: PEFT supports no "
+            "lora_bias beside use_dora, and other modules are DoRAs"
+        )
+    layers = [slot.name for slot in present if slot.parameters or slot.name != slot.base_name]
+    if layers:
+        raise UnsupportedError(
+            f"PEFT supports no DoRA of {listed(layers)}, which are parameters or inside "
+            "nn.MultiheadAttention, and one DoRA makes all modules of an adapter DoRAs; leave one "
+            "kind out"
+        )
+    turned = [slot.name for slot, delta in present.items() if axes_of(delta) == {"in"}]
+    if turned:
+        raise UnsupportedError(f"module {turned[0]!r}: {of_outputs_only()}")
