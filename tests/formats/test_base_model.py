@@ -395,6 +395,7 @@ def test_an_adapter_of_the_model_without_head_lacks_the_first_name(kind, form, t
     assert wrong(form(model, tmp_path), list(expected), expected.__getitem__) == []
 
 
+@pytest.mark.filterwarnings("ignore:the files of:devec.DevecWarning")
 def test_an_output_layer_that_is_not_tied_has_no_weight_in_the_input(tmp_path):
     base = _inner(language_model("llama, not tied"), tmp_path)
     refused(IncompatibleError, base, "no such layer", module="lm_head", shape=(40, 16))

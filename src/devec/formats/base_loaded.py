@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.errors import DevecWarning, UnsupportedError
+from devec.errors import DevecWarning, IncompatibleError, UnsupportedError
 from devec.formats.base_layers import LOAD_IT, Layer, Model
 from devec.formats.base_live import live_model
 
@@ -58,7 +58,11 @@ def as_loaded(folder: Path, architecture: str) -> Model:
 
 def _weight(whole: Any, name: str) -> Tensor:  # noqa: ANN401
     """The weight of a layer of a model that is loaded for the first of them."""
-    layer: Layer = whole().layers[name]
+    layer: Layer | None = whole().layers.get(name)
+    if layer is None:
+        raise IncompatibleError(
+            f"{whole().where} has no such layer: its files hold no weight for {name!r}"
+        )
     return layer.load()
 
 
@@ -71,9 +75,13 @@ def _load_whole(kind: Any, folder: Path) -> Model:  # noqa: ANN401
         stacklevel=2,
     )
     try:
-        return live_model(kind.from_pretrained(folder))
+        model, info = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # of transformers, or of what it quantises by
         raise UnsupportedError(_not_loaded(folder, error)) from error
+    # what the files lack is drawn at random
+    drawn = {key.removesuffix(".weight") for key in info["missing_keys"]}
+    layers = {n: layer for n, layer in live_model(model).layers.items() if n not in drawn}
+    return Model(str(folder), layers)
 
 
 def _not_loaded(folder: Path, error: Exception) -> str:
