@@ -53,6 +53,7 @@ def as_loaded(folder: Path, architecture: str) -> Model:
             name: dataclasses.replace(layer, load=partial(_weight, whole, name))
             for name, layer in layers.items()
         },
+        untied=True,  # in memory, an output layer that shares its weight has it
     )
 
 
