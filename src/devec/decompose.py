@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +19,7 @@ from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed, located
 from devec.layout import Layout
 from devec.pool import require_distinct_names, warn_of_strangers
-from devec.split import SCOPES, ModulePool, ModuleSplit, Question, Threshold
+from devec.split import SCOPES, ModuleParts, ModulePool, ModuleSplit, Question, Threshold
 from devec.subspace import METHODS
 
 # A part below this fraction of its original is rounding: nothing is left of it.
@@ -157,44 +157,72 @@ def decompose(
     question = Question(tuple(a.name for a in adapters), level, method, target or "")
     # an adapter without a module may still hold whole tensors
     split = [] if scope == "pairwise" else [target] if target else [a.name for a in adapters]
-    shared: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
-    unique: dict[str, dict[str, Delta]] = {str(name): {} for name in split}
-    common: dict[str, Delta] = {}
-    norms: dict[str, dict[str, float]] = {}
-    splits: list[ModuleSplit] = []
+    found = _Found.starting([str(name) for name in split])
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
-        home = next(iter(deltas.values())).B.device
         with located(f"module {module!r}"):
-            pool = ModulePool(module, {n: d.to(device or home) for n, d in deltas.items()})
-            parts = SCOPES[scope](question, pool)
-            parts = parts.map(lambda delta: pool.released(delta).to(home))  # noqa: B023
-        for found, result in ((parts.shared, shared), (parts.unique, unique)):
-            for name, delta in found.items():
-                result.setdefault(name, {})[module] = delta
-        for name, norm in parts.norms.items():
-            norms.setdefault(name, {})[module] = norm
-        if parts.common is not None:
-            common[module] = parts.common
-        splits += parts.splits
+            found.add(module, _split_module(module, deltas, question, scope, device))
         if progress is not None:
             progress(module)
     record = provenance(
         "decompose", adapters, threshold=threshold, method=method, scope=scope, target=target
     )
     return Decomposition(
-        unique={n: _part(_named(adapters, n), m, record, "unique") for n, m in unique.items()},
+        unique={
+            n: _part(_named(adapters, n), m, record, "unique") for n, m in found.unique.items()
+        },
         shared={
             n: _part(_named(adapters, n), m, record, "shared")
             if scope != "pairwise"
             else _common_part(_pair(adapters, n), merged_layout(_pair(adapters, n)), m, record, n)
-            for n, m in shared.items()
+            for n, m in found.shared.items()
         },
-        common=_common_part(adapters, layout, common, record) if scope == "all" else None,
-        splits=splits,
+        common=_common_part(adapters, layout, found.common, record) if scope == "all" else None,
+        splits=found.splits,
         record=record,
-        norms=norms,
+        norms=found.norms,
     )
+
+
+@dataclass
+class _Found:
+    """The parts of all modules so far, by the name of the adapter or pair, and then the module."""
+
+    shared: dict[str, dict[str, Delta]]
+    unique: dict[str, dict[str, Delta]]
+    common: dict[str, Delta] = field(default_factory=dict)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    splits: list[ModuleSplit] = field(default_factory=list)
+
+    @classmethod
+    def starting(cls, names: Sequence[str]) -> _Found:
+        """Nothing yet of the adapters that are split."""
+        return cls({name: {} for name in names}, {name: {} for name in names})
+
+    def add(self, module: str, parts: ModuleParts) -> None:
+        """Take up the parts of a module."""
+        for name, delta in parts.shared.items():
+            self.shared.setdefault(name, {})[module] = delta
+        for name, delta in parts.unique.items():
+            self.unique.setdefault(name, {})[module] = delta
+        for name, norm in parts.norms.items():
+            self.norms.setdefault(name, {})[module] = norm
+        if parts.common is not None:
+            self.common[module] = parts.common
+        self.splits += parts.splits
+
+
+def _split_module(
+    module: str,
+    deltas: Mapping[str, Delta],
+    question: Question,
+    scope: str,
+    device: torch.device | str | None,
+) -> ModuleParts:
+    """The parts of one module, computed on a device and brought back from there."""
+    home = next(iter(deltas.values())).B.device
+    pool = ModulePool(module, {name: delta.to(device or home) for name, delta in deltas.items()})
+    return SCOPES[scope](question, pool).map(lambda delta: pool.released(delta).to(home))
 
 
 def _check_arguments(

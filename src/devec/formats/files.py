@@ -34,11 +34,10 @@ from devec.formats.conventions import (
 from devec.formats.file_layout import SUFFIX, FileLayout
 from devec.formats.file_slot import FileSlot
 from devec.formats.keys import FileKeys, ModuleKeys, sort_keys
-from devec.formats.magnitudes import MagnitudeSlot
+from devec.formats.magnitudes import MagnitudeSlot, warn_of_signs
 from devec.formats.modules import StoredModule, read_module
 from devec.formats.names import DENOISER, parse
 from devec.formats.peft_config import CONFIG_NAME, rank_and_scaling
-from devec.formats.peft_dora import warn_of_signs
 from devec.formats.tensors import (
     TensorFile,
     is_tensor_file,

@@ -1,4 +1,4 @@
-"""The magnitudes of DoRAs in single files: their keys, shapes and axes.
+"""The magnitudes of DoRAs in files: their keys, shapes and axes.
 
 ``dora_scale`` (LyCORIS, OneTrainer; read by ComfyUI) has the shape in which it multiplies a weight:
 (out, 1) or (1, in), with ones behind for a convolution. ``lora_magnitude_vector`` (PEFT, diffusers)
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.errors import FormatError, UnsupportedError
+from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
 from devec.formats.tensors import storable
 from devec.gain import Axis, Gain, Magnitude
 
@@ -135,6 +136,27 @@ def find_magnitudes(
             f"the magnitudes ({part}) have shape {tuple(stored.shape)}, expected {expected}"
         )
     return stored, axis
+
+
+def warn_of_signs(where: str, modules: Mapping[str, Delta]) -> None:
+    """Tell of magnitudes that are no norms: valid, and hardly meant.
+
+    Args:
+        where: The file.
+        modules: The deltas of the adapter.
+    """
+    values = {m: d.gain.values for m, d in modules.items() if isinstance(d.gain, Magnitude)}
+    for what, does, odd in (
+        ("zero", "switches an output off", {m: int((v == 0).sum()) for m, v in values.items()}),
+        ("negative", "turns an output around", {m: int((v < 0).sum()) for m, v in values.items()}),
+    ):
+        if any(odd.values()):
+            warnings.warn(
+                f"{where}: {sum(odd.values())} magnitudes are {what}, each of which {does}; they "
+                f"are used as they are, in {listed([m for m, count in odd.items() if count])}",
+                DevecWarning,
+                stacklevel=4,
+            )
 
 
 def axes_of(delta: Delta) -> set[Axis]:

@@ -16,6 +16,7 @@ from devec.delta import Delta
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
 from devec.formats import card, peft_config, peft_dora
 from devec.formats.base_model import BaseModel, base_model
+from devec.formats.magnitudes import warn_of_signs
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
@@ -58,7 +59,7 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         sorted_keys = _sort_keys(config, tensors)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
         slots, modules = _slots(config, sorted_keys, base)
-    peft_dora.warn_of_signs(str(weights), modules)
+    warn_of_signs(str(weights), modules)
     _warn_of_left_out(weights, sorted_keys.training_only)
     return Adapter(
         name=name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.dora import as_magnitudes, require_representable
-from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
+from devec.errors import FormatError, UnsupportedError, listed, located
 from devec.formats import peft_config
 from devec.formats.base_model import BaseModel
 from devec.formats.families import Family
 from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_slots import Slot
-from devec.gain import Magnitude
 from devec.weights import BaseWeight, HeldWeight
 
 # PEFT itself writes no ending, except once more with one beside an embedding that it saves whole.
@@ -70,27 +68,6 @@ def require_everywhere(config: Config, factors: Mapping[str, Mapping[str, Tensor
             f"use_dora is not true in {CONFIG_NAME}, but the file has magnitudes "
             f"(lora_magnitude_vector) of {listed(other)}; which of the two is wrong cannot be told"
         )
-
-
-def warn_of_signs(where: str, modules: Mapping[str, Delta]) -> None:
-    """Tell of magnitudes that are no norms: valid, and hardly meant.
-
-    Args:
-        where: The file.
-        modules: The deltas of the adapter.
-    """
-    values = {m: d.gain.values for m, d in modules.items() if isinstance(d.gain, Magnitude)}
-    for what, does, odd in (
-        ("zero", "switches an output off", {m: int((v == 0).sum()) for m, v in values.items()}),
-        ("negative", "turns an output around", {m: int((v < 0).sum()) for m, v in values.items()}),
-    ):
-        if any(odd.values()):
-            warnings.warn(
-                f"{where}: {sum(odd.values())} magnitudes are {what}, each of which {does}; they "
-                f"are used as they are, in {listed([m for m, count in odd.items() if count])}",
-                DevecWarning,
-                stacklevel=4,
-            )
 
 
 @dataclass(frozen=True)
