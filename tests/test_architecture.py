@@ -15,7 +15,7 @@ ROOT = Path(devec.__file__).parent
 LAYERS = [
     {"errors", "_version"},
     {"linalg", "output", "sources"},
-    {"subspace", "weights", "layout", "products"},
+    {"change", "subspace", "weights", "layout", "products"},
     {"gain"},
     {"delta"},
     {"dora", "joint"},

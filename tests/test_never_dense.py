@@ -92,11 +92,11 @@ def test_no_dense_delta_is_formed(name):
 def doras(k, axis="out"):
     """A pool of DoRAs, and the base weight they share."""
     W = torch.randn(2 * OUT, IN)  # more rows than are ever formed at once
-    adapters = []
+    adapters, base = [], HeldWeight(W)
     for i in range(k):
         B = torch.cat([torch.eye(2 * OUT, 2), torch.randn(2 * OUT, 2)], dim=1)
         m = torch.rand(2 * OUT if axis == "out" else IN) + W.norm(dim=1 if axis == "out" else 0)
-        gain = Magnitude(m, axis, HeldWeight(W))
+        gain = Magnitude(m, axis, base)
         delta = Delta(B, torch.randn(4, IN), 0.1, gain=gain)
         adapters.append(Adapter("abcde"[i], {"q": delta}))
     return adapters, W

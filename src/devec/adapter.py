@@ -244,18 +244,28 @@ class Adapter:
         return self * -1.0
 
     def __eq__(self, other: object) -> bool:
-        """Equality of effect: the distance is rounding, and carried tensors are identical."""
+        # of effect: the distance is rounding, and carried tensors are identical
         if not isinstance(other, Adapter):
             return NotImplemented
         try:
-            self, other = on_common_modules([self, other])
-            apart = distance(self, other)
+            one, two = on_common_modules([self, other])
         except IncompatibleError:
             return False
-        deltas = [*self.modules.values(), *other.modules.values()]
+        if not same_tensors(one.carried, two.carried):
+            return False
+        one, two = one.unlike(two), two.unlike(one)
+        deltas = [*one.modules.values(), *two.modules.values()]
         scale = math.hypot(*(delta.factor_norm() for delta in deltas))
-        same = same_tensors(self.carried, other.carried)
-        return same and apart <= EFFECT_RTOL * scale
+        return distance(one, two) <= EFFECT_RTOL * scale
+
+    def unlike(self, other: Adapter) -> Adapter:
+        """What is left without the modules that are tensor for tensor those of another adapter."""
+        held = {
+            module: delta
+            for module, delta in self.modules.items()
+            if module not in other.modules or not delta.same_as(other.modules[module])
+        }
+        return dataclasses.replace(self, modules=held)
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
 

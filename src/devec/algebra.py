@@ -69,7 +69,8 @@ def distance(a: Adapter, b: Adapter) -> float:
         b: An adapter of the same base model.
 
     Returns:
-        The distance; 0 to rounding if and only if the two change every module alike.
+        The distance; 0 to rounding if and only if the two change every module alike. Where the
+        terms of DoRAs cancel, blocks of rows are summed, for which base weights are read again.
 
     Raises:
         IncompatibleError: If a module has different shapes in the two.

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec import linalg
+from devec.change import Change
 from devec.errors import IncompatibleError
 from devec.gain import (
     AXES,
@@ -19,6 +20,7 @@ from devec.gain import (
     Gain,
     Magnitude,
     gain_of,
+    gain_on,
     inner_across,
     oriented,
     overlap_of,
@@ -27,6 +29,9 @@ from devec.gain import (
 )
 from devec.linalg import ProductSVD, basis_dtype, working_dtype
 from devec.weights import BaseWeight
+
+# Where less than this of the terms of a squared norm is left, the entries themselves are summed.
+_CANCELLED = 0.1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,6 +101,16 @@ class Delta:
         gain = None if self.gain is None else self.gain.to(device)
         return dataclasses.replace(
             self, B=self.B.to(device), A=self.A.to(device), bias=bias, gain=gain
+        )
+
+    def same_as(self, other: Delta) -> bool:
+        """Whether all tensors are those of another delta, so that nothing need be computed."""
+        return (
+            self.scaling == other.scaling
+            and _same(self.B, other.B)
+            and _same(self.A, other.A)
+            and _same(self.bias, other.bias)
+            and _same_gain(self.gain, other.gain)
         )
 
     def on(self, base: BaseWeight) -> Delta:
@@ -188,24 +203,42 @@ class Delta:
         return total + _gain_inner(left, right)
 
     def norm(self) -> float:
-        """Frobenius norm of (ΔW, Δb); O((out + in)·r²).
+        """Frobenius norm of (ΔW, Δb), accurate also where terms cancel; O((out + in)·r²)."""
+        delta = self.resolved()
+        if delta.bias is None:
+            return delta.weight_norm()
+        bias = float(delta.bias.to(basis_dtype(delta.B.device)).norm())
+        return math.hypot(delta.weight_norm(), abs(delta.scaling) * bias)
+
+    def weight_norm(self, low_rank: float | None = None) -> float:
+        """Frobenius norm of ΔW, of a resolved delta.
+
+        Args:
+            low_rank: ‖s·B·A‖_F, where it is known already.
 
         Returns:
-            The norm. Of a LoRA it is accurate also where factors cancel; the terms of a DoRA are
-            summed, so that its error is rounding of `factor_norm`.
+            The norm, from factors and overlaps; where the terms of a DoRA cancel, from blocks of
+            its rows, for which the base weight is read.
         """
-        delta = self.resolved()
-        norm = abs(delta.scaling) * linalg.product_norm(delta.B, delta.A)
-        if delta.bias is not None:
-            bias = float(delta.bias.to(basis_dtype(delta.B.device)).norm())
-            norm = math.hypot(norm, abs(delta.scaling) * bias)
-        if delta.gain is None:
-            return norm
-        return math.sqrt(max(0.0, norm * norm + delta.gain_energy()))
+        if low_rank is None:
+            low_rank = abs(self.scaling) * linalg.product_norm(self.B, self.A)
+        if not isinstance(self.gain, Gain):
+            return low_rank
+        gained = (float(g.values.square() @ g.squares) for g in self.gain.axes.values())
+        squared = low_rank**2 + _gain_inner(self, self)
+        if squared > _CANCELLED * (low_rank**2 + sum(gained)):
+            return math.sqrt(squared)
+        change = self.folded().change()
+        return 0.0 if change is None else change.norm()
 
-    def gain_energy(self) -> float:
-        """‖ΔW‖² - ‖s·B·A‖² of a resolved delta: what its gains add; O(out·r)."""
-        return _gain_inner(self, self)
+    def change(self) -> Change | None:
+        """ΔW of a resolved and folded DoRA as an operator, its base weight read; None of a LoRA."""
+        if not isinstance(self.gain, Gain):
+            return None
+        W = self.gain.base.read(self.dtype, self.B.device)
+        axes = self.gain.axes
+        g, h = (axes[axis].values.to(W) if axis in axes else None for axis in AXES)
+        return Change(self.B.to(W), self.A.to(W), W, g, h)
 
     def factor_norm(self) -> float:
         """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
@@ -300,6 +333,24 @@ def require_device(device: torch.device | str) -> None:
         ) from error
 
 
+def _same(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are identical, or both missing."""
+    if left is None or right is None:
+        return left is right
+    alike = (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
+    return left is right or (alike and torch.equal(left, right))
+
+
+def _same_gain(left: Gain | Magnitude | None, right: Gain | Magnitude | None) -> bool:
+    """Whether gains are the same object, or the same magnitudes of the same base model."""
+    if left is right:
+        return True
+    if not (isinstance(left, Magnitude) and isinstance(right, Magnitude)):
+        return False
+    same = (left.axis, left.base.source) == (right.axis, right.base.source)
+    return same and _same(left.values, right.values)
+
+
 def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:
     """The gains of a sum of resolved deltas, their overlaps side by side as the factors are."""
     known = [d.gain for d in (left, right) if isinstance(d.gain, Gain)]
@@ -314,7 +365,7 @@ def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:
             overlap = torch.cat([_overlap(delta, axis, base) for delta in (left, right)], dim=1)
             values = gains[0].values if len(gains) == 1 else gains[0].values + gains[1].values
             axes[axis] = AxisGain(values, overlap, gains[0].squares)
-    return Gain(base, axes)
+    return gain_on(base, axes)
 
 
 def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:

@@ -11,10 +11,21 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from devec.delta import Delta
 from devec.errors import IncompatibleError, UnsupportedError
-from devec.gain import Axis, AxisGain, Gain, Magnitude, no_gain, oriented, row_norms
+from devec.gain import (
+    Axis,
+    AxisGain,
+    Gain,
+    Magnitude,
+    no_gain,
+    oriented,
+    row_dots,
+    row_norms,
+)
+from devec.linalg import RANK_RTOL, working_dtype
 from devec.weights import BaseWeight
 
 # B'' is 1/D' times the delta's own factor, and so are a host's activations between its two
@@ -53,15 +64,50 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     B, A, weight = oriented(delta.B, delta.A, base, axis)
     known = axes.get(axis) or no_gain(A, weight)
     D = 1 + known.values
-    vanishing = D.abs() < _SMALLEST
-    if bool((vanishing & (B != 0).any(dim=1)).any()):
-        raise IncompatibleError(f"1 + g is {float(D[vanishing][0]):.3g}, too near zero")
-    norms = row_norms(known, D, B, A, weight, group)
+    small = D.abs() < _SMALLEST
+    if bool((small & _moved(B, A, known)).any()):
+        raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too near zero")
+    B = torch.where(small[:, None], 0, B)
+    norms, level = row_norms(known, D, B, A, weight, group)
     sign = torch.where(D.reshape(-1, group)[:, 0] < 0, -1.0, 1.0)
-    B = torch.where(vanishing[:, None], 0, B / D[:, None]).to(delta.dtype)
-    magnitude = Magnitude((sign * norms).to(delta.dtype), axis, base)
+    off = norms <= level
+    B = torch.where(small[:, None], 0, B / D[:, None]).to(delta.dtype)
+    B = _with_direction(B, A, known, off.repeat_interleave(group))
+    m = torch.where(off, 0, sign * norms).to(delta.dtype)
     B, A = (B, delta.A) if axis == "out" else (delta.B, B.mT)
-    return dataclasses.replace(delta, B=B, A=A, gain=magnitude)
+    return dataclasses.replace(delta, B=B, A=A, gain=Magnitude(m, axis, base))
+
+
+def _moved(B: Tensor, A: Tensor, known: AxisGain) -> Tensor:
+    """Of which rows B·A is more than rounding, beside W0 and the largest row."""
+    moves = row_dots(B @ (A @ A.mT).to(B), B)
+    if not len(moves):
+        return moves > 0
+    return moves > RANK_RTOL[working_dtype(B, A)] ** 2 * torch.maximum(known.squares, moves.max())
+
+
+def _with_direction(B: Tensor, A: Tensor, known: AxisGain, off: Tensor) -> Tensor:
+    """The factor with rows at which the whole weight is zero: any direction, for a magnitude of 0.
+
+    Returns:
+        The factor. Hosts divide by the norm of W0 + B·A. A row of W0 has a direction of its own;
+        where that is zero, too, one of A is taken.
+
+    Raises:
+        IncompatibleError: If there is none.
+    """
+    lost = off & (known.squares == 0)
+    result = torch.where(off[:, None], 0, B)
+    if bool(lost.any()):
+        lengths = torch.linalg.vector_norm(A, dim=1)
+        if not bool(lengths.any()):
+            row = int(lost.nonzero()[0])
+            raise IncompatibleError(
+                f"row {row} of W0 is zero and nothing is added to it, so that it has no direction "
+                "that a DoRA could bring to a magnitude (hosts divide by zero there)"
+            )
+        result[lost, int(lengths.argmax())] = 1.0
+    return result
 
 
 def require_representable(modules: Mapping[str, Delta]) -> None:
@@ -85,18 +131,19 @@ def require_representable(modules: Mapping[str, Delta]) -> None:
     nearest = {m: float((1 + g).abs().min()) for m, g in held.items() if len(g)}
     worst = min(nearest, key=lambda module: nearest[module], default="")
     if worst and nearest[worst] < _SMALLEST:
+        share = _largest(torch.cat(list(held.values())))
         raise IncompatibleError(
-            f"module {worst!r}: with these coefficients 1 + g, what the DoRA multiplies the base "
-            f"weight by, is {nearest[worst]:.3g}; below {_SMALLEST:g} none can be written. The "
-            f"largest coefficient that works is {_largest(torch.cat(list(held.values()))):.4g} "
-            "times the ones asked for"
+            f"module {worst!r}: 1 + g, what the DoRA multiplies a row of the base weight by, would "
+            f"be {nearest[worst]:.3g} in size; below {_SMALLEST:g} none can be written. The "
+            f"largest coefficient that works is {share:.4g} times the one asked for; or write the "
+            "nearest plain LoRA (--as-lora RANK, devec.as_lora)"
         )
 
 
-def _divided_by(delta: Delta, axis: Axis, gain: AxisGain) -> torch.Tensor:
+def _divided_by(delta: Delta, axis: Axis, gain: AxisGain) -> Tensor:
     """The gains g of rows whose factor is to be divided by 1 + g."""
-    factor = delta.B if axis == "out" else delta.A.mT
-    return gain.values[(factor != 0).any(dim=1)].cpu()
+    B, A = (delta.B, delta.A) if axis == "out" else (delta.A.mT, delta.B.mT)
+    return gain.values[_moved(B, A, gain)].cpu()
 
 
 def one_axis_only() -> str:
@@ -108,7 +155,7 @@ def one_axis_only() -> str:
     )
 
 
-def _largest(gains: torch.Tensor) -> float:
+def _largest(gains: Tensor) -> float:
     """The largest coefficient up to 1 at which no 1 + c·g is nearly zero, cut to four digits.
 
     Returns:
@@ -120,5 +167,6 @@ def _largest(gains: torch.Tensor) -> float:
     coefficient = 1.0
     while bool((ruled_out := (low < coefficient) & (coefficient < high)).any()):
         coefficient = float(low[ruled_out].min())
-    digits = 10.0 ** (3 - math.floor(math.log10(coefficient)))
-    return math.floor(coefficient * digits) / digits
+        digits = 10.0 ** (3 - math.floor(math.log10(coefficient)))
+        coefficient = math.floor(coefficient * digits) / digits
+    return coefficient

@@ -9,15 +9,16 @@ Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.errors import FormatError, IncompatibleError
-from devec.linalg import basis_dtype, working_dtype
+from devec.errors import DevecWarning, FormatError, IncompatibleError
+from devec.linalg import RANK_RTOL, basis_dtype, working_dtype
 from devec.weights import BaseWeight, HeldWeight, transposed
 
 Axis = Literal["out", "in"]
@@ -27,6 +28,9 @@ AXES: tuple[Axis, Axis] = ("out", "in")
 # the row itself instead, of which so many are formed at a time.
 _CANCELLED = 0.1
 _BLOCK_ROWS = 128
+
+# Training leaves magnitudes near the norms; at another factor in most rows, the base is another.
+_FAR = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +87,13 @@ class Gain:
     base: BaseWeight
     axes: dict[Axis, AxisGain] = field(default_factory=dict)
 
-    def scaled(self, weight: float, factor: float) -> Gain:
-        """The gains times a weight, beside a B times a factor."""
+    def scaled(self, weight: float, factor: float) -> Gain | None:
+        """The gains times a weight, beside a B times a factor; None if they are zero."""
         axes: dict[Axis, AxisGain] = {}
         for axis, gain in self.axes.items():
             overlap = factor * gain.overlap if axis == "in" else gain.overlap  # W0ᵀ·B or W0·Aᵀ
             axes[axis] = AxisGain(weight * gain.values, overlap, gain.squares)
-        return Gain(self.base, axes)
+        return gain_on(self.base, axes)
 
     def beside(self, B: Tensor, A: Tensor) -> Gain:
         """The same gains beside other factors, of this base weight; O(out·in·rank)."""
@@ -102,6 +106,12 @@ class Gain:
     def to(self, device: torch.device | str) -> Gain:
         """The same gains on another device."""
         return Gain(self.base, {axis: gain.to(device) for axis, gain in self.axes.items()})
+
+
+def gain_on(base: BaseWeight, axes: dict[Axis, AxisGain]) -> Gain | None:
+    """Gains without the axes on which all are zero, None if nothing is left."""
+    kept = {axis: gain for axis, gain in axes.items() if bool(gain.values.any())}
+    return Gain(base, kept) if kept else None
 
 
 def oriented(
@@ -164,15 +174,30 @@ def gain_of(
     """
     known = no_gain(A, base)
     group = len(B) // len(magnitude)
-    norms = row_norms(known, torch.ones_like(known.values), B, A, base, group)
-    if not bool((norms > 0).all()):
-        row = int((norms <= 0).nonzero()[0])
+    norms, level = row_norms(known, torch.ones_like(known.values), B, A, base, group)
+    if not bool((norms > level).all()):
+        row = int((norms <= level).nonzero()[0])
         raise IncompatibleError(
             f"row {row} of W0 + s·B·A is zero, so that its magnitude means nothing (hosts divide "
             "by zero there); this is not the base model the adapter was trained on"
         )
-    D = (magnitude.to(norms) / norms).repeat_interleave(group)
+    D = magnitude.to(norms) / norms
+    if not 1 / _FAR < float(D.abs().median()) < _FAR:
+        warnings.warn(
+            "the magnitudes of a DoRA are far from the norms of W0 + s·B·A, so this is hardly the "
+            "base model it was trained on",
+            DevecWarning,
+            stacklevel=3,
+        )
+    D = D.repeat_interleave(group)
     return D, dataclasses.replace(known, values=D - 1)
+
+
+class RowNorms(NamedTuple):
+    """Norms, and the level below which they are rounding."""
+
+    norms: Float[Tensor, " n"]
+    level: Float[Tensor, " n"]
 
 
 def row_norms(
@@ -182,7 +207,7 @@ def row_norms(
     A: Float[Tensor, "rank in"],
     base: BaseWeight,
     group: int = 1,
-) -> Float[Tensor, " n"]:
+) -> RowNorms:
     """‖D_i·w_i + b_i·A‖ of every row, or of every group of rows, without forming them.
 
     ‖D_i·w_i + b_i·A‖² = D_i²·‖w_i‖² + 2·D_i·b_i·(A·w_iᵀ) + b_i·(A·Aᵀ)·b_iᵀ.
@@ -196,7 +221,7 @@ def row_norms(
         group: How many rows make up one norm.
 
     Returns:
-        The norms, in the basis precision.
+        The norms and what of them would be rounding, in the basis precision.
 
     Cost: O(out·rank²).
     """
@@ -211,7 +236,10 @@ def row_norms(
         for rows in torch.split(lossy, _BLOCK_ROWS):
             block = D[rows, None] * W[rows].to(D) + b[rows].to(D) @ a.to(D)
             squares[rows] = block.square().sum(dim=1)
-    return squares.clamp(min=0).reshape(-1, group).sum(dim=1).sqrt()
+    norms, terms = (
+        x.clamp(min=0).reshape(-1, group).sum(dim=1).sqrt() for x in (squares, own + low)
+    )
+    return RowNorms(norms, RANK_RTOL[dtype] * terms)
 
 
 def row_dots(

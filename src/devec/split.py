@@ -145,7 +145,7 @@ class ModulePool:
             for name, delta in self.deltas.items()
         }
         self.norms = {
-            name: _norm(delta, abs(delta.scaling) * float(self.spaces[name].S.norm()))
+            name: delta.weight_norm(abs(delta.scaling) * float(self.spaces[name].S.norm()))
             for name, delta in self.deltas.items()
         }
 
@@ -248,13 +248,6 @@ class ModulePool:
         norms = [self.shared_norm(n, Z, parts[n]) if parts else 0.0 for n in group]
         common = self.common(parts, Z, norms) if parts else None
         return self.row(question, group, found, norms), parts, common
-
-
-def _norm(delta: Delta, low_rank: float) -> float:
-    """‖ΔW‖_F of a resolved delta from ‖s·B·A‖_F."""
-    if delta.gain is None:
-        return low_rank
-    return math.sqrt(max(0.0, low_rank**2 + delta.gain_energy()))
 
 
 def split_all(question: Question, pool: ModulePool) -> ModuleParts:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from devec.linalg import basis_dtype
 
 _BLOCK_COLUMNS = 1024
+_NUMBERS = count(1)
 
 
 class BaseWeight(Protocol):
@@ -37,11 +39,11 @@ class HeldWeight:
 
     Attributes:
         tensor: The weight, shape (out, in).
-        source: The model it belongs to.
+        source: The model it belongs to; one of its own, unless it is said.
     """
 
     tensor: Float[Tensor, "out in"]
-    source: str = "memory"
+    source: str = field(default_factory=lambda: f"memory {next(_NUMBERS)}")
 
     @cached_property
     def row_squares(self) -> Float[Tensor, " out"]:

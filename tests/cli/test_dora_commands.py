@@ -95,7 +95,7 @@ def test_plain_loras_are_written_where_asked_for_with_their_error(run, here):
         got = stored[f"{key}B.weight"] @ stored[f"{key}A.weight"]
         lost += np.square(got - want).sum()
         total += np.square(want).sum()
-    assert f"plain LoRA of rank 6, relative error {(lost / total) ** 0.5:.3g}" in ran.out
+    assert f"as plain LoRA: relative error {(lost / total) ** 0.5:.3g}" in ran.out
     assert "model.layers.*.mlp.down_proj" in ran.out
 
 
@@ -110,6 +110,54 @@ def test_every_writing_command_can_write_plain_loras(run, here, arguments):
     configs = [json.loads(path.read_text()) for path in (here / "out").rglob(CONFIG)]
     assert configs
     assert not any(config["use_dora"] for config in configs)
+
+
+def test_inputs_can_be_turned_into_plain_loras_of_any_format(run, here):
+    source = here / "llama" / "model.safetensors"
+    W = load_file(source)["model.layers.0.mlp.down_proj.weight"]
+    key = "diffusion_model.model.layers.0.mlp.down_proj"
+    save_file(
+        {
+            f"{key}.lora_up.weight": torch.randn(32, 2) / 10,
+            f"{key}.lora_down.weight": torch.randn(2, 48) / 10,
+            f"{key}.dora_scale": W.norm(dim=0, keepdim=True) * 1.1,
+        },
+        here / "inputs.safetensors",
+    )
+    options = ["--format", "peft", "--as-lora", "4", "--base", source]
+    run("convert", "inputs.safetensors", *options[:2], "--out", "out").refused("--as-lora")
+    ran = run("convert", "inputs.safetensors", *options, "--out", "out").wrote()
+    assert "relative error" in ran.out
+    assert not json.loads((here / "out" / CONFIG).read_text()).get("use_dora")
+    pair = ["inputs.safetensors", "twin=inputs.safetensors"]
+    run("decompose", *pair, *options, "--threshold", "0.5", "--out", "parts").wrote()
+
+
+def test_the_errors_of_all_modules_are_on_record(run, here):
+    options = ["--as-lora", "3", "--base", "llama", "--out", "out", "--json", "report.json"]
+    run("decompose", *DORAS, *options).wrote()
+    said = json.loads((here / "report.json").read_text())["as_lora"]
+    assert said.keys() == {"toxic-unique", "polite-unique"}
+    assert len(said["toxic-unique"]["of_modules"]) == 4
+    record = json.loads((here / "out/toxic-unique/devec.json").read_text())
+    assert record["as_lora"] == said["toxic-unique"]
+
+
+@pytest.mark.parametrize("recorded", ["org/llama", None])
+def test_the_path_of_the_weights_does_not_replace_the_name_on_record(run, here, recorded):
+    path = here / "toxic" / CONFIG
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": recorded}
+    path.write_text(json.dumps(config))
+    run("negate", "toxic", "--base", "llama", "--out", "out").wrote()
+    written = json.loads((here / "out" / CONFIG).read_text())
+    assert written["base_model_name_or_path"] == (recorded or "llama")
+
+
+def test_it_is_said_that_doras_come_first(run, here):
+    ran = run("decompose", *DORAS, "--threshold", "0.5", "--base", "llama", "--out", "out").wrote()
+    assert "Activate unique parts first" in ran.out
+    assert "list this one first" in (here / "out/toxic-unique/README.md").read_text()
+    assert "list this one first" not in (here / "out/toxic-shared/README.md").read_text()
 
 
 def test_compress_takes_one_of_its_options(run):

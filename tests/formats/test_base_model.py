@@ -437,6 +437,50 @@ def test_the_adapter_may_know_which_way_round_a_weight_is(transposed, tmp_path):
     assert torch.equal(got, SQUARE.mT if transposed else SQUARE)
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_what_the_base_model_knows_comes_before_what_peft_says_of_all_layers(live, tmp_path):
+    """fan_in_fan_out is one field for Conv1D and Linear layers."""
+    model = nn.ModuleDict({"c_proj": Conv1D(4, 4), "q_proj": nn.Linear(4, 4, bias=False)})
+    base = model
+    if not live:
+        save_file(model.state_dict(), base := tmp_path / "model.safetensors")
+        nested = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+        (tmp_path / "config.json").write_text(json.dumps(nested))
+    hint = {"fan_in_fan_out": True}
+    assert torch.equal(read(base, "q_proj", (4, 4), **hint), model.q_proj.weight)
+    assert torch.equal(read(base, "c_proj", (4, 4), **hint), model.c_proj.weight.T)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_where_nothing_else_tells_peft_is_believed(turned, tmp_path):
+    path = single(tmp_path / "other.safetensors", first__weight=SQUARE)
+    got = read(path, "first", (4, 4), fan_in_fan_out=turned)
+    assert torch.equal(got, SQUARE.mT if turned else SQUARE)
+
+
+def test_one_layer_does_not_stand_for_those_of_all_blocks(tmp_path):
+    path = single(tmp_path / "other.safetensors", q_proj__weight=torch.ones(4, 6))
+    refused(IncompatibleError, path, "no such layer", module="layers.0.q_proj")
+    assert read(path, "model.q_proj", (4, 6)).shape == (4, 6)
+
+
+def test_a_file_and_the_directory_it_is_in_are_one_model(tmp_path):
+    path = single(tmp_path / "model.safetensors", first__weight=SQUARE)
+    assert base_model(path).source == base_model(tmp_path).source
+    other = single(tmp_path / "other.safetensors", first__weight=SQUARE)
+    assert base_model(other).source != base_model(path).source
+
+
+def test_an_initialisation_that_changes_the_base_weights_is_refused():
+    torch.manual_seed(0)
+    host = get_peft_model(
+        plain(), LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa")
+    )
+    for base in (host, host.base_model.model):
+        refused(IncompatibleError, base, "pissa", "default", "first")
+        assert read(base, "second", (4, 4)).shape == (4, 4)
+
+
 def test_what_is_stored_the_other_way_round_is_not_taken_for_what_it_is_said_to_be(tmp_path):
     path = single(tmp_path / "model.safetensors", first__weight=torch.ones(6, 4))
     refused(IncompatibleError, path, "(4, 6)", "(6, 4)", transposed=False)
@@ -876,7 +920,7 @@ def test_handles_of_the_same_weight_are_equal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = single(tmp_path / "model.safetensors", first__weight=torch.ones(4, 6))
     one, other = (base_model(p).weight("first", (4, 6)) for p in (path, "./model.safetensors"))
-    assert one.source == other.source == str(path.resolve())
+    assert one.source == other.source == str(tmp_path.resolve())
     assert one == other
     assert hash(one) == hash(other)
     assert one != base_model(path).weight("second", (4, 6))

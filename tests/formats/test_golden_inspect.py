@@ -163,7 +163,7 @@ def test_inspect_of_a_dora_needs_no_base_model(inspected, name):
     found = magnitudes(golden(name))
     assert report["dora"] == {"in" if name.endswith("_in") else "out": len(found)}
     assert f"{len(found)} modules: DoRA" in text
-    assert "norm which needs the base model (--base)" in text
+    assert "norm not known without the base model (--base)" in text
     assert {row["module"] for row in report["modules"]} == found.keys()
     assert all(row["dora"] and row["norm"] is None for row in report["modules"])
     assert report["norm"] is None

@@ -87,7 +87,8 @@ def write_sum(
     """
     from devec import combine as add
 
-    total = to_plain(add(adapters, weights, carried_from=carried_from), as_lora)
+    total = add(adapters, weights, name=out.stem, carried_from=carried_from)
+    total = to_plain(total, as_lora)
     result = in_format(total, format)
     require_new([result.output_path(out)], overwrite=overwrite)
     path = save(result, out, dtype, overwrite=overwrite)

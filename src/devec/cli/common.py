@@ -73,7 +73,7 @@ AsLora = Annotated[
     typer.Option(
         "--as-lora",
         metavar="RANK",
-        help="Write the nearest plain LoRAs of this rank for DoRAs, and say how near they are.",
+        help="Write DoRAs as the nearest plain LoRAs of this rank, and say how near they are.",
     ),
 ]
 Format = Annotated[
@@ -99,7 +99,8 @@ def read_source(
 
     Args:
         source: As on the command line.
-        base: Base model to put on record, and to read weights from where they are needed.
+        base: Base model to read weights from where they are needed, and to put on record unless it
+            is a path and there is another on record.
         max_rank: Largest rank that a LoHa or LoKr is rewritten to.
         allow_pickle: Whether pickled files are read.
 
@@ -113,6 +114,7 @@ def read_source(
 
     from devec import Adapter
     from devec.layout import MAX_RANK
+    from devec.sources import exists
 
     name, path = _name_and_path(source)
     adapter = Adapter.from_pretrained(
@@ -122,9 +124,11 @@ def read_source(
         allow_pickle=allow_pickle,
         base=base,
     )
-    if base is not None and adapter.layout is not None:
-        adapter = dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
-    return adapter
+    if base is None or adapter.layout is None:
+        return adapter
+    if exists(base) and adapter.layout.describe().get("base_model"):
+        return adapter  # where the weights lie is no better name than the one on record
+    return dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
 
 
 def in_format(adapter: Adapter, wanted: str | None) -> Adapter:
@@ -160,12 +164,18 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
 
     from devec import as_lora
 
-    if rank is None:
+    if rank is None or all(delta.gain is None for delta in adapter.modules.values()):
         return adapter
     result = as_lora(adapter, rank)
     print_errors(adapter, result)
-    typer.echo(f"{adapter.name}: plain LoRA of rank {rank}, relative error {result.error:.3g}\n")
-    record = {**(adapter.provenance or {}), "as_lora": {"rank": rank, "error": result.error}}
+    typer.echo(f"{adapter.name} as plain LoRA: relative error {result.error:.3g}\n")
+    doras = [m for m, delta in adapter.modules.items() if delta.gain is not None]
+    said = {
+        "rank": rank,
+        "relative_error": result.error,
+        "of_modules": {module: float(f"{result.errors[module]:.3g}") for module in doras},
+    }
+    record = {**(adapter.provenance or {}), "as_lora": said}
     return dataclasses.replace(result.adapter, provenance=record)
 
 

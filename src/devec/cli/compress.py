@@ -54,7 +54,7 @@ def compress(
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapter = adapter.to(device)
-    if as_lora is not None and (rank, energy) != (None, None):
+    if sum(option is not None for option in (rank, energy, as_lora)) != 1:
         raise IncompatibleError("give one of --rank, --energy and --as-lora")
     result = (
         shrink(adapter, rank=rank, energy=energy) if as_lora is None else nearest(adapter, as_lora)

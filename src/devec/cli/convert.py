@@ -47,7 +47,7 @@ def convert(
 
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    result = to_plain(rewrite(adapter, format, component=component), as_lora)
+    result = rewrite(to_plain(adapter, as_lora), format, component=component)
     require_new([result.output_path(out)], overwrite=overwrite)
     path = save(result, out, storage, overwrite=overwrite)
     typer.echo(f"Written: {path}{said_norm(result)}")

@@ -88,7 +88,7 @@ def decompose(
     storage = storage_dtype(dtype)
     level = parse_threshold(threshold)
     adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
-    suffix = _suffix(adapters, format)
+    suffix = _suffix(adapters, format, plain=as_lora is not None)
     names = _planned([a.name for a in adapters], scope, target)
     planned = [out / f"{name}{suffix}" for name in names]
     _require_apart(json, planned)
@@ -107,11 +107,13 @@ def decompose(
     plain = {n: to_plain(part, as_lora) for n, part in parts.outputs(compact=compact).items()}
     held = {name: in_format(part, format) for name, part in plain.items()}
     outputs = {part.output_path(out / name): part.writer(storage) for name, part in held.items()}
-    report = {json: json_writer(_report(parts, list(held)))} if json else {}
+    report = {json: json_writer(_report(parts, held))} if json else {}
     fates = _fates([path for path in planned if path not in outputs])
     write_all({**outputs, **report}, overwrite=overwrite, obsolete=fates[_REMOVED])
     print_parts(parts)
     _tell({"Written": sorted([*outputs, *report]), **fates})
+    if any(delta.gain is not None for part in held.values() for delta in part.modules.values()):
+        typer.echo("Activate unique parts first: a DoRA rescales what is listed before it.")
 
 
 _REMOVED = "Zero, not written; an older one was removed"
@@ -160,9 +162,18 @@ def parse_threshold(text: str) -> Threshold:
         ) from None
 
 
-def _suffix(adapters: Sequence[Adapter], format: str | None) -> str:
-    """What the paths of the outputs end with: as the format has it, or the first adapter."""
-    layout = in_format(adapters[0], format).layout
+def _suffix(adapters: Sequence[Adapter], format: str | None, *, plain: bool) -> str:
+    """What the paths of the outputs end with: as the format has it, or the first adapter.
+
+    Returns:
+        The ending, once it is known that the first adapter, or the LoRA of it, can be written so.
+    """
+    import dataclasses
+
+    first = adapters[0]
+    if plain:
+        first = first.map(lambda _, delta: dataclasses.replace(delta, gain=None))
+    layout = in_format(first, format).layout
     return layout.suffix if layout is not None else ""
 
 
@@ -281,12 +292,14 @@ def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
     return f"{found} Try --threshold {lower} or --threshold auto."
 
 
-def _report(parts: Decomposition, written: Sequence[str]) -> dict[str, Any]:
+def _report(parts: Decomposition, written: Mapping[str, Adapter]) -> dict[str, Any]:
     """Where it came from and all that was found, a row per module and group."""
+    records = {name: part.provenance or {} for name, part in written.items()}
     return {
         "devec_version": __version__,
         **parts.record,
         "written": list(written),
+        "as_lora": {name: r["as_lora"] for name, r in records.items() if "as_lora" in r},
         "modules": [
             {
                 "module": s.module,

@@ -102,8 +102,9 @@ def _print(adapter: Adapter, report: dict[str, Any], *, by_type: bool) -> None:
     """Print the report, a row per type of module or per module."""
     lines = [f"{report['name']}: adapter in the {report.get('format', 'in-memory')} convention"]
     lines.append(f"base model: {_base(report)}")
-    norm = "which needs the base model (--base)" if report["norm"] is None else ""
-    lines.append(f"{len(adapter.modules)} modules, norm {norm or format(report['norm'], '.4g')}")
+    norm = report["norm"]
+    said = "norm not known without the base model (--base)" if norm is None else f"norm {norm:.4g}"
+    lines.append(f"{len(adapter.modules)} modules, {said}")
     doras = sum(row["dora"] for row in report["modules"])
     lines += [f"{doras} modules: DoRA"] if doras else []
     lines += [

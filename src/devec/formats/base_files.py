@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -50,6 +50,8 @@ _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 # Tensors that stand in the place of a weight: GPTQ and AWQ, compressed-tensors.
 _PACKED = ("qweight", "weight_packed")
 
+_RENAMED = "name layers otherwise than the model does"
+
 # Models of transformers whose layers of these names are of the class Conv1D.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(?:.+\.)?(?:c_attn|q_attn|c_proj|c_fc)")
@@ -72,6 +74,12 @@ def models_in(path: Path) -> Models:
         return _pipeline(path)
     files = _files_in(path) if path.is_dir() else _shards(path)
     return _models(path, files)
+
+
+def model_folder(path: Path) -> Path:
+    """The directory of a model for the file or index in it that libraries open; else the path."""
+    usual = {f"{stem}.safetensors{end}" for stem in _USUAL for end in ("", ".index.json")}
+    return path.parent if path.name in usual else path
 
 
 def _pipeline(path: Path) -> Models:
@@ -224,13 +232,14 @@ def _model(path: Path, stored: Mapping[str, _Stored]) -> Model:
     architecture = next(iter(config.get("architectures") or []), "") if path.is_dir() else ""
     if config.get("quantization_config"):
         if architecture:
-            return as_loaded(path, architecture)
+            return as_loaded(path, architecture, "are quantised")
         raise UnsupportedError(f"{str(path)!r} is quantised (quantization_config); {LOAD_IT}")
     ends: dict[str, set[str]] = defaultdict(set)
     for key in stored:
         layer, _, end = key.rpartition(".")
         ends[layer].add(end)
-    conv1d = config.get("model_type") in _CONV1D_MODELS
+    types = set(_model_types(config))
+    conv1d = types & set(_CONV1D_MODELS)
     layers = {}
     for name, known in ends.items():
         weight = next((end for end in ("weight", *_PACKED) if end in known), "")
@@ -240,14 +249,24 @@ def _model(path: Path, stored: Mapping[str, _Stored]) -> Model:
         load = partial(_load, found, quantised=_is_quantised(found, weight, known))
         shape = (found.shape[0], math.prod(found.shape[1:]))
         # a kernel is never stored transposed, even if its matrix would fit the other way round
-        transposed = False if len(found.shape) > 2 else None
-        layers[name] = Layer(shape, load, bool(conv1d and _CONV1D.fullmatch(name)) or transposed)
+        certain = len(found.shape) > 2 or (bool(types) and shape[0] == shape[1])
+        turned = bool(conv1d and _CONV1D.fullmatch(name)) or (False if certain else None)
+        layers[name] = Layer(shape, load, turned)
     return Model(
         str(path),
         layers,
         untied=config.get("tie_word_embeddings") is False,
-        in_memory=cache(partial(as_loaded, path, architecture)) if architecture else None,
+        in_memory=cache(partial(as_loaded, path, architecture, _RENAMED)) if architecture else None,
     )
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """The types of a model and of those it is made of, as its configuration has them."""
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def _is_quantised(stored: _Stored, end: str, ends: Collection[str]) -> bool:

@@ -75,7 +75,13 @@ class Model:
     _indices: dict[tuple[str, str], dict[str, list[Rows]]] = field(default_factory=dict)
 
     def read(
-        self, module: str, shape: tuple[int, int], family: Family | None, transposed: bool | None
+        self,
+        module: str,
+        shape: tuple[int, int],
+        family: Family | None,
+        transposed: bool | None,
+        *,
+        hint: bool,
     ) -> Tensor:
         """The weight of a module, as it is stored but as the map from inputs to outputs.
 
@@ -84,6 +90,7 @@ class Model:
             shape: Shape (out, in) that the adapter wants.
             family: The tables of the model's family, if the adapter knows it.
             transposed: Whether the layer stores its weight as (in, out), None if not known.
+            hint: Whether square weights do, of which nothing is known.
 
         Returns:
             The weight.
@@ -96,11 +103,11 @@ class Model:
         except IncompatibleError:
             if self.in_memory is None:
                 raise
-            return self.in_memory().read(module, shape, family, transposed)
+            return self.in_memory().read(module, shape, family, transposed, hint=hint)
         if len(rows) > 1 or rows[0].size < rows[0].total:
             weight = torch.cat([self._share(part) for part in rows])
         else:
-            weight = self._whole(rows[0].name, shape, transposed)
+            weight = self._whole(rows[0].name, shape, transposed, hint=hint)
         if weight.shape != shape:
             names = listed([part.name for part in rows])
             raise IncompatibleError(
@@ -110,12 +117,15 @@ class Model:
             )
         return weight
 
-    def _whole(self, name: str, shape: tuple[int, int], transposed: bool | None) -> Tensor:
+    def _whole(
+        self, name: str, shape: tuple[int, int], transposed: bool | None, *, hint: bool
+    ) -> Tensor:
         """The weight of a layer, turned around if it is stored that way."""
         layer, weight = self.layers[name], self._loaded(name)
         turned = layer.transposed if transposed is None else transposed
         if turned is None:
-            turned = weight.shape != shape and weight.shape == shape[::-1]
+            square = shape[0] == shape[1]
+            turned = hint if square else weight.shape == shape[::-1]
         return weight.mT if turned else weight
 
     def _share(self, rows: Rows) -> Tensor:
@@ -179,9 +189,11 @@ class Model:
     def _tails(self, name: Name) -> list[Rows]:
         """The layers whose names end with that of a module, or the other way round."""
         wanted = flat(name.path)
-        inside = set() if name.flat else set(_tails(name.path))
+        inside = set() if name.flat else set(_shorter(name.path))
         return [
-            Rows(layer) for layer in self.layers if flat(layer) in inside or wanted in _tails(layer)
+            Rows(layer)
+            for layer in self.layers
+            if flat(layer) in inside or wanted in _shorter(layer)
         ]
 
     def _tied(self, name: Name) -> list[Rows]:
@@ -210,11 +222,12 @@ LOAD_IT = (
 )
 
 
-def _tails(name: str) -> Iterator[str]:
-    """The flat name of a dotted one, and of what is behind each of its dots."""
-    while name:
+def _shorter(name: str) -> Iterator[str]:
+    """The flat name of a dotted one, and of what is behind its dots up to the first number."""
+    head = ""  # without its number, one layer would stand for those of all blocks
+    while name and not head.isdigit():
         yield flat(name)
-        _, _, name = name.partition(".")
+        head, _, name = name.partition(".")
 
 
 def _together(rows: Sequence[Rows]) -> list[Rows]:

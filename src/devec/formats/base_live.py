@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from devec.errors import IncompatibleError, UnsupportedError
 from devec.formats.base_layers import Layer, Model, Models, models_of_pipeline
 from devec.formats.names import DENOISER
+from devec.formats.peft_config import is_plain_init
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -68,8 +69,11 @@ def live_model(base: nn.Module) -> Model:
     Returns:
         The model; weights are taken from it when they are read.
     """
+    changed_by = _changed_by(base)
     layers = {
-        found.name: Layer(_shape(found.module), partial(_load, found), _is_transposed(found.module))
+        found.name: Layer(
+            _shape(found.module), partial(_load, found, changed_by), _is_transposed(found.module)
+        )
         for found in _layers("", _without_adapters(base), ())
         if found.name and _has_weight(found.module)
     }
@@ -132,11 +136,26 @@ def _is_transposed(module: nn.Module) -> bool | None:
     return False if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
 
 
-def _load(found: _Found) -> Tensor:
+def _changed_by(base: nn.Module) -> str:
+    """The adapter whose initialisation has changed the base weights, empty if there is none."""
+    configs: dict[str, Any] = {}
+    for holder in (base, _without_adapters(base)):
+        held = getattr(holder, "peft_config", None)
+        configs |= held if isinstance(held, dict) else {}
+    inits = {name: str(getattr(c, "init_lora_weights", True)) for name, c in configs.items()}
+    return next((f"{n!r} ({init})" for n, init in inits.items() if not is_plain_init(init)), "")
+
+
+def _load(found: _Found, changed_by: str) -> Tensor:
     """The weight of a layer as the model computes with it now."""
     from peft.utils.integrations import dequantize_module_weight
 
     name, module = found.name, found.module
+    if found.wrappers and changed_by:
+        raise IncompatibleError(
+            f"the adapter {changed_by} changed the weight of layer {name!r} when it was made, so "
+            "that it is not that of the base model; load the base model without the adapter"
+        )
     merged = [name for wrapper in found.wrappers for name in wrapper.merged_adapters]
     if merged:
         raise IncompatibleError(

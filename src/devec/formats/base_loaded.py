@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from devec.formats.base_layers import LOAD_IT, Layer, Model
 from devec.formats.base_live import live_model
 
 
-def as_loaded(folder: Path, architecture: str) -> Model:
+def as_loaded(folder: Path, architecture: str, reason: str) -> Model:
     """The model in a directory, by the names it has in memory.
 
     Args:
         folder: The directory, with a config.json.
         architecture: Name of the model's class in transformers, as the configuration has it.
+        reason: What the files do, so that they are not read as they are.
 
     Returns:
         The model. Only its layers are told here; it is loaded when a weight is read.
@@ -39,14 +42,15 @@ def as_loaded(folder: Path, architecture: str) -> Model:
     if kind is None:
         raise UnsupportedError(f"transformers has no model {architecture!r}; {LOAD_IT}")
     try:
-        config = kind.config_class.from_pretrained(folder)
+        with _quiet():
+            config = kind.config_class.from_pretrained(folder)
         # what the files are quantised by says nothing of the names
         config.quantization_config = None
-        with torch.device("meta"):
+        with torch.device("meta"), _quiet():
             layers = live_model(kind(config)).layers
     except Exception as error:  # of transformers, or of what it quantises by
         raise UnsupportedError(_not_loaded(folder, error)) from error
-    whole = cache(partial(_load_whole, kind, folder))
+    whole = cache(partial(_load_whole, kind, folder, reason))
     return Model(
         str(folder),
         {
@@ -67,22 +71,39 @@ def _weight(whole: Any, name: str) -> Tensor:  # noqa: ANN401
     return layer.load()
 
 
-def _load_whole(kind: Any, folder: Path) -> Model:  # noqa: ANN401
+def _load_whole(kind: Any, folder: Path, reason: str) -> Model:  # noqa: ANN401
     """The model, all of it in memory."""
     warnings.warn(
-        f"the files of {str(folder)!r} are quantised or name layers otherwise than the model does; "
-        "all of it is loaded with transformers, into as much memory as the model takes",
+        f"the files of {str(folder)!r} {reason}; all of it is loaded with transformers, into as "
+        "much memory as the model takes",
         DevecWarning,
         stacklevel=2,
     )
     try:
-        model, info = kind.from_pretrained(folder, output_loading_info=True)
+        with _quiet():
+            model, info = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # of transformers, or of what it quantises by
         raise UnsupportedError(_not_loaded(folder, error)) from error
     # what the files lack is drawn at random
     drawn = {key.removesuffix(".weight") for key in info["missing_keys"]}
     layers = {n: layer for n, layer in live_model(model).layers.items() if n not in drawn}
     return Model(str(folder), layers)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress and the remarks of transformers."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _not_loaded(folder: Path, error: Exception) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from devec.errors import FormatError, IncompatibleError, located
-from devec.formats.base_files import models_in
+from devec.formats.base_files import model_folder, models_in
 from devec.formats.base_layers import Model, Models
 from devec.formats.base_live import is_live, label, live_models
 from devec.formats.families import Family
@@ -82,7 +82,7 @@ class BaseModel:
             return "no base model"
         if not isinstance(self.given, str | Path):
             return label(self.given)
-        return str(self._path.resolve() if self._path else self.given)
+        return str(model_folder(self._path.resolve()) if self._path else self.given)
 
     def weight(
         self,
@@ -91,6 +91,7 @@ class BaseModel:
         *,
         family: Family | None = None,
         transposed: bool | None = None,
+        fan_in_fan_out: bool = False,
     ) -> BaseWeight:
         """The base weight of a module of an adapter.
 
@@ -98,14 +99,14 @@ class BaseModel:
             module: Id of the module, in any convention that adapters have.
             shape: Shape (out, in) of the module's change.
             family: The tables of the model's family, if it is known from the adapter.
-            transposed: Whether the layer stores its weight as (in, out), like the Conv1D of GPT-2
-                and embeddings; None to tell from its class, or from its shape and the model's
-                configuration.
+            transposed: Whether the layer stores its weight as (in, out), as embeddings do; None to
+                tell from its class, or from its shape and the model's configuration.
+            fan_in_fan_out: What PEFT says of all linear layers, where nothing else tells.
 
         Returns:
             A handle; it reads the weight when asked to, and raises then if it cannot be had.
         """
-        return _ModuleWeight(self, module, shape, transposed, family)
+        return _ModuleWeight(self, module, shape, transposed, fan_in_fan_out, family)
 
     def opened(self, component: str) -> Model:
         """One of the models that it consists of.
@@ -136,7 +137,8 @@ class BaseModel:
             raise IncompatibleError(
                 "the module is a DoRA, or is to be written as one, and its change "
                 "diag(m/‖W0 + s·B·A‖)·(W0 + s·B·A) − W0 depends on the base weight W0; give the "
-                f"base model (--base MODEL, base=MODEL): {_FORMS}{self._on_record}"
+                "base model (--base MODEL, Adapter.from_pretrained(..., base=MODEL)): "
+                f"{_FORMS}{self._on_record}"
             )
         if not isinstance(self.given, str | Path):
             return live_models(self.given)
@@ -170,6 +172,7 @@ class _ModuleWeight:
     module: str
     shape: tuple[int, int]
     transposed: bool | None
+    fan_in_fan_out: bool
     family: Family | None = field(compare=False, repr=False)
 
     @property
@@ -179,7 +182,9 @@ class _ModuleWeight:
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         with located("base weight"):
             model = self.model.opened(parse(self.module).component)
-            weight = model.read(self.module, self.shape, self.family, self.transposed)
+            weight = model.read(
+                self.module, self.shape, self.family, self.transposed, hint=self.fan_in_fan_out
+            )
         return weight.to(device, dtype)
 
 

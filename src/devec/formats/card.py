@@ -22,6 +22,11 @@ _WHAT = {
     "compress": "a compressed adapter",
     "as_lora": "the nearest plain LoRA to an adapter",
 }
+_FIRST = [
+    "",
+    "Where other adapters are active, too, list this one first: a DoRA rescales what is listed "
+    "before it.",
+]
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -82,6 +87,7 @@ def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None
         f'model = PeftModel.from_pretrained(base_model, "{name}", '
         f'adapter_name="{adapter_name(name)}")',
         "```",
+        *(_FIRST if config.get("use_dora") else []),
     ]
     return "\n".join([*head, *body, *_origin(record)]) + "\n"
 

@@ -259,7 +259,7 @@ def _magnitude_slot(
     if not key:
         return MagnitudeSlot(keys.id + suffix)
     stored = file.tensors[key]
-    return MagnitudeSlot(key, found.axis, tuple(stored.shape), stored.dtype)
+    return MagnitudeSlot(key, found.axis, tuple(stored.shape))
 
 
 def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:

@@ -37,13 +37,11 @@ class MagnitudeSlot:
         key: Their key.
         axis: The axis they were read on, None if there were none.
         shape: The shape they were read with; empty for the usual one.
-        dtype: Storage type they were read with.
     """
 
     key: str
     axis: Axis | None = None
     shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
 
     @property
     def everywhere(self) -> bool:
@@ -52,9 +50,8 @@ class MagnitudeSlot:
 
     def anew(self) -> MagnitudeSlot:
         """The same for a result: transformers, and so diffusers' text encoders, want an ending."""
-        if not self.key.endswith(MAGNITUDE_VECTOR):
-            return self
-        return dataclasses.replace(self, key=f"{self.key}.weight")
+        key = f"{self.key}.weight" if self.key.endswith(MAGNITUDE_VECTOR) else self.key
+        return dataclasses.replace(self, key=key)
 
     def under(self, key: str) -> MagnitudeSlot:
         """The same magnitudes under another key, in the shape that is usual there."""
@@ -65,13 +62,10 @@ class MagnitudeSlot:
     ) -> Tensor:
         """The stored tensor.
 
-        Magnitudes that were computed, or come from another convention, keep their precision: they
-        are few, and what is rounded off them is a fraction of W0 and not of ΔW.
-
         Args:
             magnitude: The magnitudes.
             kernel: Shape of a convolution's kernel.
-            dtype: Storage type; by default that of the input.
+            dtype: Storage type asked for.
 
         Returns:
             The tensor, in the shape it was read with or the usual one.
@@ -88,7 +82,22 @@ class MagnitudeSlot:
             shape = (len(values), 1, *ones) if magnitude.axis == "out" else (1, len(values), *ones)
             if not self.key.endswith(DORA_SCALE):
                 shape = (1, len(values), *ones) if kernel and self.everywhere else (len(values),)
-        return storable(self.key, values.reshape(shape), dtype or self.dtype or values.dtype)
+        return storable(self.key, values.reshape(shape), magnitude_dtype(values, dtype))
+
+
+def magnitude_dtype(values: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The storage type of magnitudes: never narrower than they are.
+
+    They are few, and what is rounded off them is a fraction of W0 and not of ΔW.
+
+    Args:
+        values: The magnitudes, as they were read or computed.
+        wanted: The storage type that is asked for.
+
+    Returns:
+        The type.
+    """
+    return values.dtype if wanted is None else torch.promote_types(values.dtype, wanted)
 
 
 def find_magnitudes(

@@ -175,7 +175,7 @@ def _require_plain(config: Config, path: Path) -> None:
     if config.get("use_dora"):
         require_dora_fits(config, str(path))
     init = str(config.get("init_lora_weights", True)).lower()
-    if init not in _PLAIN_INITS:
+    if not is_plain_init(init):
         remedy = _KEEP_BASE if init.startswith(("pissa", "olora", "corda", "lora_ga")) else _CONVERT
         raise UnsupportedError(
             f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
@@ -204,6 +204,11 @@ def require_dora_fits(config: Config, where: str) -> None:
             f"{where}: layer_replication beside use_dora is not supported, as the copied layers "
             "have names that the base model does not have; " + _CONVERT
         )
+
+
+def is_plain_init(init: str) -> bool:
+    """Whether an initialisation leaves the base weight what it was."""
+    return init.lower() in _PLAIN_INITS
 
 
 def _require_numbers(config: Config, path: Path) -> None:

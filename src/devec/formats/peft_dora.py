@@ -87,13 +87,18 @@ class BaseWeights:
 
     def of(self, slot: Slot) -> BaseWeight:
         """The base weight of a slot as the map from inputs to outputs, not yet read."""
+        is_linear, is_embedding = slot.kind == "linear", slot.kind == "embedding"
         known = self.model.weight(
-            slot.base_name, slot.shape, family=self.family, transposed=slot.transposed
+            slot.base_name,
+            slot.shape,
+            family=self.family,
+            transposed=None if is_linear else is_embedding,
+            fan_in_fan_out=slot.fan_in_fan_out,
         )
         copy = self.copies.get(f"{slot.path}.base_layer.weight")
         if copy is None or copy.ndim != 2:
             return known
-        W = copy.mT if slot.transposed else copy
+        W = copy.mT if is_embedding else copy
         return HeldWeight(W, known.source) if W.shape == slot.shape else known
 
 

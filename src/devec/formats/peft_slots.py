@@ -17,6 +17,7 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
+from devec.formats.magnitudes import magnitude_dtype
 from devec.formats.tensors import storable
 from devec.gain import Magnitude, magnitude_of
 from devec.weights import BaseWeight
@@ -37,7 +38,7 @@ class Slot:
         kernel: Shape of a convolution's kernel.
         experts: Number of experts.
         parameters: Full names of the parameters the slot may belong to, if it is not a module.
-        transposed: Whether the layer stores its weight transposed, None if the base model tells.
+        fan_in_fan_out: Whether the configuration says that linear layers are stored transposed.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Slot:
     kernel: tuple[int, ...] = ()
     experts: int = 1
     parameters: tuple[str, ...] = ()
-    transposed: bool | None = None
+    fan_in_fan_out: bool = False
 
     @property
     def keys(self) -> tuple[str, str, str]:
@@ -159,7 +160,7 @@ class Slot:
         if isinstance(deltas[0].gain, Magnitude):
             m, key = deltas[0].gain.values, self.magnitude_key
             shape = (1, -1, *(1 for _ in self.kernel)) if self.kernel else (-1,)
-            stored[key] = storable(key, m.reshape(shape), dtype or m.dtype)
+            stored[key] = storable(key, m.reshape(shape), magnitude_dtype(m, dtype))
         return stored
 
 
@@ -240,16 +241,8 @@ def slot_for(
         kernel=tuple(A.shape[2:]),
         experts=experts,
         parameters=tuple(parameters),
-        transposed=_transposed(kind, shape, fan_in_fan_out=fan_in_fan_out),
+        fan_in_fan_out=fan_in_fan_out,
     )
-
-
-def _transposed(kind: str, shape: tuple[int, int], *, fan_in_fan_out: bool) -> bool | None:
-    """Whether a layer stores its weight transposed, None if the base model is to tell."""
-    if kind == "linear":
-        # one field for all layers, which PEFT corrects by their classes
-        return True if fan_in_fan_out and shape[0] == shape[1] else None
-    return kind == "embedding"
 
 
 def _fitting(
