@@ -65,7 +65,7 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     known = axes.get(axis) or no_gain(A, weight)
     D = 1 + known.values
     small = D.abs() < _SMALLEST
-    if bool((small & _moved(B, A, known)).any()):
+    if bool(small.any()) and bool((small & _moved(B, A, known)).any()):
         raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too near zero")
     B = torch.where(small[:, None], 0, B)
     norms, level = row_norms(known, D, B, A, weight, group)
@@ -121,17 +121,16 @@ def require_representable(modules: Mapping[str, Delta]) -> None:
         IncompatibleError: If 1 + g is nearly zero in a module. The message names it and the largest
             coefficient by which the whole adapter could be multiplied instead.
     """
-    gains = {
-        m: dict(delta.gain.axes) for m, delta in modules.items() if isinstance(delta.gain, Gain)
-    }
+    gains = {m: delta.gain.axes for m, delta in modules.items() if isinstance(delta.gain, Gain)}
     for module, axes in gains.items():
         if len(axes) > 1:
             raise UnsupportedError(f"module {module!r}: {one_axis_only()}")
-    held = {m: _divided_by(modules[m], *axes.popitem()) for m, axes in gains.items()}
-    nearest = {m: float((1 + g).abs().min()) for m, g in held.items() if len(g)}
+    held = {module: next(iter(axes.items())) for module, axes in gains.items()}
+    near = [module for module, (_, gain) in held.items() if _nearest(gain.values) < _SMALLEST]
+    nearest = {module: _nearest(_divided_by(modules[module], *held[module])) for module in near}
     worst = min(nearest, key=lambda module: nearest[module], default="")
     if worst and nearest[worst] < _SMALLEST:
-        share = _largest(torch.cat(list(held.values())))
+        share = _largest(torch.cat([_divided_by(modules[m], *found) for m, found in held.items()]))
         raise IncompatibleError(
             f"module {worst!r}: 1 + g, what the DoRA multiplies a row of the base weight by, would "
             f"be {nearest[worst]:.3g} in size; below {_SMALLEST:g} none can be written. The "
@@ -140,8 +139,13 @@ def require_representable(modules: Mapping[str, Delta]) -> None:
         )
 
 
+def _nearest(gains: Tensor) -> float:
+    """The smallest |1 + g|."""
+    return float((1 + gains).abs().min()) if len(gains) else math.inf
+
+
 def _divided_by(delta: Delta, axis: Axis, gain: AxisGain) -> Tensor:
-    """The gains g of rows whose factor is to be divided by 1 + g."""
+    """The gains g of the rows of a delta whose factor is to be divided by 1 + g."""
     B, A = (delta.B, delta.A) if axis == "out" else (delta.A.mT, delta.B.mT)
     return gain.values[_moved(B, A, gain)].cpu()
 
