@@ -19,7 +19,6 @@ the magnitudes alone; ``linear`` adds up factors, which is no sum for LoRAs eith
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import shutil
@@ -34,16 +33,20 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
+from benchmarks.referee import (
+    Changes,
+    Referee,
+    Row,
+    dense_changes,
+    weighted_sum,
+)
 from devec import Adapter, Decomposition, __version__, combine, decompose, save_adapters
 from devec.demo.evaluate import POOL, accuracy, heldout_sets, load_base
 from devec.demo.run import COEFFICIENTS, loaded
-from devec.demo.train import ADAPTER_SCHEDULE, ALPHA_PER_RANK, load_split, train_adapter
-from devec.formats.card import adapter_name
+from devec.demo.train import ADAPTER_SCHEDULE, load_split, train_adapter
 
 DOMAINS = ("chalk", "sign", "emboss")
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -54,9 +57,7 @@ NEGATIONS = (1.0, -0.5, -1.0)
 PAIR_WEIGHTS = ((1.0, 1.0), (0.5, 0.5), (1.0, -0.5))
 PEFT_TYPES = ("linear", "cat", "svd")
 
-Row = dict[str, Any]
 Sets = Mapping[str, tuple[Tensor, Tensor]]
-Changes = dict[str, Tensor]
 
 
 def train_pool(folder: Path, epochs: int) -> None:
@@ -71,110 +72,6 @@ def train_pool(folder: Path, epochs: int) -> None:
     digits, labels = training["digits"], training["labels"].long()
     for domain in DOMAINS:
         train_adapter(domain, digits, labels, folder, use_dora=True, epochs=epochs)
-
-
-def dense_changes(base: nn.Module, path: Path) -> Changes:
-    """ΔW of every module of a DoRA by the formula, dense, in float64.
-
-    Args:
-        base: The base model.
-        path: The adapter, as PEFT wrote it.
-
-    Returns:
-        Module → ΔW, shape (out, in).
-    """
-    stored = load_file(path / "adapter_model.safetensors")
-    changes = {}
-    for key, m in stored.items():
-        if key.endswith(".lora_magnitude_vector"):
-            name = key.removesuffix(".lora_magnitude_vector")
-            B, A = (stored[f"{name}.lora_{x}.weight"].double() for x in "BA")
-            module = name.removeprefix("base_model.model.")
-            W = base.get_submodule(module).weight.detach().double()
-            V = W + ALPHA_PER_RANK * B @ A
-            changes[module] = m.double()[:, None] * V / V.norm(dim=1, keepdim=True) - W
-    return changes
-
-
-def weighted_sum(changes: Sequence[Changes], weights: Sequence[float]) -> Changes:
-    """Σ w_i · ΔW_i, module by module."""
-    return {
-        module: sum(w * c[module] for w, c in zip(weights, changes, strict=True))
-        for module in changes[0]
-    }
-
-
-def layer_weights(model: nn.Module) -> Changes:
-    """Module → the weight that its layer applies, with whatever adapters are active."""
-    weights = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            unit = torch.eye(layer.in_features, dtype=torch.float64)
-            applied = layer(unit) - layer(torch.zeros_like(unit[:1]))
-            weights[name.removeprefix("base_model.model.")] = applied.mT
-    return weights
-
-
-@torch.no_grad()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of all images, (n, classes), in float64."""
-    return torch.cat([model(batch).logits.double() for batch in torch.split(images, 256)])
-
-
-@dataclass(frozen=True, eq=False)
-class Referee:
-    """Compares what PEFT does with the dense truth.
-
-    Attributes:
-        base: The base in float64.
-        images: Held-out images, (n, 3, SIZE, SIZE).
-    """
-
-    base: nn.Module
-    images: Tensor
-
-    @torch.no_grad()
-    def errors(
-        self, model: PeftModel, ways: Mapping[str, Sequence[str]], changes: Changes
-    ) -> Iterator[Row]:
-        """How far a model is from the truth, with some of its adapters active.
-
-        Args:
-            model: The model as PEFT loaded it; it is in float64 afterwards.
-            ways: What is compared → the adapters active, in the order in which PEFT applies them.
-            changes: Module → ΔW that they should make, dense.
-
-        Yields:
-            Relative errors of weights and logits, and the share of images classified otherwise.
-        """
-        truth = copy.deepcopy(self.base)
-        for module, change in changes.items():
-            truth.get_submodule(module).weight.add_(change)
-        expected = logits(truth, self.images.double())
-        found = {what: logits(activated(model, names), self.images) for what, names in ways.items()}
-        model.double()
-        for what, names in ways.items():
-            weights = layer_weights(activated(model, names))
-            off = {m: W - truth.get_submodule(m).weight for m, W in weights.items()}
-            apart = (found[what] - expected).norm(dim=1) / expected.norm(dim=1)
-            changed = found[what].argmax(dim=1) != expected.argmax(dim=1)
-            yield {
-                "what": what,
-                "weights": norm(off) / norm(changes),
-                "logits": float(apart.max()),
-                "changed": float(changed.double().mean()),
-            }
-
-
-def activated(model: PeftModel, names: Sequence[str]) -> PeftModel:
-    """The model with these adapters active, in this order."""
-    model.base_model.set_adapter([adapter_name(name) for name in names])
-    return model
-
-
-def norm(changes: Changes) -> float:
-    """Frobenius norm over all modules."""
-    return float(sum(change.square().sum() for change in changes.values())) ** 0.5
 
 
 @dataclass(frozen=True, eq=False)
