@@ -21,11 +21,13 @@ from devec.gain import (
     Magnitude,
     gain_of,
     gain_on,
+    identical,
     inner_across,
     oriented,
     overlap_of,
     require_same_base,
     row_dots,
+    same_gain,
 )
 from devec.linalg import ProductSVD, basis_dtype, working_dtype
 from devec.weights import BaseWeight
@@ -107,10 +109,10 @@ class Delta:
         """Whether all tensors are those of another delta, so that nothing need be computed."""
         return (
             self.scaling == other.scaling
-            and _same(self.B, other.B)
-            and _same(self.A, other.A)
-            and _same(self.bias, other.bias)
-            and _same_gain(self.gain, other.gain)
+            and identical(self.B, other.B)
+            and identical(self.A, other.A)
+            and identical(self.bias, other.bias)
+            and same_gain(self.gain, other.gain)
         )
 
     def on(self, base: BaseWeight) -> Delta:
@@ -331,24 +333,6 @@ def require_device(device: torch.device | str) -> None:
         raise IncompatibleError(
             f"device {str(device)!r} cannot be used ({reason}); leave it out to compute on the CPU"
         ) from error
-
-
-def _same(left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether two tensors are identical, or both missing."""
-    if left is None or right is None:
-        return left is right
-    alike = (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
-    return left is right or (alike and torch.equal(left, right))
-
-
-def _same_gain(left: Gain | Magnitude | None, right: Gain | Magnitude | None) -> bool:
-    """Whether gains are the same object, or the same magnitudes of the same base model."""
-    if left is right:
-        return True
-    if not (isinstance(left, Magnitude) and isinstance(right, Magnitude)):
-        return False
-    same = (left.axis, left.base.source) == (right.axis, right.base.source)
-    return same and _same(left.values, right.values)
 
 
 def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:

@@ -261,6 +261,24 @@ def inner_across(rows: AxisGain, columns: AxisGain, base: BaseWeight) -> float:
     return total
 
 
+def identical(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two tensors are identical, or both missing."""
+    if left is None or right is None:
+        return left is right
+    alike = (left.dtype, left.device, left.shape) == (right.dtype, right.device, right.shape)
+    return left is right or (alike and torch.equal(left, right))
+
+
+def same_gain(left: Gain | Magnitude | None, right: Gain | Magnitude | None) -> bool:
+    """Whether gains are the same object, or the same magnitudes of the same base model."""
+    if left is right:
+        return True
+    if not (isinstance(left, Magnitude) and isinstance(right, Magnitude)):
+        return False
+    same = (left.axis, left.base.source) == (right.axis, right.base.source)
+    return same and identical(left.values, right.values)
+
+
 def require_same_base(left: Gain | Magnitude, right: Gain | Magnitude) -> None:
     """Refuse gains of different base weights: their sum is no gain of either.
 
