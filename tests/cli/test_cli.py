@@ -618,7 +618,7 @@ REFUSED = [
     ([*DECOMPOSE, "--scope", "iterative"], ["target", "'a', 'b'"]),
     ([*DECOMPOSE, "--scope", "iterative", "--target", "z"], ["target", "'a', 'b'", "'z'"]),
     ([*DECOMPOSE, "--target", "a"], ["target", "'iterative'", "'a'"]),
-    ([*COMPRESS, "--rank", "2", "--energy", "0.9"], ["--rank", "--energy", "both"]),
+    ([*COMPRESS, "--rank", "2", "--energy", "0.9"], ["--as-lora", "got --rank and --energy"]),
     (COMPRESS, ["rank", "energy"]),
     ([*COMPRESS, "--rank", "0"], ["rank", "at least 1", "got 0"]),
     ([*COMPRESS, "--rank", "-1"], ["rank", "at least 1", "got -1"]),

@@ -54,8 +54,11 @@ def compress(
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapter = adapter.to(device)
-    if sum(option is not None for option in (rank, energy, as_lora)) != 1:
-        raise IncompatibleError("give one of --rank, --energy and --as-lora")
+    options = {"--rank": rank, "--energy": energy, "--as-lora": as_lora}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise IncompatibleError(f"give one of {', '.join(options)}, got {got}")
     result = (
         shrink(adapter, rank=rank, energy=energy) if as_lora is None else nearest(adapter, as_lora)
     )
