@@ -122,6 +122,42 @@ def test_an_unchanged_dora_is_written_as_it_was_read():
     assert as_magnitudes(delta, "out", delta.gain.base) is delta
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("axis", "group"), AXES.values(), ids=AXES)
+def test_half_precision_is_only_how_factors_are_stored(dtype, axis, group):
+    module = Module()
+    delta, truth = module.dora(4, axis, group, dtype)
+    assert apart(module.dense(delta), truth) < 1e-6
+    assert apart(module.written(2 * delta, axis, group), 2 * truth) < 1e-6
+    adapter = Adapter("a", {"m": delta})
+    near = devec.as_lora(adapter, min(OUT, IN)).adapter.modules["m"]
+    assert apart(module.dense(near), truth) < 1e-6
+    compressed = devec.compress(adapter, rank=2)
+    found = module.dense(compressed.adapter.modules["m"])
+    assert apart(found, truth) == pytest.approx(compressed.error, rel=1e-5)
+
+
+def test_factors_whose_squares_leave_half_precision():
+    module = Module()
+    delta, _ = module.dora(4, dtype=torch.float16)
+    A = 1000 * torch.ones(4, IN, dtype=torch.float16)
+    B = torch.full((OUT, 4), 1e-3, dtype=torch.float16)
+    delta = replace(delta, B=B, A=A)
+    m = delta.gain.values.double().numpy()
+    truth = dora_truth(module.W, B.double().numpy(), A.double().numpy(), 0.5, m, "out", 1)
+    assert apart(module.written(-delta, "out"), -truth) < 1e-6
+
+
+@pytest.mark.parametrize("of", ["as_lora", "compress"])
+def test_errors_are_relative_to_the_weights_alone(of):
+    module = Module()
+    delta, truth = module.dora()
+    delta = replace(delta, bias=1000 * torch.ones(OUT, dtype=torch.float64))
+    lower = {"as_lora": devec.as_lora, "compress": devec.compress}[of]
+    result = lower(Adapter("a", {"m": delta}), rank=2)
+    assert apart(module.dense(result.adapter.modules["m"]), truth) == pytest.approx(result.error)
+
+
 @given(seeds, weights, weights, st.sampled_from(list(AXES)), st.sampled_from(list(AXES)))
 def test_vector_space_laws(seed, v, w, left, right):
     module = Module(seed)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.linalg import basis_dtype
-
-_BLOCK_ROWS = 128
+from devec.linalg import BLOCK_ROWS, basis_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +56,8 @@ class Change:
         """Some rows of the matrix at a time, in the basis precision."""
         dtype = basis_dtype(self.W.device)
         A = self.A.to(dtype)
-        for start in range(0, len(self.W), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, len(self.W), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
             W, block = self.W[rows].to(dtype), self.B[rows].to(dtype) @ A
             if self.g is not None:
                 block += self.g[rows, None].to(dtype) * W

@@ -136,7 +136,7 @@ def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
     """
     delta = resolved_together({"": original})[""]
     U, S, Vh = delta.svd()
-    norm = float(S.norm()) if delta.gain is None else delta.norm()
+    norm = delta.weight_norm(float(S.norm()))
     rank = choose(S, norm)
     lost = float(S[rank:].norm())
     bias = None if delta.bias is None else delta.folded().bias

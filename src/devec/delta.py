@@ -29,11 +29,8 @@ from devec.gain import (
     row_dots,
     same_gain,
 )
-from devec.linalg import ProductSVD, basis_dtype, working_dtype
+from devec.linalg import CANCELLED, ProductSVD, basis_dtype, working_dtype
 from devec.weights import BaseWeight
-
-# Where less than this of the terms of a squared norm is left, the entries themselves are summed.
-_CANCELLED = 0.1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,7 +225,7 @@ class Delta:
             return low_rank
         gained = (float(g.values.square() @ g.squares) for g in self.gain.axes.values())
         squared = low_rank**2 + _gain_inner(self, self)
-        if squared > _CANCELLED * (low_rank**2 + sum(gained)):
+        if squared > CANCELLED * (low_rank**2 + sum(gained)):
             return math.sqrt(squared)
         change = self.folded().change()
         return 0.0 if change is None else change.norm()

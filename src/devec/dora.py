@@ -80,10 +80,12 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
 
 def _moved(B: Tensor, A: Tensor, known: AxisGain) -> Tensor:
     """Of which rows B·A is more than rounding, beside W0 and the largest row."""
-    moves = row_dots(B @ (A @ A.mT).to(B), B)
+    dtype = working_dtype(B, A)
+    B, A = B.to(dtype), A.to(dtype)
+    moves = row_dots(B @ (A @ A.mT), B)
     if not len(moves):
         return moves > 0
-    return moves > RANK_RTOL[working_dtype(B, A)] ** 2 * torch.maximum(known.squares, moves.max())
+    return moves > RANK_RTOL[dtype] ** 2 * torch.maximum(known.squares, moves.max())
 
 
 def _with_direction(B: Tensor, A: Tensor, known: AxisGain, off: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,16 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.errors import DevecWarning, FormatError, IncompatibleError
-from devec.linalg import RANK_RTOL, basis_dtype, working_dtype
+from devec.linalg import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
 from devec.weights import BaseWeight, HeldWeight, transposed
 
 Axis = Literal["out", "in"]
 AXES: tuple[Axis, Axis] = ("out", "in")
-
-# A squared norm below this fraction of its terms has lost digits by cancellation; it is taken from
-# the row itself instead, of which so many are formed at a time.
-_CANCELLED = 0.1
-_BLOCK_ROWS = 128
 
 # Training leaves magnitudes near the norms; at another factor in most rows, the base is another.
 _FAR = 4.0
@@ -85,7 +80,7 @@ class Gain:
     """
 
     base: BaseWeight
-    axes: dict[Axis, AxisGain] = field(default_factory=dict)
+    axes: dict[Axis, AxisGain]
 
     def scaled(self, weight: float, factor: float) -> Gain | None:
         """The gains times a weight, beside a B times a factor; None if they are zero."""
@@ -230,10 +225,10 @@ def row_norms(
     own = D.square() * known.squares
     low = row_dots(b @ (a @ a.mT), b)
     squares = own + 2 * D * row_dots(b, known.overlap) + low
-    lossy = (squares < _CANCELLED * (own + low)).nonzero()[:, 0]
+    lossy = (squares < CANCELLED * (own + low)).nonzero()[:, 0]
     if len(lossy):
         W = base.read(dtype, B.device)
-        for rows in torch.split(lossy, _BLOCK_ROWS):
+        for rows in torch.split(lossy, BLOCK_ROWS):
             block = D[rows, None] * W[rows].to(D) + b[rows].to(D) @ a.to(D)
             squares[rows] = block.square().sum(dim=1)
     norms, terms = (
@@ -255,9 +250,9 @@ def inner_across(rows: AxisGain, columns: AxisGain, base: BaseWeight) -> float:
     """⟨diag(g)·W, W·diag(h)⟩ = gᵀ(W∘W)h, by blocks of rows."""
     W = base.read(working_dtype(rows.overlap), rows.values.device)
     total = 0.0
-    for start in range(0, len(W), _BLOCK_ROWS):
-        block = W[start : start + _BLOCK_ROWS].to(columns.values).square()
-        total += float(rows.values[start : start + _BLOCK_ROWS] @ (block @ columns.values))
+    for start in range(0, len(W), BLOCK_ROWS):
+        block = W[start : start + BLOCK_ROWS].to(columns.values).square()
+        total += float(rows.values[start : start + BLOCK_ROWS] @ (block @ columns.values))
     return total
 
 
@@ -295,28 +290,3 @@ def require_same_base(left: Gain | Magnitude, right: Gain | Magnitude) -> None:
             f"{right.base.source}); read all adapters with the same one, a loaded model with the "
             "same object"
         )
-
-
-def magnitude_of(stored: Tensor, axis: Axis, shape: tuple[int, int], base: BaseWeight) -> Magnitude:
-    """Magnitudes as they stand in a file, checked against the shape of the weight.
-
-    Args:
-        stored: The stored tensor; every dimension but one is 1.
-        axis: The axis they are on.
-        shape: Shape (out, in) of the weight.
-        base: The base weight.
-
-    Returns:
-        The magnitudes.
-
-    Raises:
-        FormatError: If there are not as many as the axis needs, in one dimension.
-    """
-    size = shape[0] if axis == "out" else shape[1]
-    fits = stored.numel() == size if axis == "out" else size % max(stored.numel(), 1) == 0
-    if not fits or not stored.numel() or stored.numel() not in stored.shape:
-        what = f"{size} outputs" if axis == "out" else f"inputs of which there are {size}"
-        raise FormatError(
-            f"the magnitudes have shape {tuple(stored.shape)}, expected one for each of {what}"
-        )
-    return Magnitude(stored.flatten(), axis, base)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from devec.delta import Delta
 from devec.gain import require_same_base
 from devec.linalg import working_dtype
-from devec.weights import HeldWeight
+from devec.weights import BaseWeight, HeldWeight
 
 
 def resolved_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
@@ -33,6 +33,11 @@ def resolved_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
     return {name: delta.on(held).resolved() for name, delta in deltas.items()}
 
 
+def base_of(deltas: Iterable[Delta]) -> BaseWeight | None:
+    """The base weight of the first delta that has one."""
+    return next((delta.gain.base for delta in deltas if delta.gain is not None), None)
+
+
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """Σ w_i · ΔW_i of deltas of one module; a delta alone at weight 1 is itself.
 
@@ -54,5 +59,5 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         for delta, weight in zip(held, weights, strict=True)
     )
     total = sum(others, first)
-    base = next((delta.gain.base for delta in deltas if delta.gain is not None), None)
+    base = base_of(deltas)
     return total if base is None else total.on(base)

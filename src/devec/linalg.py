@@ -25,6 +25,11 @@ RANK_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 _LARGEST_LOSS = 1e-8
 _NO_LOSS = 1e-13
 
+# Where less than this of the terms of a squared norm is left, digits are lost to cancellation, and
+# the entries themselves are summed, so many rows at a time.
+CANCELLED = 0.1
+BLOCK_ROWS = 128
+
 # Range finder. Adapters' products have slowly falling spectra: with a quarter more columns than
 # asked for and four iterations the error stays below 1.005 times the least on Gaussian factors, at
 # every rank tried (three iterations: 1.008, two: 1.016).
@@ -198,7 +203,7 @@ def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n 
     Returns:
         A basis of a quarter more columns than asked for, as far as there are so many.
 
-    Cost: O(rank) products with the matrix and as many with its transpose.
+    Cost: four products with the matrix and four with its transpose, each by that many columns.
 
     Reference: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Algorithm 4.4.
     """

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError
 from devec.linalg import (
+    BLOCK_ROWS,
     RANK_RTOL,
     ProductSVD,
     basis_dtype,
@@ -31,8 +32,6 @@ from devec.linalg import (
 )
 
 Operand: TypeAlias = Tensor | tuple[Tensor, Tensor]
-
-_BLOCK_ROWS = 128
 
 
 class Factors(NamedTuple):
@@ -167,8 +166,8 @@ class _Hadamard:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Each block of rows, with its place."""
-        for start in range(0, self.shape[0], _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, self.shape[0], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
             yield rows, (self.B1[rows] @ self.A1).mul_(self.B2[rows] @ self.A2)
 
     def __matmul__(self, V: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.joint import resolved_together
+from devec.joint import base_of, resolved_together
 from devec.linalg import ColumnSpace, column_space, working_dtype
 from devec.subspace import (
     METHODS,
@@ -137,8 +137,7 @@ class ModulePool:
         """Find the column spaces of the deltas' low-rank parts."""
         self.module = module
         self.as_read = deltas
-        gains = (delta.gain for delta in deltas.values() if delta.gain is not None)
-        self.base = next((gain.base for gain in gains), None)
+        self.base = base_of(deltas.values())
         self.deltas = resolved_together(deltas)
         self.spaces: dict[str, ColumnSpace] = {
             name: column_space(delta.B if delta.scaling else 0 * delta.B, delta.A)

@@ -19,7 +19,7 @@ from torch import Tensor
 from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
 from devec.formats import magnitudes
-from devec.gain import Axis, magnitude_of
+from devec.gain import Axis, Magnitude
 from devec.products import Factors, hadamard_product, kronecker_product
 from devec.weights import BaseWeight
 
@@ -73,8 +73,8 @@ class StoredModule:
         """
         if self.magnitudes is None:
             return self.delta
-        gain = magnitude_of(*self.magnitudes, self.delta.shape, base)
-        return dataclasses.replace(self.delta, gain=gain)
+        stored, axis = self.magnitudes
+        return dataclasses.replace(self.delta, gain=Magnitude(stored.flatten(), axis, base))
 
 
 def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:

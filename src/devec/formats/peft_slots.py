@@ -19,7 +19,7 @@ from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
 from devec.formats.magnitudes import magnitude_dtype
 from devec.formats.tensors import storable
-from devec.gain import Magnitude, magnitude_of
+from devec.gain import Magnitude
 from devec.weights import BaseWeight
 
 
@@ -118,17 +118,24 @@ class Slot:
             }
         gain = None
         if "magnitude" in tensors:
-            gain = magnitude_of(tensors["magnitude"], "out", self.shape, base)
+            gain = Magnitude(self._magnitudes(tensors["magnitude"]), "out", base)
         bias = tensors.get("bias")
         return {self.name: Delta(B.flatten(1), A.flatten(1), self.scaling, bias, gain)}
+
+    def _magnitudes(self, stored: Tensor) -> Tensor:
+        """Magnitudes as they are stored, one for each output in one dimension, flattened."""
+        out = self.shape[0]
+        if stored.numel() != out or out not in stored.shape:
+            raise FormatError(
+                f"the magnitudes have shape {tuple(stored.shape)}, expected one for each of {out} "
+                "outputs"
+            )
+        return stored.flatten()
 
     def write(
         self, deltas: Sequence[Delta], *, with_bias: bool, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Stored tensors from the deltas of the slot, which have one rank and scaling.
-
-        Magnitudes that were computed are stored in the precision they were computed in: they are
-        few, and what is rounded off them is a fraction of W0 and not of ΔW.
 
         Args:
             deltas: The deltas, in the order of `modules`, without gains or with magnitudes.
