@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from devec.delta import Delta
     from devec.errors import DevecError, DevecWarning
     from devec.formats.convert import convert
+    from devec.hosts.live import (
+        add_adapter,
+        combine_adapters,
+        decompose_adapters,
+        extract_adapter,
+        negate_adapter,
+    )
     from devec.overlap import Overlap, overlap
     from devec.pool import save_adapters
 
@@ -40,14 +47,19 @@ _HOME = {
     "DevecError": "errors",
     "DevecWarning": "errors",
     "Overlap": "overlap",
+    "add_adapter": "hosts.live",
     "as_lora": "as_lora",
     "combine": "combine",
+    "combine_adapters": "hosts.live",
     "compress": "compress",
     "convert": "formats.convert",
     "cosine": "algebra",
     "decompose": "decompose",
+    "decompose_adapters": "hosts.live",
     "distance": "algebra",
+    "extract_adapter": "hosts.live",
     "inner": "algebra",
+    "negate_adapter": "hosts.live",
     "overlap": "overlap",
     "save_adapters": "pool",
 }
@@ -61,14 +73,19 @@ __all__ = [
     "DevecWarning",
     "Overlap",
     "__version__",
+    "add_adapter",
     "as_lora",
     "combine",
+    "combine_adapters",
     "compress",
     "convert",
     "cosine",
     "decompose",
+    "decompose_adapters",
     "distance",
+    "extract_adapter",
     "inner",
+    "negate_adapter",
     "overlap",
     "save_adapters",
 ]

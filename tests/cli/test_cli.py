@@ -440,7 +440,7 @@ def test_nothing_shared_says_how_much_there_is_and_what_to_try(run):
     assert f"{best.largest:.3f}" in sentence
     assert best.module in sentence
     assert f"{best.edge:.3f}" in sentence
-    lower = re.search(r"--threshold ([0-9.]+)", sentence)[1]
+    lower = re.search(r"threshold of ([0-9.]+)", sentence)[1]
     run("decompose", "a", "b", "--out", "again", "--threshold", lower).wrote()
     assert "common" in names("again")
 
@@ -760,7 +760,7 @@ def test_a_terminal_that_knows_ascii_only(here):
 def test_the_threshold_proposed_for_a_faint_overlap_works(run, faint):
     pair = faint(4096, 0.0064)
     text = run("decompose", *pair, "--out", "out").wrote().out
-    lower = re.search(r"--threshold ([0-9.e-]+)", sentence(text))[1]
+    lower = re.search(r"threshold of ([0-9.e-]+)", sentence(text))[1]
     run("decompose", *pair, "--out", "again", "--threshold", lower).wrote()
     assert "common" in names("again")
 

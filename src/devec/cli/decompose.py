@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,12 +83,13 @@ def decompose(
     """
     from devec import decompose as split
     from devec.output import write_all
+    from devec.report import planned_outputs
 
     storage = storage_dtype(dtype)
     level = parse_threshold(threshold)
     adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
     suffix = _suffix(adapters, format, plain=as_lora is not None)
-    names = _planned([a.name for a in adapters], scope, target)
+    names = planned_outputs([a.name for a in adapters], scope, target)
     planned = [out / f"{name}{suffix}" for name in names]
     _require_apart(json, planned)
     require_new([*planned, *([json] if json else [])], overwrite=overwrite)
@@ -177,15 +177,6 @@ def _suffix(adapters: Sequence[Adapter], format: str | None, *, plain: bool) -> 
     return layout.suffix if layout is not None else ""
 
 
-def _planned(names: Sequence[str], scope: str, target: str | None) -> list[str]:
-    """Names of all the outputs that a run can write."""
-    if scope == "pairwise":
-        return [f"{a}+{b}-shared" for a, b in combinations(names, 2)]
-    split = names if scope == "all" else [target]
-    parts = [f"{name}-{part}" for name in split for part in ("unique", "shared")]
-    return [*parts, "common"] if scope == "all" else parts
-
-
 def print_parts(parts: Decomposition) -> None:
     """Print what was found, by group and type of module.
 
@@ -224,7 +215,9 @@ def print_parts(parts: Decomposition) -> None:
     _print_partial(parts)
     _print_carried(parts)
     if parts.nothing_shared:
-        typer.echo(_nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
+        from devec.report import nothing_shared
+
+        typer.echo(nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 
 
 def _print_partial(parts: Decomposition) -> None:
@@ -259,37 +252,6 @@ def _print_carried(parts: Decomposition) -> None:
         if adapter.carried:
             keys = ", ".join(sorted(adapter.carried))
             typer.echo(f"Carried over whole to {name}-unique (not a delta): {keys}")
-
-
-def _nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
-    """A sentence on the largest overlap found and what to try."""
-    compared = [split for split in splits if split.spectrum.numel()]
-    if not splits:
-        return "Nothing is shared: the adapters have no module in common."
-    if not compared:
-        return "Nothing is shared: at least one of the adapters is zero in every module."
-    best = max(compared, key=lambda s: (s.edge < 1, s.largest))
-    if best.edge >= 1:
-        ranks = " + ".join(str(rank) for rank in best.ranks)
-        return (
-            f"Nothing is shared beyond chance: in {best.module} and everywhere else the ranks "
-            f"({ranks} of {len(best.basis)}) fill the space, so that any two subspaces meet. "
-            "Try a number as --threshold."
-        )
-    found = (
-        f"Nothing is shared at this threshold ({best.threshold:.3g}): the largest overlap found is "
-        f"{best.quantity} = {best.largest:.3f}, in {best.module}, where chance alone reaches "
-        f"{best.edge:.3f}."
-    )
-    if all(split.largest <= split.edge for split in compared):
-        return f"{found} That is no more than chance: these adapters are already apart."
-    if best.largest > best.threshold:
-        return f"{found} But not every adapter holds that direction beyond chance."
-    unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
-    lower = f"{math.floor(best.largest / unit) * unit:.2g}"
-    if asked == "auto":
-        return f"{found} --threshold {lower} would take it, though chance may give as much."
-    return f"{found} Try --threshold {lower} or --threshold auto."
 
 
 def _report(parts: Decomposition, written: Mapping[str, Adapter]) -> dict[str, Any]:

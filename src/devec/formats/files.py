@@ -79,7 +79,28 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         return None
     with located(str(path)):
         file = read_tensors(path, allow_pickle=options.allow_pickle)
-        tensors, strings = file.tensors, file.metadata
+    adapter = parsed(file, name, options, str(path))
+    return dataclasses.replace(adapter, source=str(path), sha256=sha256(path))
+
+
+def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
+    """The adapter that the tensors and the header of a file are.
+
+    Args:
+        file: Tensors and header, from a file or as they would stand in one.
+        name: What to call the adapter.
+        options: How to read it.
+        where: Where they come from, for messages.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: If they are no adapter.
+        UnsupportedError: If it is of a kind that cannot be handled exactly.
+    """
+    tensors, strings = file.tensors, file.metadata
+    with located(where):
         keys = sort_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
         carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
         configured = _configured(header.adapter_config(strings), keys.modules)
@@ -88,24 +109,16 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
         deltas = {m: _delta(m, found, layout) for m, found in modules.items()}
         provenance = header.read_record(strings)
-    _warn_of_unknown(path, keys.unknown)
+    _warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         _warn(
-            f"{path} was written by PEFT, but its {CONFIG_NAME}, which has the alphas, is not "
+            f"{where} was written by PEFT, but its {CONFIG_NAME}, which has the alphas, is not "
             "beside it; the scaling is taken to be 1, as other readers do"
         )
-    _warn_of_truncation(path, layout, options)
-    _warn_of_fused(path, deltas)
-    warn_of_signs(str(path), deltas)
-    return Adapter(
-        name=name,
-        modules=deltas,
-        layout=layout,
-        carried=carried,
-        provenance=provenance,
-        source=str(path),
-        sha256=sha256(path),
-    )
+    _warn_of_truncation(where, layout, options)
+    _warn_of_fused(where, deltas)
+    warn_of_signs(where, deltas)
+    return Adapter(name, deltas, layout, carried, provenance, source=where)
 
 
 def _modules(
@@ -311,34 +324,34 @@ def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
             )
 
 
-def _warn_of_unknown(path: Path, keys: Sequence[str]) -> None:
+def _warn_of_unknown(where: str, keys: Sequence[str]) -> None:
     """Name the keys that are of no known kind."""
     if keys:
         _warn(
-            f"{path}: {len(keys)} keys are of no known kind and are carried over whole: "
+            f"{where}: {len(keys)} keys are of no known kind and are carried over whole: "
             f"{listed(list(keys), 20)}"
         )
 
 
-def _warn_of_truncation(path: Path, layout: FileLayout, options: ReadOptions) -> None:
+def _warn_of_truncation(where: str, layout: FileLayout, options: ReadOptions) -> None:
     """State the error of factors that are not exact."""
     if layout.errors:
         worst = max(layout.errors, key=lambda module: layout.errors[module])
         doras = any(slot.magnitude.axis for slot in layout.slots if slot.id in layout.errors)
         of_factors = "; of the factors, DoRAs bring the sum with W0 to its norms" if doras else ""
         _warn(
-            f"{path}: {len(layout.errors)} modules are of a rank above {options.max_rank} and were "
-            f"cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in {worst!r}"
-            f"{of_factors}); a larger rank (--max-rank, max_rank=) makes it smaller"
+            f"{where}: {len(layout.errors)} modules are of a rank above {options.max_rank} and "
+            f"were cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in "
+            f"{worst!r}{of_factors}); a larger rank (--max-rank, max_rank=) makes it smaller"
         )
 
 
-def _warn_of_fused(path: Path, deltas: Mapping[str, Delta]) -> None:
+def _warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
     """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
     weak = [module for module, delta in deltas.items() if _is_stacked(module, delta)]
     if weak:
         _warn(
-            f"{path}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "
+            f"{where}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "
             f"one ({listed(weak, 2)}), so that every reader applies them too weakly; devec does "
             "as the readers do"
         )
@@ -360,4 +373,4 @@ def _is_stacked(module: str, delta: Delta) -> bool:
 
 def _warn(message: str) -> None:
     """A warning that points at the caller of the library."""
-    warnings.warn(message, DevecWarning, stacklevel=4)
+    warnings.warn(message, DevecWarning, stacklevel=5)

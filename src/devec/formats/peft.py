@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,20 +57,42 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
         tensors = read_tensors(weights, allow_pickle=options.allow_pickle).tensors
-        sorted_keys = _sort_keys(config, tensors)
-        base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
-        slots, modules = _slots(config, sorted_keys, base)
-    warn_of_signs(str(weights), modules)
-    _warn_of_left_out(weights, sorted_keys.training_only)
-    return Adapter(
-        name=name,
-        modules=modules,
-        layout=PeftLayout(config, tuple(slots), base, sorted_keys.base_copies),
-        carried=sorted_keys.carried,
+    adapter = parsed(config, tensors, name, options, str(weights))
+    return dataclasses.replace(
+        adapter,
         provenance=card.read_record(directory),
         source=str(directory),
         sha256=sha256(weights),
     )
+
+
+def parsed(
+    config: Config, tensors: Mapping[str, Tensor], name: str, options: ReadOptions, where: str
+) -> Adapter:
+    """The adapter that a configuration and tensors of PEFT are.
+
+    Args:
+        config: The configuration, checked.
+        tensors: Key → tensor, as PEFT stores them.
+        name: What to call the adapter.
+        options: How to read it.
+        where: Where they come from, for messages.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: If they contradict each other.
+        UnsupportedError: If the adapter is not a plain low-rank delta.
+    """
+    with located(where):
+        keys = _sort_keys(config, tensors)
+        base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
+        slots, modules = _slots(config, keys, base)
+    warn_of_signs(where, modules)
+    _warn_of_left_out(where, keys.training_only)
+    layout = PeftLayout(config, tuple(slots), base, keys.base_copies)
+    return Adapter(name, modules, layout, keys.carried, source=where)
 
 
 def _weights(path: Path) -> Path | None:
@@ -201,14 +224,14 @@ def _require_as_said(
     )
 
 
-def _warn_of_left_out(weights: Path, keys: Sequence[str]) -> None:
+def _warn_of_left_out(where: str, keys: Sequence[str]) -> None:
     """Name the tensors that take no part in the forward pass."""
     if keys:
         warnings.warn(
-            f"{weights}: {len(keys)} tensors serve training only and are left out: "
+            f"{where}: {len(keys)} tensors serve training only and are left out: "
             f"{listed(list(keys))}",
             DevecWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -218,5 +241,5 @@ def _warn_of_attention(name: str) -> None:
         f"module {name!r} is inside nn.MultiheadAttention, where PEFT applies the change of the "
         "output projection twice; parts add up all the same",
         DevecWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

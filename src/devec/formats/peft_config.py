@@ -132,34 +132,48 @@ def read_config(directory: Path) -> Config:
     except OSError as error:
         raise FormatError(f"{path} is not readable: {error}") from error
     config = json_object(text, str(path))
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
-    _require_types(config, path)
-    _require_plain(config, path)
-    _require_numbers(config, path)
-    unknown = [field for field, value in config.items() if value and field not in _KNOWN_FIELDS]
-    if unknown:
-        warnings.warn(
-            f"{path}: the fields {listed(unknown)} are not known; they are kept, and taken not to "
-            "change what the adapter does",
-            DevecWarning,
-            stacklevel=4,
-        )
+    require_lora(config, str(path))
     return config
 
 
-def _require_types(config: Config, path: Path) -> None:
+def require_lora(config: Config, where: str) -> None:
+    """Check a configuration, from a file or of a loaded adapter.
+
+    Args:
+        config: The configuration.
+        where: Where it comes from, for messages.
+
+    Raises:
+        FormatError: If it is not a valid LoRA configuration.
+        UnsupportedError: If it describes something other than a plain low-rank delta.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(f"{where}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
+    _require_types(config, where)
+    _require_plain(config, where)
+    _require_numbers(config, where)
+    unknown = [field for field, value in config.items() if value and field not in _KNOWN_FIELDS]
+    if unknown:
+        warnings.warn(
+            f"{where}: the fields {listed(unknown)} are not known; they are kept, and taken not to "
+            "change what the adapter does",
+            DevecWarning,
+            stacklevel=5,
+        )
+
+
+def _require_types(config: Config, where: str) -> None:
     """Check the fields that are read for what they are."""
     for field in ("use_rslora", "lora_bias", "use_dora"):
         if not isinstance(config.get(field, False), bool | None):
-            raise FormatError(f"{path}: {field} should be true or false, is {config[field]!r}")
+            raise FormatError(f"{where}: {field} should be true or false, is {config[field]!r}")
     for field in ("target_modules", "target_parameters"):
         value = config.get(field)
         if isinstance(value, str) and field == "target_modules":
-            require_pattern(value, f"{path}: {field}")
+            require_pattern(value, f"{where}: {field}")
         elif not (value is None or _is_list_of_names(value)):
-            raise FormatError(f"{path}: {field} should be a list of names, is {value!r}")
+            raise FormatError(f"{where}: {field} should be a list of names, is {value!r}")
 
 
 def _is_list_of_names(value: Any) -> bool:  # noqa: ANN401
@@ -167,18 +181,18 @@ def _is_list_of_names(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _require_plain(config: Config, path: Path) -> None:
+def _require_plain(config: Config, where: str) -> None:
     """Refuse by name what is not a plain delta."""
     for field, (what, remedy) in _REFUSED_FIELDS.items():
         if config.get(field):
-            raise UnsupportedError(f"{path}: the adapter {what} ({field}); {remedy}")
+            raise UnsupportedError(f"{where}: the adapter {what} ({field}); {remedy}")
     if config.get("use_dora"):
-        require_dora_fits(config, str(path))
+        require_dora_fits(config, where)
     init = str(config.get("init_lora_weights", True)).lower()
     if not is_plain_init(init):
         remedy = _KEEP_BASE if init.startswith(("pissa", "olora", "corda", "lora_ga")) else _CONVERT
         raise UnsupportedError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
+            f"{where}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
             f"when the adapter is loaded, so B·A is not the change the adapter makes; {remedy}"
         )
 
@@ -211,29 +225,29 @@ def is_plain_init(init: str) -> bool:
     return init.lower() in _PLAIN_INITS
 
 
-def _require_numbers(config: Config, path: Path) -> None:
+def _require_numbers(config: Config, where: str) -> None:
     """Check ranks, alphas and patterns."""
-    ranks = {"r": config.get("r"), **_pattern(config, "rank_pattern", path)}
-    alphas = {"lora_alpha": config.get("lora_alpha"), **_pattern(config, "alpha_pattern", path)}
+    ranks = {"r": config.get("r"), **_pattern(config, "rank_pattern", where)}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **_pattern(config, "alpha_pattern", where)}
     for field, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise FormatError(f"{path}: rank {field!r} should be a positive integer, is {rank!r}")
+            raise FormatError(f"{where}: rank {field!r} should be a positive integer, is {rank!r}")
     for field, alpha in alphas.items():
         if (
             not isinstance(alpha, int | float)
             or isinstance(alpha, bool)
             or not math.isfinite(alpha)
         ):
-            raise FormatError(f"{path}: alpha {field!r} should be a finite number, is {alpha!r}")
+            raise FormatError(f"{where}: alpha {field!r} should be a finite number, is {alpha!r}")
 
 
-def _pattern(config: Config, field: str, path: Path) -> dict[str, Any]:
+def _pattern(config: Config, field: str, where: str) -> dict[str, Any]:
     """A rank or alpha pattern, checked to be a mapping of regular expressions."""
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
-        raise FormatError(f"{path}: {field} should be an object, is {pattern!r}")
+        raise FormatError(f"{where}: {field} should be an object, is {pattern!r}")
     for key in pattern:
-        require_pattern(key, f"{path}: a key of {field}")
+        require_pattern(key, f"{where}: a key of {field}")
     return pattern
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from devec.formats.peft_config import CARRIED_FIELDS, TRAINING_ONLY_FIELDS, Config
+
+Number = TypeVar("Number", int, float)
 
 
 def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
@@ -55,14 +58,16 @@ def _escaped(name: str, optional: str) -> str:
     return re.escape(name)
 
 
-def rank_pattern(ranks: Mapping[str, int], optional: str = "") -> tuple[int, dict[str, int]]:
-    """The most frequent rank, and patterns for modules of others.
+def rank_pattern(
+    ranks: Mapping[str, Number], optional: str = ""
+) -> tuple[Number, dict[str, Number]]:
+    """The most frequent rank (or alpha), and patterns for modules of others.
 
     Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
     every pattern against every module.
 
     Args:
-        ranks: Name (of a module or parameter) in the base model → rank.
+        ranks: Name (of a module or parameter) in the base model → rank or alpha.
         optional: What the names may begin with or not.
 
     Returns:

@@ -1,0 +1,283 @@
+"""What wraps models: one table of hosts, each as models by name and a way to name adapters' files.
+
+An adapter in a `PeftModel` or in a model of transformers is what PEFT would save of it, and one in
+a model or pipeline of diffusers what ``save_lora_weights`` would: read in memory, by the readers of
+those files. So it is an adapter like any other, and is stored in the format that its host reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from devec.adapter import Adapter
+from devec.delta import Delta
+from devec.errors import IncompatibleError, UnsupportedError, listed, located
+from devec.formats import files, peft
+from devec.formats.base_live import live_model
+from devec.formats.base_model import base_model
+from devec.formats.metadata import ADAPTER_KEY
+from devec.formats.peft_config import Config, require_lora
+from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
+from devec.formats.tensors import TensorFile
+from devec.hosts import state
+from devec.hosts.names import require_names, require_readable
+from devec.layout import ReadOptions
+
+Stored = tuple[Config, dict[str, Tensor]]  # of one model: configuration, and PEFT's key → tensor
+
+_HOSTS = (
+    "a PeftModel, a model of transformers, or a model or pipeline of diffusers that holds adapters"
+)
+# What diffusers has to be told of an adapter, beside its tensors.
+_METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+_MARKS = ("use_rslora", "use_dora", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Live models that adapters are in, together.
+
+    Attributes:
+        given: What it was given as.
+        models: Name of a model in its pipeline → model; a model on its own has no name, unless it
+            is one of diffusers, in whose files it has one.
+        of_diffusers: Whether its adapters are stored in files of diffusers.
+    """
+
+    given: Any
+    models: Mapping[str, nn.Module]
+    of_diffusers: bool
+
+    @property
+    def label(self) -> str:
+        """What it is, for messages."""
+        return type(self.given).__name__
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters in it."""
+        return list(dict.fromkeys(n for m in self.models.values() for n in state.adapters_of(m)))
+
+    def read(self, name: str, *, copied: bool = False) -> Adapter:
+        """An adapter in the host.
+
+        Args:
+            name: Its name.
+            copied: Whether its tensors are copies, not those of the models themselves.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            IncompatibleError: If there is none of that name, or it is merged or unloaded.
+            UnsupportedError: If it is not a plain low-rank delta.
+        """
+        self._require_there(name)
+        where = f"adapter {name!r} of {self.label}"
+        held: dict[str, Stored] = {}
+        for slot, model in self.models.items():
+            if name in state.adapters_of(model):
+                with located(where):
+                    held[slot] = self._held(model, name, copied=copied)
+        options = ReadOptions(base=self.given)
+        if self.of_diffusers:
+            return files.parsed(_as_file(held, self.given), name, options, where)
+        ((config, tensors),) = held.values()
+        return peft.parsed(config, tensors, name, options, where)
+
+    def _require_there(self, name: str) -> None:
+        """Refuse names that the host does not know."""
+        if not self.names:
+            raise IncompatibleError(
+                f"{self.label} holds no adapter; load some first (load_adapter, load_lora_weights)"
+            )
+        if name not in self.names:
+            raise IncompatibleError(
+                f"{self.label} holds no adapter named {name!r}; it holds {listed(self.names, 20)}"
+            )
+
+    @staticmethod
+    def _held(model: nn.Module, name: str, *, copied: bool) -> Stored:
+        """What one model holds of an adapter, checked."""
+        config = json.loads(json.dumps(state.config_of(model, name)))
+        require_lora(config, type(model).__name__)
+        require_readable([name], [model])
+        _require_unmerged(model)
+        tensors = state.tensors_of(model, name)
+        if not tensors:
+            raise IncompatibleError(
+                f"{type(model).__name__} lists it and has no layer with it: it was unloaded "
+                "(unload, merge_and_unload); load the adapter again"
+            )
+        if copied:
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        return config, tensors
+
+    def add(self, adapters: Mapping[str, Adapter]) -> None:
+        """Add adapters, all or none, and leave what is active as it was.
+
+        Args:
+            adapters: Name → adapter.
+
+        Raises:
+            IncompatibleError: If a name cannot be had, or an adapter changes what is not there.
+            UnsupportedError: If the host cannot hold an adapter.
+            OutputError: If a model does not take it as it is.
+        """
+        require_names(list(adapters), self.models.values(), self.names)
+        for model in self.models.values():
+            _require_unmerged(model)
+        with ExitStack() as unchanged:
+            for model in self.models.values():
+                unchanged.enter_context(state.otherwise_unchanged(model))
+            added: list[tuple[nn.Module, str]] = []
+            try:
+                for name, adapter in adapters.items():
+                    with located(f"adapter {name!r}"):
+                        for slot, (config, tensors) in self._stored(adapter).items():
+                            state.put(self.models[slot], name, config, tensors)
+                            added.append((self.models[slot], name))
+            except Exception:
+                for model, name in added:
+                    state.remove(model, name)
+                raise
+
+    def _stored(self, adapter: Adapter) -> dict[str, Stored]:
+        """An adapter as each of the models is to hold it."""
+        if not self.of_diffusers and isinstance(adapter.layout, PeftLayout):
+            ((slot, model),) = self.models.items()
+            known = {_base_name(name.removeprefix(PREFIX)) for name, _ in state.walk(model)}
+            if all(_base_name(module) in known for module in adapter.modules):
+                layout = dataclasses.replace(adapter.layout, base=base_model(self.given))
+                return {slot: layout.stored(adapter, None)}
+        if adapter.carried:
+            raise UnsupportedError(
+                f"it holds whole trained tensors ({listed(sorted(adapter.carried))}) that are no "
+                f"deltas, for which {self.label} has no place; leave them out "
+                "(dataclasses.replace(adapter, carried={}))"
+            )
+        placed = self._placed(adapter)
+        return {slot: self._as_peft(slot, adapter, modules) for slot, modules in placed.items()}
+
+    def _placed(self, adapter: Adapter) -> dict[str, dict[str, str]]:
+        """Model → name of a layer → module of the adapter that changes it."""
+        placed: dict[str, dict[str, str]] = {}
+        for module, delta in adapter.modules.items():
+            slot, name = self._layer(module)
+            shape = self._layers[slot][name]
+            if delta.shape not in (shape, shape[::-1]):
+                raise IncompatibleError(
+                    f"module {module!r} is {delta.shape} (out, in), and the layer {name!r} of "
+                    f"{type(self.models[slot]).__name__} is {shape}; the adapter is of another "
+                    "base model"
+                )
+            placed.setdefault(slot, {})[name] = module
+        return placed
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Model → name → shape of the weight, of all layers that an adapter can change."""
+        return {
+            slot: {name: layer.shape for name, layer in live_model(model).layers.items()}
+            for slot, model in self.models.items()
+        }
+
+    def _layer(self, module: str) -> tuple[str, str]:
+        """The model and the layer that a module of an adapter is."""
+        for slot, known in self._layers.items():
+            name = module.removeprefix(f"{slot}.") if slot else module
+            if name == module and slot and len(self._layers) > 1:
+                continue
+            # CLIP has a part of this name in some versions of transformers and not in others
+            for spelled in (name, f"text_model.{name}", name.removeprefix("text_model.")):
+                if spelled in known:
+                    return slot, spelled
+        raise IncompatibleError(
+            f"{self.label} has no layer for module {module!r}; the adapter is of another base "
+            "model, or of one that names its layers otherwise"
+        )
+
+    def _as_peft(self, slot: str, adapter: Adapter, modules: Mapping[str, str]) -> Stored:
+        """The part of an adapter that changes one model, as PEFT stores it."""
+        layout: Any = adapter.layout
+        deltas: dict[str, Delta] = {n: adapter.modules[m] for n, m in modules.items()}
+        part = dataclasses.replace(adapter, modules=deltas, carried={})
+        places = {n: (deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
+        made = plain_layout(part, places, "")
+        made = dataclasses.replace(made, base=base_model(self.models[slot]))
+        return made.stored(part, None)
+
+
+def host_of(given: object) -> Host:
+    """The models in a live object.
+
+    Args:
+        given: A model or a pipeline.
+
+    Returns:
+        The host.
+
+    Raises:
+        IncompatibleError: If it is none.
+        UnsupportedError: If it mixes methods.
+    """
+    whole: Any = getattr(given, "_orig_mod", given)  # of torch.compile
+    parts = getattr(whole, "components", None)
+    if isinstance(whole, nn.Module):
+        from peft import PeftMixedModel
+
+        if isinstance(whole, PeftMixedModel):
+            raise UnsupportedError("a PeftMixedModel mixes methods; give a PeftModel")
+        if hasattr(whole, "load_lora_adapter"):
+            slot = "unet" if "UNet" in type(whole).__name__ else "transformer"
+            return Host(whole, {slot: whole}, of_diffusers=True)
+        return Host(whole, {"": whole}, of_diffusers=False)
+    if isinstance(parts, Mapping):
+        models = {slot: getattr(part, "_orig_mod", part) for slot, part in parts.items()}
+        loadable = getattr(whole, "_lora_loadable_modules", ())
+        found = {
+            slot: model
+            for slot, model in models.items()
+            if isinstance(model, nn.Module) and (slot in loadable or state.adapters_of(model))
+        }
+        return Host(whole, found, of_diffusers=True)
+    hint = "; give its .model" if isinstance(getattr(whole, "model", None), nn.Module) else ""
+    raise IncompatibleError(f"expected {_HOSTS}, got {type(whole).__name__}{hint}")
+
+
+def _require_unmerged(model: nn.Module) -> None:
+    """Refuse models whose weights are not those of the base model."""
+    merged = state.has_merged(model)
+    if merged:
+        raise IncompatibleError(
+            f"the adapter {merged!r} is merged into the weights of {type(model).__name__}; take it "
+            "out first (unmerge_adapter, unfuse_lora)"
+        )
+
+
+def _base_name(module: str) -> str:
+    """The layer that a module of a PEFT adapter changes: of an expert, the parameter's module."""
+    return module.partition("[")[0].replace(".base_layer", "")
+
+
+def _as_file(held: Mapping[str, Stored], given: Any) -> TensorFile:  # noqa: ANN401
+    """What ``save_lora_weights`` of diffusers would write: keys and configuration by model."""
+    tensors: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for slot, (config, own) in held.items():
+        tensors |= {f"{slot}.{key.removeprefix(PREFIX)}": tensor for key, tensor in own.items()}
+        fields |= {f"{slot}.{field}": config[field] for field in _METADATA}
+        fields |= {f"{slot}.{field}": True for field in _MARKS if config.get(field)}
+    strings = {ADAPTER_KEY: json.dumps(fields, sort_keys=True)}
+    base = getattr(given, "name_or_path", None)
+    if isinstance(base, str) and base:
+        strings["base_model_name_or_path"] = base
+    return TensorFile(tensors, strings, {})

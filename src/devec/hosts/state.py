@@ -1,0 +1,330 @@
+"""One adapter in one live model, as PEFT holds it: its configuration and tensors, out and in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from devec.errors import FormatError, OutputError, UnsupportedError, listed
+from devec.formats.magnitudes import MAGNITUDE_VECTOR
+from devec.formats.peft_config import Config, rank_and_scaling, targets
+from devec.formats.peft_layout import PREFIX
+from devec.formats.peft_written import alternation, rank_pattern
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """Name → configuration of the adapters that a model says it holds."""
+    return dict(getattr(model, "peft_config", None) or {})
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All modules of a model but the insides of adapters, PEFT's wrappers among them.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Name, as the model has it, and module.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    left: list[tuple[str, Any]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            inside = [("base_layer", module.base_layer)]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inside = [("original_module", module.original_module)]
+        else:
+            inside = list(module.named_children())
+        left += [(f"{name}.{child}" if name else child, part) for child, part in reversed(inside)]
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Name → LoRA layer, by the names that the base model has for them."""
+    from peft.tuners.lora import LoraLayer
+
+    return {n.removeprefix(PREFIX): m for n, m in walk(model) if isinstance(m, LoraLayer)}
+
+
+def has_merged(model: nn.Module) -> str:
+    """The name of an adapter that is merged into the weights of a model, empty if none is."""
+    merged = (getattr(module, "merged_adapters", None) for _, module in walk(model))
+    return next((names[0] for names in merged if names), "")
+
+
+def config_of(model: nn.Module, name: str) -> Config:
+    """The configuration of an adapter as PEFT would save it, true of the layers as they are.
+
+    Ranks and alphas are those of the layers: hotswapping changes them, and not the configuration.
+    The weights that were set for mixing (`set_scale`, `set_adapters`) are no part of an adapter.
+
+    Args:
+        model: The model.
+        name: Name of an adapter that it holds.
+
+    Returns:
+        The configuration, by which every layer of the adapter has its rank and scaling.
+
+    Raises:
+        UnsupportedError: If the adapter has trained biases of the base model.
+    """
+    import peft
+
+    given = adapters_of(model)[name].to_dict()
+    if given.get("bias", "none") != "none":
+        raise UnsupportedError(
+            f"it trains biases of the base model itself (bias={given['bias']!r}), which all "
+            "adapters in memory share; save it (save_pretrained) and read the files"
+        )
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
+    config = {"peft_version": peft.__version__, **config}
+    found = {n: at for n, layer in layers_of(model).items() if (at := _rank(layer, name))}
+    if any(rank_and_scaling(config, n) != at for n, at in found.items()):
+        ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
+        alphas, alphas_of = rank_pattern({n: rank * s for n, (rank, s) in found.items()})
+        patterns = {"rank_pattern": ranks_of, "alpha_pattern": alphas_of}
+        config |= {"r": ranks, "lora_alpha": alphas, "use_rslora": False, **patterns}
+    if any(not targets(config, n) for n in found):
+        config["target_modules"] = alternation(list(found))
+    return config
+
+
+def _rank(layer: Any, name: str) -> tuple[int, float] | None:  # noqa: ANN401
+    """Rank and scaling of an adapter in a layer; None if it is not there, or in a parameter."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    A = layer.lora_embedding_A if name in layer.lora_embedding_A else layer.lora_A
+    if name not in A or isinstance(layer, ParamWrapper):
+        return None
+    factor = A[name] if isinstance(A, nn.ParameterDict) else A[name].weight
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, Tensor):  # of hotswapping, which leaves r and alpha as they were
+        rank = layer.r[name]
+        scaling = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora[name] else rank)
+    return factor.shape[0], float(scaling)
+
+
+class _Place(NamedTuple):
+    """Where a tensor of an adapter is: in which module, under which name, and for which layer."""
+
+    holder: nn.Module
+    name: str
+    layer: Any
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, under the keys that PEFT saves them with.
+
+    Args:
+        model: The model.
+        name: Name of an adapter that it holds.
+
+    Returns:
+        Key → tensor, that of the model itself; copies of what is offloaded.
+    """
+    return {key: _value(place).detach() for key, place in _places(model, name).items()}
+
+
+def _places(model: nn.Module, name: str) -> dict[str, _Place]:
+    """Key that PEFT saves a tensor of an adapter with → where it is."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    places: dict[str, _Place] = {}
+    for at, layer in walk(model):
+        key = PREFIX + at.removeprefix(PREFIX)
+        if isinstance(layer, LoraLayer):
+            held = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
+            for kind, parts in held.items():
+                if name in parts and isinstance(parts, nn.ParameterDict):
+                    places[f"{key}.{kind}"] = _Place(parts, name, layer)
+                elif name in parts:
+                    own = parts[name].named_parameters()
+                    places |= {f"{key}.{kind}.{n}": _Place(parts[name], n, layer) for n, _ in own}
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            state = layer.state_dict(keep_vars=True)
+            names = {id(tensor): at for at, tensor in state.items()}
+            for own, tensor in layer.adapter_state_dict(name, state).items():
+                path, _, last = names[id(tensor)].rpartition(".")
+                places[f"{key}.{own}"] = _Place(layer.get_submodule(path), last, layer)
+    return places
+
+
+def _value(place: _Place) -> Tensor:
+    """A tensor of a model; where accelerate has offloaded it, from where it has been put."""
+    tensor: Tensor = getattr(place.holder, place.name)
+    if not tensor.is_meta:
+        return tensor
+    from accelerate.utils import align_module_device
+
+    with align_module_device(place.holder):
+        copy: Tensor = getattr(place.holder, place.name).clone()
+    return copy
+
+
+def put(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Add an adapter to a model.
+
+    Args:
+        model: The model.
+        name: Name of the new adapter.
+        config: Its configuration.
+        tensors: Its tensors, under the keys that PEFT saves them with.
+
+    Raises:
+        OutputError: If the model does not take all of it as it is; nothing is added then.
+    """
+    try:
+        _inject(model, name, config)
+        _assign(model, name, tensors)
+        _follow_mode(model, name)
+        _require_same(model, name, config, tensors)
+    except Exception as error:
+        remove(model, name)
+        raise OutputError(f"{type(model).__name__} does not take it: {error}") from error
+
+
+def remove(model: Any, name: str) -> None:  # noqa: ANN401
+    """Take an adapter out of a model."""
+    from peft.functional import delete_adapter
+
+    delete_adapter(model, name, "lora_")
+    held = getattr(model, "peft_config", {})
+    held.pop(name, None)
+    if not held and hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+
+
+def _inject(model: Any, name: str, config: Config) -> None:  # noqa: ANN401
+    """Make the layers of an adapter, their tensors without memory."""
+    from peft import LoraConfig, PeftModel, inject_adapter_in_model
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"peft_type"}
+    made = LoraConfig(**{key: value for key, value in config.items() if key in fields})
+    made.inference_mode = True
+    if isinstance(model, PeftModel):
+        # the classes for tasks would give it a classifier, too, that is not its own
+        PeftModel.add_adapter(
+            model, name, made, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+        )
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # as is meant here
+        inject_adapter_in_model(made, model, adapter_name=name, low_cpu_mem_usage=True)
+    if hasattr(model, "_hf_peft_config_loaded"):  # without it, diffusers takes it for unadapted
+        model._hf_peft_config_loaded = True
+
+
+def _assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter its tensors, each in its own type and where its layer computes.
+
+    PEFT's own loader would cast them to the type of the base weight: of float32 magnitudes in a
+    bfloat16 model that is more than many adapters change.
+
+    Raises:
+        FormatError: If the model has other places than there are tensors.
+    """
+    places = _places(model, name)
+    wanted = {_key(key): tensor for key, tensor in tensors.items()}
+    if wanted.keys() != {_key(key) for key in places}:
+        lacking = sorted(wanted.keys() - {_key(key) for key in places})
+        empty = sorted({_key(key) for key in places} - wanted.keys())
+        raise FormatError(
+            f"it has no place for {listed(lacking) or 'nothing'}, and places for "
+            f"{listed(empty) or 'nothing'}, of which the adapter has nothing"
+        )
+    for key, place in places.items():
+        meant, there = wanted[_key(key)], getattr(place.holder, place.name)
+        if there.shape != meant.shape:
+            raise FormatError(f"{key!r} has shape {tuple(meant.shape)}, not {tuple(there.shape)}")
+        made = meant.detach().to(_device(place.layer), copy=True)
+        if isinstance(there, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=False)
+        setattr(place.holder, place.name, made)
+
+
+def _key(key: str) -> str:
+    """A key with magnitudes under one name; PEFT takes them under two."""
+    return key.removesuffix(".weight") if key.endswith(f"{MAGNITUDE_VECTOR}.weight") else key
+
+
+def _device(layer: Any) -> torch.device:  # noqa: ANN401
+    """Where the weight of an adapted layer lies, or is computed with where it is offloaded."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+    places: list[torch.device] = [t.device for t in (*base.parameters(), *base.buffers())]
+    for place in places:
+        if place.type != "meta":
+            return place
+    offloaded = getattr(base, "_hf_hook", None)
+    where: torch.device | str | int | None = getattr(offloaded, "execution_device", None)
+    return torch.device("cpu" if where is None else where)
+
+
+def _follow_mode(model: nn.Module, name: str) -> None:
+    """Train or evaluate as the model does: new layers would drop inputs out of it in evaluation."""
+    for layer in layers_of(model).values():
+        if name in layer.lora_dropout:
+            layer.training = layer.get_base_layer().training
+            layer.lora_dropout[name].train(layer.training)
+
+
+def _require_same(
+    model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]
+) -> None:
+    """Compare what the model holds now with what was meant; hosts drop things quietly."""
+    held = {_key(key): tensor for key, tensor in tensors_of(model, name).items()}
+    wrong = []
+    for key, tensor in tensors.items():
+        found = held[_key(key)]
+        if found.dtype != tensor.dtype or not torch.equal(found.to(tensor.device), tensor):
+            wrong.append(key)
+    for module, layer in layers_of(model).items():
+        at = _rank(layer, name)
+        if at and at != rank_and_scaling(config, module):
+            wrong.append(f"{module} (rank and scaling)")
+    if wrong:
+        raise FormatError(f"it holds something else than was given for {listed(wrong)}")
+
+
+@contextmanager
+def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
+    """Keep what is active and trainable in a model, whatever is added to it meanwhile.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def layers() -> list[Any]:
+        return [layer for _, layer in walk(model) if isinstance(layer, BaseTunerLayer)]
+
+    before = {id(layer): list(layer.active_adapters) for layer in layers()}
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = next(iter(before.values()), [])
+    disabled = any(layer.disable_adapters for layer in layers())
+    try:
+        yield
+    finally:
+        set_adapter(model, active)
+        for layer in layers():
+            names = before.get(id(layer), active)
+            if list(layer.active_adapters) != names:
+                layer.set_adapter(names)
+            if id(layer) not in before and disabled:
+                layer.enable_adapters(enabled=False)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
