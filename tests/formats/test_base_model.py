@@ -587,6 +587,9 @@ def test_quantised_layers_are_dequantised_by_peft(kind):
     # the layer multiplies by this very weight
     eye = layer(torch.eye(64)) - layer.bias
     torch.testing.assert_close(eye.mT, got, atol=2e-3, rtol=0.02)
+    # and does so after it was read once more
+    assert torch.equal(read(plain(first=layer), "first", (32, 64)), got)
+    assert torch.equal(layer(torch.eye(64)) - layer.bias, eye)
 
 
 UNQUANTISED = nn.Linear(64, 32).requires_grad_(False).state_dict()

@@ -1,5 +1,6 @@
 """What devec writes, loaded by the programs that read it: diffusers, and LyCORIS in training."""
 
+import dataclasses
 import logging
 from functools import cache, lru_cache
 
@@ -9,10 +10,11 @@ from golden_pool import READABLE, REWRITTEN, command, golden, sibling, stored, s
 from golden_truth import bias_truth, carried, dense_truth
 from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from peft import PeftModel
+from peft.functional import set_adapter
 from pipelines import ENCODERS, add_deltas, find_modules, linear_modules, make_pipeline, run
 from safetensors.torch import save_file
 
-from devec import Adapter, convert
+from devec import Adapter, add_adapter, convert
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*side by side but the alpha of one:devec.DevecWarning"),
@@ -218,6 +220,22 @@ def test_converted_originals_in_diffusers(tmp_path, name):
     adapter = convert(Adapter.from_pretrained(golden(name)), "diffusers")
     path = adapter.save_pretrained(tmp_path / "a", dtype=torch.float32)
     assert_loads(path, name, of=golden(name))
+
+
+@pytest.mark.filterwarnings("ignore:set_adapters of .* does not reach:devec.DevecWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_files_in_live_pipelines(name):
+    """As they are, without diffusers' readers."""
+    adapter = dataclasses.replace(Adapter.from_pretrained(golden(name)), carried={})
+    pipeline = make_pipeline(KINDS[name])
+    add_adapter(pipeline, adapter, "first")
+    for model in models(pipeline).values():
+        if hasattr(model, "peft_config"):
+            set_adapter(model, "first")
+    deltas, biases = dense_truth(golden(name)), bias_truth(golden(name))
+    want, modules = outputs_with(KINDS[name], deltas, biases)
+    assert_adapted(pipeline, "first", modules)
+    assert_output(pipeline, KINDS[name], want, modules)
 
 
 @pytest.mark.parametrize(

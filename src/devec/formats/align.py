@@ -166,6 +166,17 @@ class AlignedLayout:
 
         Returns:
             The function, given the path to write.
+        """
+        return self.inner.writer(self.joined(adapter), dtype)
+
+    def joined(self, adapter: Adapter) -> Adapter:
+        """An adapter of whole modules, with the layout of those.
+
+        Args:
+            adapter: The adapter, whose modules are pieces.
+
+        Returns:
+            The adapter as it is written.
 
         Raises:
             IncompatibleError: If a module has no name in the convention that is written.
@@ -195,8 +206,7 @@ class AlignedLayout:
                 "them out (devec combine SOURCE --weights 1 --carried-from none)"
             )
         carried = {self.carried[key]: tensor for key, tensor in adapter.carried.items()}
-        written = dataclasses.replace(adapter, modules=modules, carried=carried)
-        return self.inner.writer(written, dtype)
+        return dataclasses.replace(adapter, modules=modules, carried=carried, layout=self.inner)
 
 
 def aligned(adapters: Sequence[Adapter]) -> Sequence[Adapter]:

@@ -169,8 +169,10 @@ def _load(found: _Found, changed_by: str) -> Tensor:
             "the model without offloading, or give the path of its files"
         )
     if _is_quantised(module):
+        weight: Any = module.weight
         with torch.no_grad():
             dequantised: Tensor = dequantize_module_weight(module)
+        module.weight = weight  # PEFT may leave a copy, which on a CPU no longer computes
         return dequantised.detach()
     weight = getattr(module, "weight", None)
     eight_bits = isinstance(weight, Tensor) and weight.dtype in _EIGHT_BITS

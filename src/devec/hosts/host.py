@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import IncompatibleError, UnsupportedError, listed, located
+from devec.errors import DevecWarning, IncompatibleError, UnsupportedError, listed, located
 from devec.formats import files, peft
+from devec.formats.align import AlignedLayout
 from devec.formats.base_live import live_model
 from devec.formats.base_model import base_model
+from devec.formats.convert import convert
 from devec.formats.metadata import ADAPTER_KEY
 from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
@@ -38,6 +42,8 @@ _HOSTS = (
 )
 # What diffusers has to be told of an adapter, beside its tensors.
 _METADATA = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+# Which model a PEFT directory is of, where a pipeline has several.
+_DENOISER = {True: "denoiser", False: None}
 _MARKS = ("use_rslora", "use_dora", "lora_bias")
 
 
@@ -50,11 +56,13 @@ class Host:
         models: Name of a model in its pipeline → model; a model on its own has no name, unless it
             is one of diffusers, in whose files it has one.
         of_diffusers: Whether its adapters are stored in files of diffusers.
+        unreached: Names of models whose adapters the pipeline's own calls pass by.
     """
 
     given: Any
     models: Mapping[str, nn.Module]
     of_diffusers: bool
+    unreached: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
@@ -121,11 +129,13 @@ class Host:
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         return config, tensors
 
-    def add(self, adapters: Mapping[str, Adapter]) -> None:
+    def add(self, adapters: Mapping[str, Adapter], *, foreign: bool = False) -> None:
         """Add adapters, all or none, and leave what is active as it was.
 
         Args:
             adapters: Name → adapter.
+            foreign: Whether they come from elsewhere and are stored as in a file. The types of
+                their tensors are those of the model then, if these are wider.
 
         Raises:
             IncompatibleError: If a name cannot be had, or an adapter changes what is not there.
@@ -142,30 +152,64 @@ class Host:
             try:
                 for name, adapter in adapters.items():
                     with located(f"adapter {name!r}"):
-                        for slot, (config, tensors) in self._stored(adapter).items():
+                        stored = self._stored(adapter, foreign=foreign)
+                        for slot, (config, tensors) in stored.items():
                             state.put(self.models[slot], name, config, tensors)
                             added.append((self.models[slot], name))
             except Exception:
                 for model, name in added:
                     state.remove(model, name)
                 raise
+        self._warn_of_unreached([model for model, _ in added])
 
-    def _stored(self, adapter: Adapter) -> dict[str, Stored]:
+    def _warn_of_unreached(self, changed: Sequence[nn.Module]) -> None:
+        """Name the models whose adapters the pipeline does not set."""
+        slots = [s for s in self.unreached if any(self.models[s] is model for model in changed)]
+        if slots:
+            warnings.warn(
+                f"set_adapters of {self.label} does not reach {listed(sorted(slots))}, of which "
+                "the adapters are, too; call set_adapter there (pipe."
+                f"{min(slots)}.set_adapter(names))",
+                DevecWarning,
+                stacklevel=4,
+            )
+
+    def _stored(self, adapter: Adapter, *, foreign: bool) -> dict[str, Stored]:
         """An adapter as each of the models is to hold it."""
+        adapter = _whole(adapter)
         if not self.of_diffusers and isinstance(adapter.layout, PeftLayout):
             ((slot, model),) = self.models.items()
             known = {_base_name(name.removeprefix(PREFIX)) for name, _ in state.walk(model)}
             if all(_base_name(module) in known for module in adapter.modules):
                 layout = dataclasses.replace(adapter.layout, base=base_model(self.given))
-                return {slot: layout.stored(adapter, None)}
+                dtype = _wide_enough(model, adapter) if foreign else None
+                return {slot: layout.stored(adapter, dtype)}
         if adapter.carried:
             raise UnsupportedError(
                 f"it holds whole trained tensors ({listed(sorted(adapter.carried))}) that are no "
                 f"deltas, for which {self.label} has no place; leave them out "
                 "(dataclasses.replace(adapter, carried={}))"
             )
+        adapter = self._named_as_here(adapter)
         placed = self._placed(adapter)
-        return {slot: self._as_peft(slot, adapter, modules) for slot, modules in placed.items()}
+        return {
+            slot: self._as_peft(self.models[slot], adapter, modules, foreign=foreign)
+            for slot, modules in placed.items()
+        }
+
+    def _named_as_here(self, adapter: Adapter) -> Adapter:
+        """An adapter whose modules are named as the host's files name them."""
+        layout: Any = adapter.layout
+        if layout is None:
+            raise IncompatibleError(
+                "it was made in memory and says nothing of layers; give it the layout of another "
+                "(dataclasses.replace(adapter, layout=other.layout))"
+            )
+        if all(self._found(module) for module in adapter.modules):
+            return adapter
+        if not self.of_diffusers:
+            return _whole(convert(adapter, "peft"))
+        return _whole(convert(adapter, "diffusers", component=_DENOISER[layout.naming.one_model]))
 
     def _placed(self, adapter: Adapter) -> dict[str, dict[str, str]]:
         """Model → name of a layer → module of the adapter that changes it."""
@@ -192,6 +236,16 @@ class Host:
 
     def _layer(self, module: str) -> tuple[str, str]:
         """The model and the layer that a module of an adapter is."""
+        found = self._found(module)
+        if found is None:
+            raise IncompatibleError(
+                f"{self.label} has no layer for module {module!r}; the adapter is of another base "
+                "model, or of one that names its layers otherwise"
+            )
+        return found
+
+    def _found(self, module: str) -> tuple[str, str] | None:
+        """The model and the layer that a module is, None if there is no such layer."""
         for slot, known in self._layers.items():
             name = module.removeprefix(f"{slot}.") if slot else module
             if name == module and slot and len(self._layers) > 1:
@@ -200,20 +254,20 @@ class Host:
             for spelled in (name, f"text_model.{name}", name.removeprefix("text_model.")):
                 if spelled in known:
                     return slot, spelled
-        raise IncompatibleError(
-            f"{self.label} has no layer for module {module!r}; the adapter is of another base "
-            "model, or of one that names its layers otherwise"
-        )
+        return None
 
-    def _as_peft(self, slot: str, adapter: Adapter, modules: Mapping[str, str]) -> Stored:
+    @staticmethod
+    def _as_peft(
+        model: nn.Module, adapter: Adapter, modules: Mapping[str, str], *, foreign: bool
+    ) -> Stored:
         """The part of an adapter that changes one model, as PEFT stores it."""
         layout: Any = adapter.layout
         deltas: dict[str, Delta] = {n: adapter.modules[m] for n, m in modules.items()}
         part = dataclasses.replace(adapter, modules=deltas, carried={})
         places = {n: (deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
         made = plain_layout(part, places, "")
-        made = dataclasses.replace(made, base=base_model(self.models[slot]))
-        return made.stored(part, None)
+        made = dataclasses.replace(made, base=base_model(model))
+        return made.stored(part, _wide_enough(model, part) if foreign else None)
 
 
 def host_of(given: object) -> Host:
@@ -246,9 +300,11 @@ def host_of(given: object) -> Host:
         found = {
             slot: model
             for slot, model in models.items()
-            if isinstance(model, nn.Module) and (slot in loadable or state.adapters_of(model))
+            if isinstance(model, nn.Module)
+            and (slot in loadable or slot.startswith("text_encoder") or state.adapters_of(model))
         }
-        return Host(whole, found, of_diffusers=True)
+        unreached = frozenset(found) - frozenset(loadable or found)
+        return Host(whole, found, of_diffusers=True, unreached=unreached)
     hint = "; give its .model" if isinstance(getattr(whole, "model", None), nn.Module) else ""
     raise IncompatibleError(f"expected {_HOSTS}, got {type(whole).__name__}{hint}")
 
@@ -261,6 +317,20 @@ def _require_unmerged(model: nn.Module) -> None:
             f"the adapter {merged!r} is merged into the weights of {type(model).__name__}; take it "
             "out first (unmerge_adapter, unfuse_lora)"
         )
+
+
+def _whole(adapter: Adapter) -> Adapter:
+    """An adapter with whole modules, where a pool or a conversion has cut them into pieces."""
+    layout = adapter.layout
+    return layout.joined(adapter) if isinstance(layout, AlignedLayout) else adapter
+
+
+def _wide_enough(model: nn.Module, adapter: Adapter) -> torch.dtype:
+    """A type in which neither an adapter nor the model it comes to loses precision."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for delta in adapter.modules.values():
+        dtype = torch.promote_types(dtype, torch.promote_types(delta.B.dtype, delta.A.dtype))
+    return dtype
 
 
 def _base_name(module: str) -> str:

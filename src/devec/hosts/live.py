@@ -12,6 +12,7 @@ from devec.decompose import Decomposition, decompose
 from devec.errors import DevecWarning, IncompatibleError, listed
 from devec.hosts.host import Host, host_of
 from devec.hosts.names import require_names
+from devec.pool import require_distinct_names
 from devec.report import nothing_shared, planned_outputs
 from devec.split import Threshold
 
@@ -68,6 +69,7 @@ def decompose_adapters(
     """
     live = host_of(host)
     pool = _read(live, adapters)
+    require_distinct_names(pool)
     ends = {"unique": unique_suffix, "shared": shared_suffix}
 
     def called(part: str) -> str:
@@ -172,7 +174,8 @@ def add_adapter(host: object, adapter: Adapter, adapter_name: str) -> None:
 
     Args:
         host: A `PeftModel`, a model of transformers, or a model or pipeline of diffusers.
-        adapter: The adapter, in whatever format it was read.
+        adapter: The adapter, in whatever format it was read. Its tensors get the type of the
+            model, where that is wider than what they are stored in.
         adapter_name: Its name in the model.
 
     Raises:
@@ -186,7 +189,7 @@ def add_adapter(host: object, adapter: Adapter, adapter_name: str) -> None:
             f"expected an adapter, got {type(adapter).__name__}; read one with "
             "devec.Adapter.from_pretrained"
         )
-    host_of(host).add({adapter_name: adapter})
+    host_of(host).add({adapter_name: adapter}, foreign=True)
 
 
 def _read(live: Host, names: Sequence[str]) -> list[Adapter]:

@@ -271,11 +271,14 @@ def _device(layer: Any) -> torch.device:  # noqa: ANN401
 
 
 def _follow_mode(model: nn.Module, name: str) -> None:
-    """Train or evaluate as the model does: new layers would drop inputs out of it in evaluation."""
+    """Train or evaluate as the model does; new layers would drop inputs out in evaluation, too."""
     for layer in layers_of(model).values():
-        if name in layer.lora_dropout:
-            layer.training = layer.get_base_layer().training
-            layer.lora_dropout[name].train(layer.training)
+        training = layer.get_base_layer().training
+        if layer.training != training:  # one that there was not before
+            layer.train(training)
+        for parts in layer.children():
+            if isinstance(parts, nn.ModuleDict) and name in parts:
+                parts[name].train(training)
 
 
 def _require_same(
