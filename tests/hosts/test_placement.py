@@ -159,13 +159,14 @@ def test_offloaded_models(method):
     want = copy.deepcopy(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
-    if method == "dora":
-        # of a DoRA the base weight is wanted, too, and that is in the hands of accelerate
-        with pytest.raises(devec.DevecError, match="offloaded"):
-            devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
-        return
     devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
     devec.decompose_adapters(want, PAIR, threshold=THRESHOLD)
+    for name in ("anime_unique", "pixel_shared", "common"):
+        held, meant = tensors(model, name), tensors(want, name)
+        assert held.keys() == meant.keys()
+        assert all(torch.equal(held[key], meant[key]) for key in meant)
+    if method == "dora":
+        return  # PEFT itself cannot run one whose base weight is elsewhere
     for names in (["anime_unique"], ["anime_unique", "pixel_shared"], ["common"]):
         model.set_adapter(names)
         want.set_adapter(names)
@@ -217,6 +218,16 @@ def test_hotswapped_adapters(tmp_path):
         tmp_path, weight_name=files["pixel"].name, adapter_name="slot", hotswap=True
     )
     assert devec.extract_adapter(pipe, "slot") == devec.extract_adapter(made.transformer, "pixel")
+    # a part of another goes in the same way
+    devec.decompose_adapters(made.transformer, PAIR, threshold=THRESHOLD)
+    unique = devec.extract_adapter(made, "anime_unique").save_pretrained(tmp_path / "unique")
+    pipe.load_lora_weights(tmp_path, weight_name=unique.name, adapter_name="slot", hotswap=True)
+    made.set_adapters("anime_unique")
+    got, want = through_pipeline(pipe), through_pipeline(made)
+    assert apart(got["transformer"], want["transformer"].double()) < 1e-5
+    pipe.load_lora_weights(
+        tmp_path, weight_name=files["pixel"].name, adapter_name="slot", hotswap=True
+    )
     devec.add_adapter(pipe, devec.Adapter.from_pretrained(files["sketch"]), "sketch")
     devec.combine_adapters(pipe, ["slot", "sketch"], [1, 1], "mix")
     pipe.set_adapters("mix")
@@ -274,6 +285,10 @@ def test_whole_modules_stay_with_unique_parts(tmp_path):
     assert host.base_model.model.head.active_adapters == []
     saved = devec.extract_adapter(host, "anime_unique")
     assert [key for key in saved.carried if key.endswith("head.weight")]
+    with pytest.raises(devec.DevecError, match="carried_from"):
+        devec.negate_adapter(host, "anime")
+    devec.negate_adapter(host, "anime", carried_from="none")
+    assert not host.peft_config["anime_negated"].modules_to_save
 
 
 def with_head():
@@ -301,6 +316,16 @@ def test_task_models_get_no_classifier_of_their_own():
     assert "score" in host.peft_config["anime_unique"].modules_to_save
     assert not host.peft_config["anime_shared"].modules_to_save
     host.base_model.set_adapter(["anime_unique", "anime_shared"])
+
+
+def test_a_peft_model_of_diffusers_is_stored_as_peft_stores_it(tmp_path):
+    base = make_pipeline("flux").transformer
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+    host = get_peft_model(base, config, "anime")
+    path = devec.extract_adapter(host, "anime").save_pretrained(tmp_path / "anime")
+    again = PeftModel.from_pretrained(make_pipeline("flux").transformer, path)
+    for key, tensor in tensors(again, "default").items():
+        assert torch.equal(tensors(host, "anime")[key], tensor)
 
 
 def test_every_tensor_is_accounted_for():

@@ -164,10 +164,7 @@ def _load(found: _Found, changed_by: str) -> Tensor:
             "unfuse_lora())"
         )
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-        raise UnsupportedError(
-            f"the weight of layer {name!r} of the loaded model is not in memory (offloaded); load "
-            "the model without offloading, or give the path of its files"
-        )
+        return _offloaded(name, module)
     if _is_quantised(module):
         weight: Any = module.weight
         with torch.no_grad():
@@ -183,3 +180,17 @@ def _load(found: _Found, changed_by: str) -> Tensor:
             "that PEFT cannot undo; load the model without quantisation"
         )
     return weight.detach()
+
+
+def _offloaded(name: str, module: nn.Module) -> Tensor:
+    """The weight of a layer that accelerate has put elsewhere."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        weight: Any = module.weight
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta:
+            return weight.detach().clone()
+    raise UnsupportedError(
+        f"the weight of layer {name!r} of the loaded model is not in memory (offloaded); load the "
+        "model without offloading, or give the path of its files"
+    )

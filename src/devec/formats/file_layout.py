@@ -146,7 +146,7 @@ class FileLayout:
             "header": dict(self.metadata),
         }
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type that most factors are stored in."""
         return usual_dtype(slot.dtypes[1] for slot in self.slots)

@@ -60,7 +60,7 @@ class PeftLayout:
         naming = naming_of((slot.name for slot in self.slots), None)
         return dataclasses.replace(naming, one_model=True)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type that most factors are stored in."""
         return usual_dtype(slot.dtypes[1] for slot in self.slots)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import warnings
 from collections import Counter
@@ -233,13 +234,18 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
     Raises:
         FormatError: If it has.
     """
-    if not tensor.is_floating_point():
-        return tensor
-    # a sum is not finite if a value is not, and needs no mask as large as a base weight
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not bool(torch.isfinite(total)) and (bad := int((~torch.isfinite(tensor)).sum())):
+    if bad := _not_finite(tensor):
         raise FormatError(f"tensor {key!r} holds NaN or infinity in {bad} of its values")
     return tensor
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values of a tensor are NaN or infinity."""
+    if not tensor.is_floating_point():
+        return 0
+    # a sum is not finite if a value is not, and needs no mask as large as a base weight
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return 0 if math.isfinite(total) else int((~torch.isfinite(tensor)).sum())
 
 
 def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -251,13 +257,13 @@ def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: The storage type.
 
     Returns:
-        A contiguous tensor of its own on the CPU.
+        A contiguous tensor of its own, where the other lies.
 
     Raises:
         OutputError: If a value is too large for the storage type.
     """
-    result = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(result).all()):
+    result = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if _not_finite(result):
         raise OutputError(
             f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
             "can hold; choose a wider type (--dtype float32)"
@@ -272,7 +278,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Args:
         path: Where to write.
-        tensors: Key → tensor on the CPU.
+        tensors: Key → tensor.
         metadata: The header's strings.
     """
     order = _in_order(tensors)
@@ -309,8 +315,8 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(path: Path) -> str:

@@ -32,7 +32,7 @@ from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
 from devec.formats.tensors import TensorFile
 from devec.hosts import state
-from devec.hosts.names import require_names, require_readable
+from devec.hosts.names import require_names
 from devec.layout import ReadOptions
 
 Stored = tuple[Config, dict[str, Tensor]]  # of one model: configuration, and PEFT's key → tensor
@@ -117,7 +117,6 @@ class Host:
         """What one model holds of an adapter, checked."""
         config = json.loads(json.dumps(state.config_of(model, name)))
         require_lora(config, type(model).__name__)
-        require_readable([name], [model])
         _require_unmerged(model)
         tensors = state.tensors_of(model, name)
         if not tensors:
@@ -286,11 +285,11 @@ def host_of(given: object) -> Host:
     whole: Any = getattr(given, "_orig_mod", given)  # of torch.compile
     parts = getattr(whole, "components", None)
     if isinstance(whole, nn.Module):
-        from peft import PeftMixedModel
+        from peft import PeftMixedModel, PeftModel
 
         if isinstance(whole, PeftMixedModel):
             raise UnsupportedError("a PeftMixedModel mixes methods; give a PeftModel")
-        if hasattr(whole, "load_lora_adapter"):
+        if hasattr(whole, "load_lora_adapter") and not isinstance(whole, PeftModel):
             slot = "unet" if "UNet" in type(whole).__name__ else "transformer"
             return Host(whole, {slot: whole}, of_diffusers=True)
         return Host(whole, {"": whole}, of_diffusers=False)

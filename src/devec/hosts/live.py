@@ -94,7 +94,12 @@ def decompose_adapters(
 
 
 def combine_adapters(
-    host: object, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    host: object,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    *,
+    carried_from: str | None = None,
 ) -> Adapter:
     """Add Σ w_i · adapter_i to a live model as one adapter, exact for LoRAs and DoRAs.
 
@@ -107,6 +112,8 @@ def combine_adapters(
         adapters: Names of adapters that it holds.
         weights: A finite weight for each, beside which those that are set for mixing do not count.
         adapter_name: Name of the new adapter, which is left inactive.
+        carried_from: Name of the adapter whose whole trained modules (``modules_to_save``) the
+            combination keeps, or ``"none"``; needed where that is not clear.
 
     Returns:
         The combination as it was added; ranks add.
@@ -121,13 +128,19 @@ def combine_adapters(
     """
     live = host_of(host)
     require_names([adapter_name], live.models.values(), live.names)
-    result = combine(_read(live, adapters), weights, name=adapter_name)
+    pool = _read(live, adapters)
+    result = combine(pool, weights, name=adapter_name, carried_from=carried_from)
     live.add({adapter_name: result})
     return result
 
 
 def negate_adapter(
-    host: object, adapter: str, adapter_name: str | None = None, *, scale: float = 1.0
+    host: object,
+    adapter: str,
+    adapter_name: str | None = None,
+    *,
+    scale: float = 1.0,
+    carried_from: str | None = None,
 ) -> Adapter:
     """Add -scale · adapter to a live model.
 
@@ -136,6 +149,7 @@ def negate_adapter(
         adapter: Name of an adapter that it holds.
         adapter_name: Name of the new one, by default that of the other and ``"_negated"``.
         scale: The coefficient of negation.
+        carried_from: As in `combine_adapters`.
 
     Returns:
         The negated adapter as it was added.
@@ -148,7 +162,8 @@ def negate_adapter(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, §4.3.
     """
-    return combine_adapters(host, [adapter], [-scale], adapter_name or f"{adapter}_negated")
+    name = adapter_name or f"{adapter}_negated"
+    return combine_adapters(host, [adapter], [-scale], name, carried_from=carried_from)
 
 
 def extract_adapter(host: object, adapter_name: str) -> Adapter:

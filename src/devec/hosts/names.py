@@ -38,19 +38,11 @@ def require_names(names: Sequence[str], models: Iterable[nn.Module], taken: Iter
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise IncompatibleError(f"two adapters would be named {listed(twice)}; rename one")
-    require_readable(names, models)
+    _require_readable(names, models)
 
 
-def require_readable(names: Sequence[str], models: Iterable[nn.Module]) -> None:
-    """Check that names can be told from the other parts of a parameter's name.
-
-    Args:
-        names: The names.
-        models: The models that hold them, or are to.
-
-    Raises:
-        IncompatibleError: If one of them cannot.
-    """
+def _require_readable(names: Sequence[str], models: Iterable[nn.Module]) -> None:
+    """Refuse names that cannot be told from the other parts of a parameter's name."""
     dotted = [name for name in names if "." in name]
     if dotted:
         raise IncompatibleError(

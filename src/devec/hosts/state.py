@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from devec.errors import FormatError, OutputError, UnsupportedError, listed
+from devec.errors import FormatError, IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats.magnitudes import MAGNITUDE_VECTOR
 from devec.formats.peft_config import Config, rank_and_scaling, targets
 from devec.formats.peft_layout import PREFIX
@@ -169,6 +169,8 @@ def _value(place: _Place) -> Tensor:
 
     with align_module_device(place.holder):
         copy: Tensor = getattr(place.holder, place.name).clone()
+    if copy.is_meta:
+        raise IncompatibleError("its tensors are not in memory (meta); load them first")
     return copy
 
 
