@@ -182,7 +182,9 @@ class Host:
             if all(_base_name(module) in known for module in adapter.modules):
                 layout = dataclasses.replace(adapter.layout, base=base_model(self.given))
                 dtype = _wide_enough(model, adapter) if foreign else None
-                return {slot: layout.stored(adapter, dtype)}
+                carried = {key: tensor.clone() for key, tensor in adapter.carried.items()}
+                own = dataclasses.replace(adapter, carried=carried)
+                return {slot: layout.stored(own, dtype)}
         if adapter.carried:
             raise UnsupportedError(
                 f"it holds whole trained tensors ({listed(sorted(adapter.carried))}) that are no "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from devec.formats.magnitudes import MAGNITUDE_VECTOR
 from devec.formats.peft_config import Config, rank_and_scaling, targets
 from devec.formats.peft_layout import PREFIX
 from devec.formats.peft_written import alternation, rank_pattern
+
+Parts = Sequence[tuple[str, Any]]  # what `walk` finds
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -49,11 +51,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
         left += [(f"{name}.{child}" if name else child, part) for child, part in reversed(inside)]
 
 
-def layers_of(model: nn.Module) -> dict[str, Any]:
+def _layers(parts: Parts) -> dict[str, Any]:
     """Name → LoRA layer, by the names that the base model has for them."""
     from peft.tuners.lora import LoraLayer
 
-    return {n.removeprefix(PREFIX): m for n, m in walk(model) if isinstance(m, LoraLayer)}
+    return {n.removeprefix(PREFIX): m for n, m in parts if isinstance(m, LoraLayer)}
 
 
 def has_merged(model: nn.Module) -> str:
@@ -88,7 +90,8 @@ def config_of(model: nn.Module, name: str) -> Config:
         )
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
     config = {"peft_version": peft.__version__, **config}
-    found = {n: at for n, layer in layers_of(model).items() if (at := _rank(layer, name))}
+    layers = _layers(list(walk(model)))
+    found = {n: at for n, layer in layers.items() if (at := _rank(layer, name))}
     if any(rank_and_scaling(config, n) != at for n, at in found.items()):
         ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
         alphas, alphas_of = rank_pattern({n: rank * s for n, (rank, s) in found.items()})
@@ -132,25 +135,27 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     Returns:
         Key → tensor, that of the model itself; copies of what is offloaded.
     """
-    return {key: _value(place).detach() for key, place in _places(model, name).items()}
+    places = _places(list(walk(model)), name)
+    return {key: _value(place).detach() for key, place in places.items()}
 
 
-def _places(model: nn.Module, name: str) -> dict[str, _Place]:
+def _places(parts: Parts, name: str) -> dict[str, _Place]:
     """Key that PEFT saves a tensor of an adapter with → where it is."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     places: dict[str, _Place] = {}
-    for at, layer in walk(model):
+    for at, layer in parts:
         key = PREFIX + at.removeprefix(PREFIX)
         if isinstance(layer, LoraLayer):
             held = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
-            for kind, parts in held.items():
-                if name in parts and isinstance(parts, nn.ParameterDict):
-                    places[f"{key}.{kind}"] = _Place(parts, name, layer)
-                elif name in parts:
-                    own = parts[name].named_parameters()
-                    places |= {f"{key}.{kind}.{n}": _Place(parts[name], n, layer) for n, _ in own}
+            for kind, factors in held.items():
+                if name in factors and isinstance(factors, nn.ParameterDict):
+                    places[f"{key}.{kind}"] = _Place(factors, name, layer)
+                elif name in factors:
+                    own = factors[name]
+                    for n, _ in own.named_parameters():
+                        places[f"{key}.{kind}.{n}"] = _Place(own, n, layer)
         elif isinstance(layer, AuxiliaryTrainingWrapper):
             state = layer.state_dict(keep_vars=True)
             names = {id(tensor): at for at, tensor in state.items()}
@@ -181,16 +186,18 @@ def put(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tenso
         model: The model.
         name: Name of the new adapter.
         config: Its configuration.
-        tensors: Its tensors, under the keys that PEFT saves them with.
+        tensors: Its tensors, under the keys that PEFT saves them with. The model keeps them.
 
     Raises:
         OutputError: If the model does not take all of it as it is; nothing is added then.
     """
     try:
         _inject(model, name, config)
-        _assign(model, name, tensors)
-        _follow_mode(model, name)
-        _require_same(model, name, config, tensors)
+        parts = list(walk(model))
+        _assign(_places(parts, name), tensors)
+        _follow_mode(_layers(parts), name)
+        _require_same(_places(parts, name), tensors)
+        _require_scalings(_layers(parts), name, config)
     except Exception as error:
         remove(model, name)
         raise OutputError(f"{type(model).__name__} does not take it: {error}") from error
@@ -227,7 +234,7 @@ def _inject(model: Any, name: str, config: Config) -> None:  # noqa: ANN401
         model._hf_peft_config_loaded = True
 
 
-def _assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _assign(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
     """Give an adapter its tensors, each in its own type and where its layer computes.
 
     PEFT's own loader would cast them to the type of the base weight: of float32 magnitudes in a
@@ -236,7 +243,6 @@ def _assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         FormatError: If the model has other places than there are tensors.
     """
-    places = _places(model, name)
     wanted = {_key(key): tensor for key, tensor in tensors.items()}
     if wanted.keys() != {_key(key) for key in places}:
         lacking = sorted(wanted.keys() - {_key(key) for key in places})
@@ -249,7 +255,7 @@ def _assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
         meant, there = wanted[_key(key)], getattr(place.holder, place.name)
         if there.shape != meant.shape:
             raise FormatError(f"{key!r} has shape {tuple(meant.shape)}, not {tuple(there.shape)}")
-        made = meant.detach().to(_device(place.layer), copy=True)
+        made = meant.detach().to(_device(place.layer))
         if isinstance(there, nn.Parameter):
             made = nn.Parameter(made, requires_grad=False)
         setattr(place.holder, place.name, made)
@@ -272,9 +278,9 @@ def _device(layer: Any) -> torch.device:  # noqa: ANN401
     return torch.device("cpu" if where is None else where)
 
 
-def _follow_mode(model: nn.Module, name: str) -> None:
+def _follow_mode(layers: Mapping[str, Any], name: str) -> None:
     """Train or evaluate as the model does; new layers would drop inputs out in evaluation, too."""
-    for layer in layers_of(model).values():
+    for layer in layers.values():
         training = layer.get_base_layer().training
         if layer.training != training:  # one that there was not before
             layer.train(training)
@@ -283,22 +289,26 @@ def _follow_mode(model: nn.Module, name: str) -> None:
                 parts[name].train(training)
 
 
-def _require_same(
-    model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]
-) -> None:
+def _require_same(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
     """Compare what the model holds now with what was meant; hosts drop things quietly."""
-    held = {_key(key): tensor for key, tensor in tensors_of(model, name).items()}
+    held = {_key(key): _value(place) for key, place in places.items()}
     wrong = []
     for key, tensor in tensors.items():
         found = held[_key(key)]
+        if found.is_set_to(tensor):  # the same memory
+            continue
         if found.dtype != tensor.dtype or not torch.equal(found.to(tensor.device), tensor):
             wrong.append(key)
-    for module, layer in layers_of(model).items():
-        at = _rank(layer, name)
-        if at and at != rank_and_scaling(config, module):
-            wrong.append(f"{module} (rank and scaling)")
     if wrong:
         raise FormatError(f"it holds something else than was given for {listed(wrong)}")
+
+
+def _require_scalings(layers: Mapping[str, Any], name: str, config: Config) -> None:
+    """Check that the layers have the ranks and scalings that the configuration gives them."""
+    found = {module: _rank(layer, name) for module, layer in layers.items()}
+    wrong = [m for m, at in found.items() if at and at != rank_and_scaling(config, m)]
+    if wrong:
+        raise FormatError(f"it gives other ranks or scalings to {listed(wrong)}")
 
 
 @contextmanager
