@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 from cases import save_kohya
-from llama_doras import apart, expected, loaded, save_models
+from llama_doras import apart, expected, loaded, logits, save_adapter, save_models
+from peft import PeftModel
+from transformers import LlamaForCausalLM
 
+import devec
 from devec import Adapter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
 
 
 def blocks(language):
@@ -31,17 +34,22 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(mark, **names):
+    """Run the one example that has a mark, as it is written; returns the names it leaves."""
+    (example,) = [block for block in blocks("python") if mark in block]
+    exec(compile(example, "README.md", "exec"), names)
+    return names
+
+
 def test_the_python_example_runs(here):
-    example, _ = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+    run("a PEFT directory or a Hub id")
     assert Adapter.from_pretrained(here / "out/anime-unique.safetensors").modules
 
 
 def test_the_example_of_doras_runs(tmp_path, monkeypatch):
     save_models(tmp_path)
     monkeypatch.chdir(tmp_path)
-    _, example = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+    run("base=base")
     (command,) = re.findall(r"`devec (combine toxic .*?)`", README)
     subprocess.run([sys.executable, "-m", "devec", *shlex.split(command)], check=True)
     for out, coefficients in (("detox", {}), ("mixed", {"toxic": 1, "polite": -0.5})):
@@ -49,6 +57,49 @@ def test_the_example_of_doras_runs(tmp_path, monkeypatch):
         assert config["use_dora"]
         if coefficients:
             assert apart(loaded(tmp_path, f"out/{out}"), expected(tmp_path, coefficients)) < 1e-6
+
+
+def test_live_examples_have_five_lines():
+    live = [block for block in blocks("python") if "import devec" not in block]
+    assert [len(block.splitlines()) for block in live] == [5, 5, 5]
+
+
+def test_the_example_of_diffusers_runs(tmp_path, monkeypatch):
+    from diffusers import FluxPipeline
+    from examples.flux_style_mixing import make_tiny
+
+    model, loras = make_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, file in loras:
+        Path(file).rename(f"{name}.safetensors")
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.default_sample_size = 16  # of latents; a thousand pixels a side would take minutes
+    pipe.set_progress_bar_config(disable=True)
+    image = run("# diffusers", devec=devec, pipe=pipe)["image"]
+    assert image.size == (32, 32)
+    assert pipe.get_active_adapters() == ["anime_unique", "pixel_unique"]
+
+
+def test_the_example_of_peft_runs(tmp_path, monkeypatch):
+    save_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    base = LlamaForCausalLM.from_pretrained("llama")
+    model = run("# PEFT", devec=devec, base=base, PeftModel=PeftModel)["model"]
+    assert model.active_adapters == ["detox"]
+    (-0.5 * devec.extract_adapter(model, "toxic_unique")).save_pretrained("want")
+    assert apart(logits(model), loaded(tmp_path, "want")) < 1e-6
+
+
+def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
+    save_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save_adapter(tmp_path, "french")
+    save_adapter(tmp_path, "legal")
+    model = LlamaForCausalLM.from_pretrained("llama")
+    run("# transformers", devec=devec, model=model)
+    want = expected(tmp_path, {"french": 1.0, "legal": -0.4})
+    assert apart(logits(model), want) < 1e-6
+    assert apart(loaded(tmp_path, "out/mix"), want) < 1e-6
 
 
 def test_the_command_runs(here):

@@ -15,7 +15,7 @@ from pipelines import add_deltas, find_modules, make_pipeline, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from devec import Adapter, DevecError, as_lora, combine, compress, convert, decompose
+from devec import Adapter, DevecError, add_adapter, as_lora, combine, compress, convert, decompose
 from devec.errors import DevecWarning, FormatError, IncompatibleError, UnsupportedError
 from devec.gain import Magnitude
 
@@ -632,6 +632,29 @@ def test_a_fused_dora_converted_to_diffusers(tmp_path):
     path = dora_file(tmp_path / "a.safetensors", "flux", FUSED, torch.float32)
     out = convert(read(path, None), "diffusers").save_pretrained(tmp_path / "out")
     assert_loads("flux", out, effects("flux", path))
+
+
+MIXED = {
+    "sd15": {f"{UNET.replace('.', '_')}q".replace("unet_", "lora_unet_"): "out",
+             "lora_unet_mid_block_resnets_0_conv1": "out",
+             f"{UNET.replace('.', '_')}v".replace("unet_", "lora_unet_"): None},
+    "flux": {**FUSED, next(iter(FUSED)).replace("_0_", "_1_"): None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_files_in_live_pipelines(tmp_path, kind):
+    """Of kohya's DoRAs diffusers drops the magnitudes; a LoRA among them becomes a DoRA, too."""
+    path = dora_file(tmp_path / "a.safetensors", kind, MIXED[kind], torch.float32)
+    pipeline, truth = make_pipeline(kind), make_pipeline(kind)
+    before = run(truth)
+    add_adapter(pipeline, read(path, None), "live")
+    pipeline.set_adapters("live")
+    add_deltas(truth, effects(kind, path))
+    got, expected = run(pipeline), run(truth)
+    for name, output in expected.items():
+        assert (got[name] - output).norm() <= RTOL * output.norm(), name
+    assert any((before[n] - o).norm() >= 100 * RTOL * o.norm() for n, o in expected.items())
 
 
 def test_magnitudes_wider_than_factors_in_diffusers(tmp_path):
