@@ -44,6 +44,7 @@ benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.products
 	$(BIN)/python -m benchmarks.dora
 	$(BIN)/python -m benchmarks.dora_demo
+	$(BIN)/python -m benchmarks.live
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m devec.demo.train

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Variant, make_base, save_adapter
+from cases import Variant, WithHead, make_base, save_adapter
 from live_models import (
     NAMES,
     THRESHOLD,
@@ -115,6 +115,8 @@ def test_names_that_are_taken(model):
         ("weight", ["'weight'"]),
         ("base_layer", ["'base_layer'"]),
         ("lora_A", ["'lora_A'"]),
+        ("half", ["attributes", "'half'"]),
+        ("keys", ["attributes", "'keys'"]),
     ],
 )
 def test_names_that_peft_cannot_take(model, name, words):
@@ -142,6 +144,7 @@ def test_arguments_out_of_range(model):
     refused("scope", scope="some")(model, PAIR)
     refused("target", scope="iterative")(model, PAIR)
     refused("at least two")(model, ["anime"])
+    refused("strings", prefix=None)(model, PAIR)
     refused("list of names")(model, "anime")
     refused("list of names")(model, [1, 2])
     refused("one weight for each", call=devec.combine_adapters)(model, PAIR, [1], "x")
@@ -245,6 +248,48 @@ def test_failures_leave_nothing_behind(model, monkeypatch):
     before = [name for name, _ in model.named_parameters()]
     refused("'pixel_unique'", "no memory left", threshold=THRESHOLD)(model, PAIR)
     assert [name for name, _ in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_failures_leave_models_without_adapters_as_they_were(model, monkeypatch, failure):
+    from devec.hosts import state
+
+    def fails(*_):
+        raise failure("no more")
+
+    monkeypatch.setattr(state, "_require_scalings", fails)
+    fresh = make_model("llama")
+    added = devec.extract_adapter(model, "anime")
+    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
+    with pytest.raises((DevecError, KeyboardInterrupt), match="no more"):
+        devec.add_adapter(fresh, added, "anime")
+    after = fresh.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not fresh._hf_peft_config_loaded
+    monkeypatch.undo()
+    devec.add_adapter(fresh, added, "anime")
+
+
+def test_failures_beside_two_active_adapters_and_a_head(monkeypatch):
+    from devec.hosts import state
+
+    targets = {"target_modules": ["first", "second"]}
+    torch.manual_seed(4)
+    host = get_peft_model(WithHead(), LoraConfig(r=4, modules_to_save=["head"], **targets), "anime")
+    host.add_adapter("pixel", LoraConfig(r=4, **targets))
+    host.base_model.set_adapter(["anime", "pixel"])
+
+    def fails(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(state, "_require_scalings", fails)
+    before = list(host.state_dict())
+    negate = {"call": devec.negate_adapter, "carried_from": "anime"}
+    refused("'anime_negated'", "no more", **negate)(host, "anime")
+    assert list(host.state_dict()) == before
+    assert host.base_model.model.head.active_adapters == ["anime"]
+    assert list(host.peft_config) == ["anime", "pixel"]
 
 
 def test_a_host_that_changes_what_it_is_given_is_found_out(model, monkeypatch):

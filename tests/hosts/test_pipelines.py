@@ -14,6 +14,8 @@ from peft import get_peft_model_state_dict
 
 import devec
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+
 TESTS = Path(__file__).parent.parent
 PAIR = NAMES[:2]
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from cases import Variant, make_inputs, save_adapter
 from live_models import (
+    LLAMA,
     NAMES,
     THRESHOLD,
+    TOKENS,
     add,
     apart,
     changes,
@@ -73,17 +75,22 @@ def test_magnitudes_are_not_narrowed_by_a_half_precision_model():
     assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "magnitude_vector": torch.float32}
 
 
-def test_parts_share_no_memory_with_adapters():
+def test_parts_and_values_share_no_memory_with_adapters():
     model = model_host("llama", PAIR)
-    devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
+    parts = devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
+    values = [*parts.unique.values(), *parts.shared.values(), parts.common]
+    values += [devec.extract_adapter(model, "anime"), devec.negate_adapter(model, "pixel")]
+    norms = [value.norm() for value in values]
     before = {key: tensor.clone() for key, tensor in tensors(model, "anime_unique").items()}
-    extracted = devec.extract_adapter(model, "anime")
-    norm = extracted.norm()
-    for tensor in tensors(model, "anime").values():
-        tensor.zero_()
+    for name in PAIR:
+        for tensor in tensors(model, name).values():
+            tensor.zero_()
     after = tensors(model, "anime_unique")
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert extracted.norm() == norm > 0
+    for tensor in after.values():
+        tensor.zero_()
+    assert [value.norm() for value in values] == norms
+    assert min(norms) > 0
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -180,18 +187,23 @@ def test_group_offloaded_pipelines():
     for one in (pipe, want):
         devec.decompose_adapters(one, PAIR, threshold=THRESHOLD)
         one.set_adapters(["anime_unique", "pixel_unique"])
+    for layer in layers(pipe.transformer).values():  # else they would stay where they are
+        for factor in (layer.lora_A, layer.lora_B):
+            assert hasattr(factor["anime_unique"], "_diffusers_hook")
     got, want = through_pipeline(pipe), through_pipeline(want)
     assert torch.equal(got["transformer"], want["transformer"])
 
 
-def test_compiled_models():
-    pipe, want = pipeline_host("flux", PAIR), pipeline_host("flux", PAIR)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_compiled_models(method):
+    fields = {"use_dora": method == "dora"}
+    pipe, want = (pipeline_host("flux", PAIR, **fields) for _ in range(2))
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     for one in (pipe, want):
         devec.decompose_adapters(one, PAIR, threshold=THRESHOLD)
         # diffusers' own set_adapters passes by models that torch.compile has wrapped
-        one.transformer.set_adapters(["anime_unique", "pixel_unique"])
-        one.text_encoder.set_adapter(["anime_unique", "pixel_unique"])
+        one.transformer.set_adapters(["anime_unique", "pixel_shared"])
+        one.text_encoder.set_adapter(["anime_unique", "pixel_shared"])
     got, want = through_pipeline(pipe), through_pipeline(want)
     assert apart(got["transformer"], want["transformer"].double()) < 1e-6
     alone = torch.compile(model_host("llama", PAIR), backend="eager")
@@ -316,6 +328,94 @@ def test_task_models_get_no_classifier_of_their_own():
     assert "score" in host.peft_config["anime_unique"].modules_to_save
     assert not host.peft_config["anime_shared"].modules_to_save
     host.base_model.set_adapter(["anime_unique", "anime_shared"])
+
+
+def test_heads_go_to_models_without_adapters():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    def make():
+        torch.manual_seed(5)
+        return LlamaForSequenceClassification(LlamaConfig(**LLAMA, pad_token_id=0)).eval()
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+    host = get_peft_model(make(), config, "anime").eval()
+    trained(host, "anime", 0)
+    host.base_model.model.score.modules_to_save["anime"].weight.data += 1
+    model = make()
+    with torch.no_grad():
+        base, want = model(TOKENS).logits, host(TOKENS).logits
+        devec.add_adapter(model, devec.extract_adapter(host, "anime"), "anime")
+        assert torch.equal(model(TOKENS).logits, base)
+        model.set_adapter("anime")
+        assert torch.equal(model(TOKENS).logits, want)
+
+
+def test_trained_tokens_of_one_adapter_do_not_concern_others():
+    base = make_model("llama")
+    config = {"r": 4, "target_modules": ["q_proj"]}
+    host = get_peft_model(base, LoraConfig(**config, trainable_token_indices=[1, 2]), "anime")
+    host.add_adapter("pixel", LoraConfig(**config))
+    for index, name in enumerate(PAIR):
+        trained(host, name, index)
+    assert devec.extract_adapter(host, "pixel").norm() > 0
+    devec.negate_adapter(host, "anime", carried_from="none")
+    devec.negate_adapter(host, "pixel")
+    assert {"anime_negated", "pixel_negated"} <= host.peft_config.keys()
+
+
+def test_models_with_weights_of_eight_bits():
+    pipe = make_pipeline("flux")
+    adapter = devec.extract_adapter(pipeline_host("flux", ("anime",)).transformer, "anime")
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    devec.add_adapter(pipe, adapter, "anime")
+    assert {t.dtype for t in tensors(pipe.transformer, "anime").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("second", ["transformer_2", "controlnet"])
+def test_pipelines_of_several_denoisers(tmp_path, second):
+    """As Wan 2.2 has two; their modules have the same names."""
+    pipe = make_pipeline("flux")
+    models = {"transformer": pipe.transformer, second: make_pipeline("flux").transformer}
+    for seed, model in enumerate(models.values()):
+        for index, name in enumerate(PAIR):
+            add(model, name, index, ["to_q", "to_add_out"])
+            trained(model, name, 10 * seed + index)
+
+    class Pipeline(type(pipe)):
+        _lora_loadable_modules = tuple(models)
+        components = models
+
+        def __init__(self):
+            pass
+
+    host = Pipeline()
+    pools = {slot: {n: changes(m, n) for n in PAIR} for slot, m in models.items()}
+    parts = devec.decompose_adapters(host, PAIR, threshold=THRESHOLD)
+    devec.combine_adapters(host, PAIR, [1, -1], "mix")
+    for slot, model in models.items():
+        found = [changes(model, f"anime_{part}") for part in ("unique", "shared")]
+        mixed = changes(model, "mix")
+        for module, (_, whole) in pools[slot]["anime"].items():
+            total = torch.from_numpy(found[0][module][1] + found[1][module][1])
+            assert apart(total, torch.from_numpy(whole)) < 1e-6
+            difference = whole - pools[slot]["pixel"][module][1]
+            assert apart(torch.from_numpy(mixed[module][1]), torch.from_numpy(difference)) < 1e-6
+    path = parts.unique["anime"].save_pretrained(tmp_path / "anime")
+    again = devec.Adapter.from_pretrained(path)
+    assert again == parts.unique["anime"]
+    assert {module.partition(".")[0] for module in again.modules} == set(models)
+
+
+def test_a_peft_adapter_goes_to_the_one_model_that_has_its_modules(tmp_path):
+    pipe = pipeline_host("flux", ("anime",))
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    encoder = get_peft_model(make_pipeline("flux").text_encoder, config, "anime")
+    path = devec.extract_adapter(encoder, "anime").save_pretrained(tmp_path / "encoder")
+    devec.add_adapter(pipe, devec.Adapter.from_pretrained(path), "extra")
+    assert pipe.get_list_adapters() == {
+        "transformer": ["anime"],
+        "text_encoder": ["anime", "extra"],
+    }
 
 
 def test_a_peft_model_of_diffusers_is_stored_as_peft_stores_it(tmp_path):

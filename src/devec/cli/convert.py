@@ -32,7 +32,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="C",
-            help="Keep the adapter of one model only: denoiser, clip_l, clip_g or t5.",
+            help="Keep the adapter of one model only: denoiser, denoiser_2, clip_l, clip_g or t5.",
         ),
     ] = None,
     as_lora: AsLora = None,

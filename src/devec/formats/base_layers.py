@@ -20,7 +20,7 @@ from torch import Tensor
 from devec.errors import IncompatibleError, UnsupportedError, listed
 from devec.formats.conventions import family_of
 from devec.formats.families import Family, flat
-from devec.formats.names import CLIP_G, CLIP_L, DENOISER, T5, Name, parse
+from devec.formats.names import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
 from devec.formats.pieces import parts_of
 from devec.formats.tensors import STORAGE_DTYPES
 
@@ -160,7 +160,7 @@ class Model:
                 return [Rows(exact)]
         index = self._index(name.component, family or self._family)
         found = [index.get(p.name, []) for p in parts_of(name, shape, family or self._family)]
-        if not all(found) and (family is None or name.component != DENOISER):
+        if not all(found) and (family is None or name.component not in DENOISERS):
             found = [self._tails(name) or self._tied(name)]
         several = [rows.name for candidates in found for rows in candidates[1:]]
         if not all(found) or several:
@@ -273,6 +273,7 @@ def models_of_pipeline(
             models[T5 if is_t5 else component] = opened(slot)
     if "transformer_2" in classes:
         models[DENOISER] = _two_denoisers(where)
+        models[DENOISER_2] = opened("transformer_2")
     return models
 
 

@@ -55,6 +55,7 @@ def _without_adapters(base: Any) -> Any:  # noqa: ANN401
     from peft import PeftMixedModel, PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
+    base = getattr(base, "_orig_mod", base)  # of torch.compile
     if isinstance(base, PeftModel | PeftMixedModel):
         base = base.base_model
     return base.model if isinstance(base, BaseTuner) else base

@@ -20,7 +20,7 @@ from devec.formats.base_files import model_folder, models_in
 from devec.formats.base_layers import Model, Models
 from devec.formats.base_live import is_live, label, live_models
 from devec.formats.families import Family
-from devec.formats.names import CLIP_G, CLIP_L, DENOISER, T5, parse
+from devec.formats.names import CLIP_G, CLIP_L, DENOISER, DENOISER_2, T5, parse
 from devec.sources import exists
 from devec.weights import BaseWeight
 
@@ -34,6 +34,7 @@ _FORMS = (
 )
 _CALLED = {
     DENOISER: "denoiser",
+    DENOISER_2: "second denoiser",
     CLIP_L: "first text encoder (CLIP-L)",
     CLIP_G: "second text encoder (CLIP-G)",
     T5: "T5 text encoder",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from devec.formats.bases import family_name
 from devec.formats.families import Family, flat
 from devec.formats.magnitudes import DORA_SCALE, MAGNITUDE_VECTOR
-from devec.formats.names import CLIP_G, CLIP_L, DENOISER, T5, Name, parse
+from devec.formats.names import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
 from devec.formats.tables import TABLES
 
 
@@ -37,13 +37,13 @@ class Naming:
 
     def agrees(self, other: Naming) -> bool:
         """Whether the same module has the same id in both."""
+        return self.alike(other) and _SEVERAL not in self.quirks
+
+    def alike(self, other: Naming) -> bool:
+        """Whether ids are made in the same way, as far as one prefix a component says it."""
         common = self.prefixes.keys() & other.prefixes.keys()
-        alike = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
-        return (
-            alike
-            and _SEVERAL not in self.quirks
-            and all(self.prefixes[component] == other.prefixes[component] for component in common)
-        )
+        ways = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
+        return ways and all(self.prefixes[c] == other.prefixes[c] for c in common)
 
     @property
     def for_comfy(self) -> bool:
@@ -64,6 +64,8 @@ class Naming:
         if component in self.prefixes:
             return self.prefixes[component]
         if self.one_model:
+            return None
+        if component == DENOISER_2 and (self.flat or self.prefixes.get(DENOISER) in _COMFY):
             return None
         if self.prefixes.get(DENOISER) in _COMFY:
             return f"text_encoders.{_COMFY_ENCODERS[component]}.transformer."
@@ -129,7 +131,7 @@ def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
         counts.setdefault(name.component, Counter())[name.prefix] += 1
     native = _flat_names(family.native) - _flat_names(family.own) if family else frozenset()
     scheme = "diffusers"
-    if any(n.component == DENOISER and n.key[1] in native for n in names):
+    if any(n.component in DENOISERS and n.key[1] in native for n in names):
         scheme = "xlabs" if any(".processor." in n.current for n in names) else "native"
     quirks = {quirk for quirk, has in _QUIRKS.items() if any(map(has, names))}
     if any(len(found) > 1 for found in counts.values()):
@@ -247,6 +249,7 @@ def diffusers_naming(family: Family | None, components: Iterable[str]) -> Naming
     third = family is not None and family.name == "sd3"
     prefixes = {
         DENOISER: "unet." if unet else "transformer.",
+        DENOISER_2: "transformer_2.",
         CLIP_L: "text_encoder.",
         CLIP_G: "text_encoder_2.",
         T5: "text_encoder_3." if third else "text_encoder_2.",

@@ -23,7 +23,7 @@ from devec.formats.conventions import (
 )
 from devec.formats.families import Family
 from devec.formats.magnitudes import axes_of, of_outputs_only
-from devec.formats.names import CLIP_L, parse
+from devec.formats.names import CLIP_L, DENOISER_2, parse
 from devec.formats.tables import TABLES
 
 Components = frozenset[str]
@@ -34,6 +34,11 @@ def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, Bu
         raise IncompatibleError(
             "the base model is not known, and kohya's trainers call its text encoder lora_te in SD "
             "1 and 2 and lora_te1 in others; name the base model (--base MODEL)"
+        )
+    if DENOISER_2 in components:
+        raise IncompatibleError(
+            "kohya's files have no names for a second denoiser (transformer_2); take one of the "
+            "two out (devec convert --component, devec.convert(component=))"
         )
     naming = kohya_naming(family, components)
     return naming, _file_builder(naming, KOHYA_SUFFIXES, KOHYA)
@@ -67,7 +72,13 @@ FORMATS: dict[str, Callable[[Family | None, Components], tuple[Naming, Build]]] 
     "diffusers": _as_diffusers,
     "peft": _as_peft,
 }
-COMPONENTS = {"denoiser": "", "clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5"}
+COMPONENTS = {
+    "denoiser": "",
+    "denoiser_2": DENOISER_2,
+    "clip_l": "clip_l",
+    "clip_g": "clip_g",
+    "t5": "t5",
+}
 
 
 def convert(adapter: Adapter, format: str, *, component: str | None = None) -> Adapter:
@@ -79,9 +90,9 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
     Args:
         adapter: An adapter that was read from files.
         format: ``"kohya"`` (for ComfyUI, A1111, Forge), ``"diffusers"`` or ``"peft"``.
-        component: Keep the adapter of this model only: ``"denoiser"``, ``"clip_l"``, ``"clip_g"``
-            or ``"t5"``. For a PEFT directory, which holds one and does not say which: the model
-            that it is of.
+        component: Keep the adapter of this model only: ``"denoiser"``, ``"denoiser_2"`` (of Wan
+            2.2), ``"clip_l"``, ``"clip_g"`` or ``"t5"``. For a PEFT directory, which holds one and
+            does not say which: the model that it is of.
 
     Returns:
         The adapter, exact to rounding of the storage type where an alpha has to be folded into B

@@ -153,7 +153,17 @@ class FileLayout:
 
     def same_names(self, other: object) -> bool:
         """Whether the same module has the same name under another layout."""
-        return isinstance(other, FileLayout) and self.naming.agrees(other.naming)
+        if not isinstance(other, FileLayout):
+            return False
+        return self.naming.agrees(other.naming) or (
+            self.naming.alike(other.naming)
+            and all(self._ids.get(key, id) == id for key, id in other._ids.items())
+        )
+
+    @cached_property
+    def _ids(self) -> dict[tuple[str, str], str]:
+        """What two names of a module have in common → its id."""
+        return {parse(slot.id).key: slot.id for slot in self.slots}
 
     def same_spelling(self, naming: Naming) -> bool:
         """Whether files are written in a naming as they are."""

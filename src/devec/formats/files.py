@@ -36,7 +36,7 @@ from devec.formats.file_slot import FileSlot
 from devec.formats.keys import FileKeys, ModuleKeys, sort_keys
 from devec.formats.magnitudes import MagnitudeSlot, warn_of_signs
 from devec.formats.modules import StoredModule, read_module
-from devec.formats.names import DENOISER, parse
+from devec.formats.names import DENOISERS, parse
 from devec.formats.peft_config import CONFIG_NAME, rank_and_scaling
 from devec.formats.tensors import (
     TensorFile,
@@ -184,9 +184,13 @@ def _configured(
     result: dict[str, _Configured] = {}
     for module in modules:
         name = parse(module)
-        found = components.get(name.prefix.rstrip(".")) or components.get("")
+        own, path = name.prefix.rstrip("."), name.current
+        if own not in components:  # of a model that has no part in the conventions
+            own = next((c for c in components if c and module.startswith(f"{c}.")), "")
+            path = module.removeprefix(f"{own}.") if own else path
+        found = components.get(own)
         if found:
-            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **found}, name.current)
+            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **found}, path)
             result[module] = _Configured(rank, scaling, bool(found.get("use_dora")))
     return result
 
@@ -240,7 +244,7 @@ def _slot(
     kernel = found.kernel
     if not kernel and not plain:
         name = parse(keys.id)
-        own = name.component == DENOISER
+        own = name.component in DENOISERS
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
     if "scale" in parts:  # which is A1111's alone
         alpha = keys.id + KOHYA_SUFFIXES.alpha

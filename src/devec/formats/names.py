@@ -13,6 +13,8 @@ from devec.formats.families import flat
 
 DENOISER = ""
 CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5"
+DENOISER_2 = "denoiser_2"  # as Wan 2.2 has one
+DENOISERS = (DENOISER, DENOISER_2)
 
 # Prefix → component. Longer ones first where one begins with the other.
 _FLAT_PREFIXES = {
@@ -34,6 +36,7 @@ _DOTTED_PREFIXES = {
     "model.diffusion_model.": DENOISER,
     "diffusion_model.": DENOISER,
     "transformer.": DENOISER,
+    "transformer_2.": DENOISER_2,
     "unet.": DENOISER,
     "text_encoders.clip_l.transformer.": CLIP_L,
     "text_encoders.clip_g.transformer.": CLIP_G,
@@ -67,7 +70,7 @@ class Name:
         if not self.flat and ".processor." in f".{path}" and not path.startswith(_XLABS):
             path = path.replace(".processor.", ".")
             path += ".0" if path.endswith(".to_out") else ""
-        if self.component != DENOISER:
+        if self.component not in DENOISERS:
             head, _, last = path.rpartition("self_attn.to_")
             if head:
                 path = f"{head}self_attn.{last.removesuffix('.0')}_proj"
@@ -81,7 +84,7 @@ class Name:
     @property
     def bare(self) -> str:
         """The current path without what some versions of transformers put before CLIP's."""
-        if self.component == DENOISER:
+        if self.component in DENOISERS:
             return self.current
         return self.current.removeprefix("text_model_" if self.flat else "text_model.")
 
@@ -112,6 +115,6 @@ def parse(module: str) -> Name:
 
 def _encoder(component: str, path: str) -> str:
     """Which text encoder it is: T5 is the second in Flux and the third in SD3."""
-    if component != DENOISER and flat(path).startswith(("encoder_block_", "shared")):
+    if component not in DENOISERS and flat(path).startswith(("encoder_block_", "shared")):
         return T5
     return component

@@ -12,7 +12,7 @@ from devec.errors import IncompatibleError, located
 from devec.formats.conventions import Naming, diffusers_naming
 from devec.formats.families import Family, Part, flat
 from devec.formats.join import Target
-from devec.formats.names import DENOISER, Name, parse
+from devec.formats.names import DENOISERS, Name, parse
 from devec.formats.piece_gains import rows_of, sliceable
 from devec.formats.tables import dotted_names, text_encoders
 
@@ -85,7 +85,7 @@ def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple
         The parts.
     """
     component, flat_name = name.key
-    if component == DENOISER:
+    if component in DENOISERS:
         return family.parts(flat_name, shape) if family else (Part(flat_name),)
     parts = text_encoders().parts(f"text_model_{flat_name}", shape)
     if parts[0].name.startswith("text_model_"):  # not one of CLIP's
@@ -155,8 +155,8 @@ class Tables:
             cannot be written, if it cannot.
         """
         component, part = key
-        table = self.family if component == DENOISER else text_encoders()
-        scheme = self.naming.scheme if component == DENOISER else "diffusers"
+        table = self.family if component in DENOISERS else text_encoders()
+        scheme = self.naming.scheme if component in DENOISERS else "diffusers"
         known = table.module(part, scheme) if table else ""
         if table is None or not known:
             name, unnamed = self._unknown(key, table)

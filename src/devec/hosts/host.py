@@ -32,6 +32,7 @@ from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
 from devec.formats.tensors import TensorFile
 from devec.hosts import state
+from devec.hosts.layers import Parts, has_merged, otherwise_unchanged, walk
 from devec.hosts.names import require_names
 from devec.layout import ReadOptions
 
@@ -74,12 +75,11 @@ class Host:
         """Names of all adapters in it."""
         return list(dict.fromkeys(n for m in self.models.values() for n in state.adapters_of(m)))
 
-    def read(self, name: str, *, copied: bool = False) -> Adapter:
-        """An adapter in the host.
+    def read(self, name: str) -> Adapter:
+        """An adapter in the host, its tensors copied.
 
         Args:
             name: Its name.
-            copied: Whether its tensors are copies, not those of the models themselves.
 
         Returns:
             The adapter.
@@ -94,7 +94,7 @@ class Host:
         for slot, model in self.models.items():
             if name in state.adapters_of(model):
                 with located(where):
-                    held[slot] = self._held(model, name, copied=copied)
+                    held[slot] = self._held(model, name)
         options = ReadOptions(base=self.given)
         if self.of_diffusers:
             return files.parsed(_as_file(held, self.given), name, options, where)
@@ -113,19 +113,18 @@ class Host:
             )
 
     @staticmethod
-    def _held(model: nn.Module, name: str, *, copied: bool) -> Stored:
+    def _held(model: nn.Module, name: str) -> Stored:
         """What one model holds of an adapter, checked."""
-        config = json.loads(json.dumps(state.config_of(model, name)))
+        parts = list(walk(model))
+        config = json.loads(json.dumps(state.config_of(model, parts, name)))
         require_lora(config, type(model).__name__)
-        _require_unmerged(model)
-        tensors = state.tensors_of(model, name)
+        _require_unmerged(model, parts)
+        tensors = state.tensors_of(parts, name)
         if not tensors:
             raise IncompatibleError(
                 f"{type(model).__name__} lists it and has no layer with it: it was unloaded "
                 "(unload, merge_and_unload); load the adapter again"
             )
-        if copied:
-            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         return config, tensors
 
     def add(self, adapters: Mapping[str, Adapter], *, foreign: bool = False) -> None:
@@ -143,22 +142,24 @@ class Host:
         """
         require_names(list(adapters), self.models.values(), self.names)
         for model in self.models.values():
-            _require_unmerged(model)
+            _require_unmerged(model, list(walk(model)))
         with ExitStack() as unchanged:
             for model in self.models.values():
-                unchanged.enter_context(state.otherwise_unchanged(model))
+                unchanged.enter_context(otherwise_unchanged(model))
             added: list[tuple[nn.Module, str]] = []
             try:
                 for name, adapter in adapters.items():
                     with located(f"adapter {name!r}"):
                         stored = self._stored(adapter, foreign=foreign)
                         for slot, (config, tensors) in stored.items():
-                            state.put(self.models[slot], name, config, tensors)
                             added.append((self.models[slot], name))
-            except Exception:
+                            state.put(self.models[slot], name, config, tensors)
+            except BaseException:
                 for model, name in added:
                     state.remove(model, name)
                 raise
+        for model in dict(added):
+            _offload_again(model)
         self._warn_of_unreached([model for model, _ in added])
 
     def _warn_of_unreached(self, changed: Sequence[nn.Module]) -> None:
@@ -176,15 +177,11 @@ class Host:
     def _stored(self, adapter: Adapter, *, foreign: bool) -> dict[str, Stored]:
         """An adapter as each of the models is to hold it."""
         adapter = _whole(adapter)
-        if not self.of_diffusers and isinstance(adapter.layout, PeftLayout):
-            ((slot, model),) = self.models.items()
-            known = {_base_name(name.removeprefix(PREFIX)) for name, _ in state.walk(model)}
-            if all(_base_name(module) in known for module in adapter.modules):
-                layout = dataclasses.replace(adapter.layout, base=base_model(self.given))
-                dtype = _wide_enough(model, adapter) if foreign else None
-                carried = {key: tensor.clone() for key, tensor in adapter.carried.items()}
-                own = dataclasses.replace(adapter, carried=carried)
-                return {slot: layout.stored(own, dtype)}
+        layout = adapter.layout
+        if isinstance(layout, PeftLayout):
+            slots = [slot for slot in self.models if self._has_all(slot, adapter)]
+            if len(slots) == 1:
+                return {slots[0]: self._as_it_is(slots[0], adapter, layout, foreign=foreign)}
         if adapter.carried:
             raise UnsupportedError(
                 f"it holds whole trained tensors ({listed(sorted(adapter.carried))}) that are no "
@@ -197,6 +194,25 @@ class Host:
             slot: self._as_peft(self.models[slot], adapter, modules, foreign=foreign)
             for slot, modules in placed.items()
         }
+
+    def _has_all(self, slot: str, adapter: Adapter) -> bool:
+        """Whether a model has all modules of a PEFT adapter, by the same names."""
+        known = {_base_name(name.removeprefix(PREFIX)) for name, _ in walk(self.models[slot])}
+        return all(_base_name(module) in known for module in adapter.modules)
+
+    def _as_it_is(
+        self, slot: str, adapter: Adapter, layout: PeftLayout, *, foreign: bool
+    ) -> Stored:
+        """A PEFT adapter as PEFT stores it, for the one model that it is of."""
+        model = self.models[slot]
+        for module, delta in adapter.modules.items():
+            shape = self._layers[slot].get(module)
+            if shape is not None:  # a parameter is no layer
+                _require_shape(module, delta, model, module, shape)
+        own = {key: tensor.clone() for key, tensor in adapter.carried.items()}
+        placed = dataclasses.replace(layout, base=base_model(model))
+        dtype = _wide_enough(model, adapter) if foreign else None
+        return placed.stored(dataclasses.replace(adapter, carried=own), dtype)
 
     def _named_as_here(self, adapter: Adapter) -> Adapter:
         """An adapter whose modules are named as the host's files name them."""
@@ -217,13 +233,7 @@ class Host:
         placed: dict[str, dict[str, str]] = {}
         for module, delta in adapter.modules.items():
             slot, name = self._layer(module)
-            shape = self._layers[slot][name]
-            if delta.shape not in (shape, shape[::-1]):
-                raise IncompatibleError(
-                    f"module {module!r} is {delta.shape} (out, in), and the layer {name!r} of "
-                    f"{type(self.models[slot]).__name__} is {shape}; the adapter is of another "
-                    "base model"
-                )
+            _require_shape(module, delta, self.models[slot], name, self._layers[slot][name])
             placed.setdefault(slot, {})[name] = module
         return placed
 
@@ -310,9 +320,28 @@ def host_of(given: object) -> Host:
     raise IncompatibleError(f"expected {_HOSTS}, got {type(whole).__name__}{hint}")
 
 
-def _require_unmerged(model: nn.Module) -> None:
+def _require_shape(
+    module: str, delta: Delta, model: nn.Module, layer: str, shape: tuple[int, int]
+) -> None:
+    """Refuse a module that is of another shape than the layer; some hosts would fill it up."""
+    if delta.shape not in (shape, shape[::-1]):  # some layers store their weight transposed
+        raise IncompatibleError(
+            f"module {module!r} is {delta.shape} (out, in), and the layer {layer!r} of "
+            f"{type(model).__name__} is {shape}; the adapter is of another base model"
+        )
+
+
+def _offload_again(model: nn.Module) -> None:
+    """Make new layers part of what diffusers offloads in groups, as its own loader does."""
+    if any(hasattr(module, "_diffusers_hook") for module in model.modules()):
+        from diffusers.hooks import group_offloading
+
+        group_offloading._maybe_remove_and_reapply_group_offloading(model)
+
+
+def _require_unmerged(model: nn.Module, parts: Parts) -> None:
     """Refuse models whose weights are not those of the base model."""
-    merged = state.has_merged(model)
+    merged = has_merged(parts)
     if merged:
         raise IncompatibleError(
             f"the adapter {merged!r} is merged into the weights of {type(model).__name__}; take it "
@@ -328,7 +357,8 @@ def _whole(adapter: Adapter) -> Adapter:
 
 def _wide_enough(model: nn.Module, adapter: Adapter) -> torch.dtype:
     """A type in which neither an adapter nor the model it comes to loses precision."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    wide = (p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
+    dtype = next(wide, torch.float32)
     for delta in adapter.modules.values():
         dtype = torch.promote_types(dtype, torch.promote_types(delta.B.dtype, delta.A.dtype))
     return dtype

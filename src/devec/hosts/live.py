@@ -67,6 +67,9 @@ def decompose_adapters(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """
+    for part in (prefix, unique_suffix, shared_suffix, common_name):
+        if not isinstance(part, str):
+            raise IncompatibleError(f"names are made of strings, got {part!r}")
     live = host_of(host)
     pool = _read(live, adapters)
     require_distinct_names(pool)
@@ -162,7 +165,7 @@ def negate_adapter(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, §4.3.
     """
-    name = adapter_name or f"{adapter}_negated"
+    name = f"{adapter}_negated" if adapter_name is None else adapter_name
     return combine_adapters(host, [adapter], [-scale], name, carried_from=carried_from)
 
 
@@ -181,7 +184,7 @@ def extract_adapter(host: object, adapter_name: str) -> Adapter:
         IncompatibleError: If the adapter is not known, merged or unloaded.
         UnsupportedError: If it is not a plain low-rank delta.
     """
-    return host_of(host).read(adapter_name, copied=True)
+    return host_of(host).read(adapter_name)
 
 
 def add_adapter(host: object, adapter: Adapter, adapter_name: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from devec.errors import IncompatibleError, listed
-from devec.hosts.state import walk
+from devec.hosts.layers import walk
 
 _PREFIX = "lora_"
 # PEFT's own, in the layers that hold adapters
@@ -43,6 +43,13 @@ def require_names(names: Sequence[str], models: Iterable[nn.Module], taken: Iter
 
 def _require_readable(names: Sequence[str], models: Iterable[nn.Module]) -> None:
     """Refuse names that cannot be told from the other parts of a parameter's name."""
+    own = (nn.ModuleDict(), nn.ParameterDict())
+    attributes = [name for name in names if any(hasattr(part, name) for part in own)]
+    if attributes:
+        raise IncompatibleError(
+            f"PEFT keeps adapters in modules of torch, which have attributes of their own named "
+            f"{listed(attributes)}; choose another name"
+        )
     dotted = [name for name in names if "." in name]
     if dotted:
         raise IncompatibleError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,38 +16,12 @@ from devec.formats.magnitudes import MAGNITUDE_VECTOR
 from devec.formats.peft_config import Config, rank_and_scaling, targets
 from devec.formats.peft_layout import PREFIX
 from devec.formats.peft_written import alternation, rank_pattern
-
-Parts = Sequence[tuple[str, Any]]  # what `walk` finds
+from devec.hosts.layers import Parts, is_wrapper, walk
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
     """Name → configuration of the adapters that a model says it holds."""
     return dict(getattr(model, "peft_config", None) or {})
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All modules of a model but the insides of adapters, PEFT's wrappers among them.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Name, as the model has it, and module.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    left: list[tuple[str, Any]] = [("", model)]
-    while left:
-        name, module = left.pop()
-        yield name, module
-        if isinstance(module, BaseTunerLayer):
-            inside = [("base_layer", module.base_layer)]
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            inside = [("original_module", module.original_module)]
-        else:
-            inside = list(module.named_children())
-        left += [(f"{name}.{child}" if name else child, part) for child, part in reversed(inside)]
 
 
 def _layers(parts: Parts) -> dict[str, Any]:
@@ -58,13 +31,7 @@ def _layers(parts: Parts) -> dict[str, Any]:
     return {n.removeprefix(PREFIX): m for n, m in parts if isinstance(m, LoraLayer)}
 
 
-def has_merged(model: nn.Module) -> str:
-    """The name of an adapter that is merged into the weights of a model, empty if none is."""
-    merged = (getattr(module, "merged_adapters", None) for _, module in walk(model))
-    return next((names[0] for names in merged if names), "")
-
-
-def config_of(model: nn.Module, name: str) -> Config:
+def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
     """The configuration of an adapter as PEFT would save it, true of the layers as they are.
 
     Ranks and alphas are those of the layers: hotswapping changes them, and not the configuration.
@@ -72,6 +39,7 @@ def config_of(model: nn.Module, name: str) -> Config:
 
     Args:
         model: The model.
+        parts: Its modules.
         name: Name of an adapter that it holds.
 
     Returns:
@@ -90,7 +58,7 @@ def config_of(model: nn.Module, name: str) -> Config:
         )
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
     config = {"peft_version": peft.__version__, **config}
-    layers = _layers(list(walk(model)))
+    layers = _layers(parts)
     found = {n: at for n, layer in layers.items() if (at := _rank(layer, name))}
     if any(rank_and_scaling(config, n) != at for n, at in found.items()):
         ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
@@ -125,24 +93,22 @@ class _Place(NamedTuple):
     layer: Any
 
 
-def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+def tensors_of(parts: Parts, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter, under the keys that PEFT saves them with.
 
     Args:
-        model: The model.
+        parts: The modules of a model.
         name: Name of an adapter that it holds.
 
     Returns:
-        Key → tensor, that of the model itself; copies of what is offloaded.
+        Key → a copy of the tensor.
     """
-    places = _places(list(walk(model)), name)
-    return {key: _value(place).detach() for key, place in places.items()}
+    return {key: _value(place).detach().clone() for key, place in _places(parts, name).items()}
 
 
 def _places(parts: Parts, name: str) -> dict[str, _Place]:
     """Key that PEFT saves a tensor of an adapter with → where it is."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
     places: dict[str, _Place] = {}
     for at, layer in parts:
@@ -156,7 +122,7 @@ def _places(parts: Parts, name: str) -> dict[str, _Place]:
                     own = factors[name]
                     for n, _ in own.named_parameters():
                         places[f"{key}.{kind}.{n}"] = _Place(own, n, layer)
-        elif isinstance(layer, AuxiliaryTrainingWrapper):
+        elif is_wrapper(layer) and name in layer._adapters:
             state = layer.state_dict(keep_vars=True)
             names = {id(tensor): at for at, tensor in state.items()}
             for own, tensor in layer.adapter_state_dict(name, state).items():
@@ -173,10 +139,10 @@ def _value(place: _Place) -> Tensor:
     from accelerate.utils import align_module_device
 
     with align_module_device(place.holder):
-        copy: Tensor = getattr(place.holder, place.name).clone()
-    if copy.is_meta:
+        tensor = getattr(place.holder, place.name).clone()
+    if tensor.is_meta:
         raise IncompatibleError("its tensors are not in memory (meta); load them first")
-    return copy
+    return tensor
 
 
 def put(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]) -> None:
@@ -189,25 +155,31 @@ def put(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tenso
         tensors: Its tensors, under the keys that PEFT saves them with. The model keeps them.
 
     Raises:
-        OutputError: If the model does not take all of it as it is; nothing is added then.
+        OutputError: If the model does not take all of it as it is.
     """
     try:
         _inject(model, name, config)
         parts = list(walk(model))
-        _assign(_places(parts, name), tensors)
+        places = _places(parts, name)
+        _assign(places, tensors)
         _follow_mode(_layers(parts), name)
-        _require_same(_places(parts, name), tensors)
+        _require_same(places, tensors)
         _require_scalings(_layers(parts), name, config)
     except Exception as error:
-        remove(model, name)
         raise OutputError(f"{type(model).__name__} does not take it: {error}") from error
 
 
 def remove(model: Any, name: str) -> None:  # noqa: ANN401
-    """Take an adapter out of a model."""
-    from peft.functional import delete_adapter
+    """Take an adapter, or what there is of it, out of a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    delete_adapter(model, name, "lora_")
+    for _, module in walk(model):
+        if isinstance(module, BaseTunerLayer):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is active now
+                module.delete_adapter(name)
+        elif is_wrapper(module) and name in module._adapters:
+            module.delete_adapter(name, new_active_adapters=[])
     held = getattr(model, "peft_config", {})
     held.pop(name, None)
     if not held and hasattr(model, "_hf_peft_config_loaded"):
@@ -247,10 +219,10 @@ def _assign(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None
     if wanted.keys() != {_key(key) for key in places}:
         lacking = sorted(wanted.keys() - {_key(key) for key in places})
         empty = sorted({_key(key) for key in places} - wanted.keys())
-        raise FormatError(
-            f"it has no place for {listed(lacking) or 'nothing'}, and places for "
-            f"{listed(empty) or 'nothing'}, of which the adapter has nothing"
-        )
+        reasons = [f"it has no place for {listed(lacking)}"] if lacking else []
+        if empty:
+            reasons.append(f"its layers want {listed(empty)}, which the adapter does not have")
+        raise FormatError("; ".join(reasons))
     for key, place in places.items():
         meant, there = wanted[_key(key)], getattr(place.holder, place.name)
         if there.shape != meant.shape:
@@ -295,12 +267,16 @@ def _require_same(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -
     wrong = []
     for key, tensor in tensors.items():
         found = held[_key(key)]
-        if found.is_set_to(tensor):  # the same memory
-            continue
-        if found.dtype != tensor.dtype or not torch.equal(found.to(tensor.device), tensor):
+        alike = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        if not alike or not (_at(found) == _at(tensor) or torch.equal(found.to(tensor), tensor)):
             wrong.append(key)
     if wrong:
         raise FormatError(f"it holds something else than was given for {listed(wrong)}")
+
+
+def _at(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
+    """Where the memory of a tensor is."""
+    return tensor.device, tensor.data_ptr(), tensor.stride()
 
 
 def _require_scalings(layers: Mapping[str, Any], name: str, config: Config) -> None:
@@ -309,37 +285,3 @@ def _require_scalings(layers: Mapping[str, Any], name: str, config: Config) -> N
     wrong = [m for m, at in found.items() if at and at != rank_and_scaling(config, m)]
     if wrong:
         raise FormatError(f"it gives other ranks or scalings to {listed(wrong)}")
-
-
-@contextmanager
-def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
-    """Keep what is active and trainable in a model, whatever is added to it meanwhile.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    from peft.functional import set_adapter
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def layers() -> list[Any]:
-        return [layer for _, layer in walk(model) if isinstance(layer, BaseTunerLayer)]
-
-    before = {id(layer): list(layer.active_adapters) for layer in layers()}
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = next(iter(before.values()), [])
-    disabled = any(layer.disable_adapters for layer in layers())
-    try:
-        yield
-    finally:
-        set_adapter(model, active)
-        for layer in layers():
-            names = before.get(id(layer), active)
-            if list(layer.active_adapters) != names:
-                layer.set_adapter(names)
-            if id(layer) not in before and disabled:
-                layer.enable_adapters(enabled=False)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
