@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -85,21 +87,32 @@ def named(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(
             f"expected NAME=PATH, with a name such as chat_2; got {text!r}"
         )
+    on_the_hub = path.count("/") >= 1 and not path.startswith((".", "/", "~"))
+    if not Path(path).exists() and not on_the_hub:
+        raise argparse.ArgumentTypeError(f"no such file or directory: {path!r}")
     return name, path
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
-    return [float(number) for number in text.split(",")]
+    """Different numbers with commas between them."""
+    try:
+        found = [float(number) for number in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}")
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected different numbers, got {text!r}")
+    return found
 
 
 def threshold(text: str) -> float | str:
     """A number in (0, 1], or the word auto."""
     if text == "auto":
         return text
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in (0, 1] or 'auto', got {text}")
-    return float(text)
+    if re.fullmatch(r"[0-9.e-]+", text) and 0 < float(text) <= 1:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number in (0, 1] or 'auto', got {text!r}")
 
 
 def lines(path: str) -> list[str]:

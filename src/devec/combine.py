@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Real
 
 from devec.adapter import Adapter
 from devec.algebra import linear_combination, on_common_modules
@@ -41,6 +42,7 @@ def combine(
 
     Cost: memory O(Σ r_i·(out + in)) per module, no arithmetic beyond scaling B.
     """
+    require_numbers(weights)
     if not adapters or len(adapters) != len(weights):
         raise IncompatibleError(
             f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "
@@ -50,3 +52,19 @@ def combine(
     if len(adapters) > 1:
         warn_of_strangers(adapters)
     return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)
+
+
+def require_numbers(weights: object) -> None:
+    """Check that weights are numbers.
+
+    Args:
+        weights: What was given for them.
+
+    Raises:
+        IncompatibleError: If it is no list of numbers.
+    """
+    if isinstance(weights, str) or not isinstance(weights, Collection):
+        raise IncompatibleError(f"weights are a list of numbers, got {weights!r}")
+    odd = [weight for weight in weights if not isinstance(weight, Real)]
+    if odd:
+        raise IncompatibleError(f"weights are numbers, got {odd[0]!r}")

@@ -233,7 +233,8 @@ def _check_arguments(
     names = [a.name for a in adapters]
     if len(names) < 2:
         raise IncompatibleError(f"decompose needs at least two adapters, got {len(names)}")
-    if threshold != "auto" and not (isinstance(threshold, int | float) and 0 < threshold <= 1):
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if threshold != "auto" and not (number and 0 < float(threshold) <= 1):
         raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
     for value, table, what in ((method, METHODS, "method"), (scope, SCOPES, "scope")):
         if value not in table:

@@ -39,7 +39,7 @@ def nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
     """
     compared = [split for split in splits if split.spectrum.numel()]
     if not splits:
-        return "Nothing is shared: the adapters have no module in common."
+        return "Nothing is shared: no module is in all of the adapters."
     if not compared:
         return "Nothing is shared: at least one of the adapters is zero in every module."
     best = max(compared, key=lambda s: (s.edge < 1, s.largest))

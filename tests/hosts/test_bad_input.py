@@ -91,6 +91,10 @@ def test_mixed_models():
     refused("PeftMixedModel", "PeftModel")(mixed, PAIR)
 
 
+def test_the_tuner_inside_of_a_peft_model(tmp_path):
+    refused("LoraModel", "give the PeftModel")(peft_host(tmp_path, "linear").base_model, PAIR)
+
+
 def test_names_that_are_taken(model):
     add(model, "anime_unique", 0, ["q_proj"])
     refused("'anime_unique'", "delete")(model, PAIR)
@@ -115,6 +119,7 @@ def test_names_that_are_taken(model):
         ("weight", ["'weight'"]),
         ("base_layer", ["'base_layer'"]),
         ("lora_A", ["'lora_A'"]),
+        ("__base__", ["PEFT's name"]),
         ("half", ["attributes", "'half'"]),
         ("keys", ["attributes", "'keys'"]),
     ],
@@ -145,8 +150,12 @@ def test_arguments_out_of_range(model):
     refused("target", scope="iterative")(model, PAIR)
     refused("at least two")(model, ["anime"])
     refused("strings", prefix=None)(model, PAIR)
-    refused("list of names")(model, "anime")
-    refused("list of names")(model, [1, 2])
+    for odd in ("anime", [1, 2], None, 5):
+        refused("list of strings", repr(odd))(model, odd)
+    for weights in (1.0, None, "11", ["1", "1"], [1, None]):
+        refused("numbers", call=devec.combine_adapters)(model, PAIR, weights, "x")
+    refused("numbers", "None", call=devec.negate_adapter, scale=None)(model, "anime")
+    refused("threshold", "True", threshold=True)(model, PAIR)
     refused("one weight for each", call=devec.combine_adapters)(model, PAIR, [1], "x")
     refused("finite", call=devec.combine_adapters)(model, PAIR, [1, float("nan")], "x")
     refused("more than once")(model, ["anime", "anime"])

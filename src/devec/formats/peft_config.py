@@ -149,7 +149,10 @@ def require_lora(config: Config, where: str) -> None:
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(f"{where}: peft_type is {kind!r}, expected 'LORA'; {_CONVERT}")
+        raise UnsupportedError(
+            f"{where}: peft_type is {kind!r}, expected 'LORA'; of some other methods PEFT's "
+            "convert_to_lora makes a plain LoRA"
+        )
     _require_types(config, where)
     _require_plain(config, where)
     _require_numbers(config, where)

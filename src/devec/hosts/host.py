@@ -298,7 +298,12 @@ def host_of(given: object) -> Host:
     parts = getattr(whole, "components", None)
     if isinstance(whole, nn.Module):
         from peft import PeftMixedModel, PeftModel
+        from peft.tuners.tuners_utils import BaseTuner
 
+        if isinstance(whole, BaseTuner):
+            raise IncompatibleError(
+                f"got the {type(whole).__name__} inside of a PeftModel; give the PeftModel"
+            )
         if isinstance(whole, PeftMixedModel):
             raise UnsupportedError("a PeftMixedModel mixes methods; give a PeftModel")
         if hasattr(whole, "load_lora_adapter") and not isinstance(whole, PeftModel):

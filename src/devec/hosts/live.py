@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from devec.adapter import Adapter
-from devec.combine import combine
+from devec.combine import combine, require_numbers
 from devec.decompose import Decomposition, decompose
 from devec.errors import DevecWarning, IncompatibleError, listed
 from devec.hosts.host import Host, host_of
@@ -55,7 +55,8 @@ def decompose_adapters(
         common_name: Name of the common vector.
 
     Returns:
-        The decomposition; `outputs` are what was added. Parts that hold nothing are not.
+        The decomposition. Its `outputs()` are what was added, there under the names that files
+        would have; parts that hold nothing are not.
 
     Raises:
         IncompatibleError: If an adapter is not known, merged or unloaded, a name is taken or cannot
@@ -165,6 +166,7 @@ def negate_adapter(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, §4.3.
     """
+    require_numbers([scale])
     name = f"{adapter}_negated" if adapter_name is None else adapter_name
     return combine_adapters(host, [adapter], [-scale], name, carried_from=carried_from)
 
@@ -212,9 +214,9 @@ def add_adapter(host: object, adapter: Adapter, adapter_name: str) -> None:
 
 def _read(live: Host, names: Sequence[str]) -> list[Adapter]:
     """Adapters of a host by their names."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise IncompatibleError(
-            f"expected a list of names of adapters that {live.label} holds, got {names!r}"
+            f"expected names of adapters that {live.label} holds, a list of strings, got {names!r}"
         )
     return [live.read(name) for name in names]
 

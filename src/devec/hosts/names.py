@@ -27,13 +27,13 @@ def require_names(names: Sequence[str], models: Iterable[nn.Module], taken: Iter
     """
     for name in names:
         if not isinstance(name, str) or not name:
-            raise IncompatibleError(f"the name of an adapter is a string, got {name!r}")
+            raise IncompatibleError(f"the name of an adapter is a string, not empty; got {name!r}")
     held = list(taken)
     clash = [name for name in names if name in held]
     if clash:
         raise IncompatibleError(
-            f"there is an adapter named {listed(clash)} already, and it is not replaced; delete it "
-            "first (delete_adapter, delete_adapters) or choose another name"
+            f"the model has {listed(clash)} already, and no adapter is replaced; delete what is "
+            "there (delete_adapter, delete_adapters) or choose another name"
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -55,6 +55,8 @@ def _require_readable(names: Sequence[str], models: Iterable[nn.Module]) -> None
         raise IncompatibleError(
             f"PEFT takes no name with a dot, got {listed(dotted)}; choose another name"
         )
+    if "__base__" in names:
+        raise IncompatibleError("'__base__' is PEFT's name for no adapter; choose another name")
     contained = [name for name in names if name in _PREFIX]
     if contained:
         raise IncompatibleError(
