@@ -127,11 +127,16 @@ def test_the_negated_adapter_does_what_it_says(detoxed, tiny, coefficient):
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("flux_style_mixing.py", ["--lora", "anime=anime.safetensors"], "--lora is needed twice"),
-        ("llama_detox.py", ["--toxic", "toxic=toxic"], "--toxic and --other are needed"),
+        ("flux_style_mixing.py", ["--lora", "anime=user/anime"], "--lora is needed twice"),
+        ("flux_style_mixing.py", ["--lora", "anime=anime.safetensors"], "no such file"),
+        ("flux_style_mixing.py", ["--weights", "1,nan"], "expected numbers"),
+        ("flux_style_mixing.py", ["--threshold", "2"], "expected a number in (0, 1]"),
+        ("llama_detox.py", ["--toxic", "toxic=user/toxic"], "--toxic and --other are needed"),
+        ("llama_detox.py", ["--toxic", "toxic=/nowhere"], "no such file"),
+        ("llama_detox.py", ["--coefficients", "1,1"], "expected different numbers"),
     ],
 )
-def test_one_adapter_is_not_enough(tmp_path, script, arguments, said):
+def test_arguments_that_do_not_fit(tmp_path, script, arguments, said):
     done = run(script, *arguments, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert said in done.stderr
