@@ -164,15 +164,6 @@ def parts(pool, threshold=THRESHOLD):
     return found
 
 
-def summed(weights, changes):
-    """Σ w_i ΔW_i, module by module."""
-    total = {}
-    for weight, held in zip(weights, changes, strict=True):
-        for module, W in held.items():
-            total[module] = total.get(module, 0) + weight * W
-    return total
-
-
 @torch.no_grad()
 def changed(base, deltas):
     """A model with dense changes, in float64."""

@@ -15,9 +15,9 @@ from live_models import (
     outputs,
     peft_host,
     pipeline_host,
-    summed,
 )
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft_doras import weighted
 from pipelines import make_pipeline
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -345,7 +345,7 @@ def test_two_doras_cannot_be_active_at_once():
     devec.combine_adapters(model, ["anime_unique", "pixel_unique"], [1, 1], "both")
     model.set_adapter("both")
     wholes = [{m: whole for m, (_, whole) in pool[name].items()} for name in PAIR]
-    want = outputs(changed(make_model("llama"), summed([1, 1], wholes)), "llama")
+    want = outputs(changed(make_model("llama"), weighted([1, 1], wholes)), "llama")
     assert apart(outputs(model, "llama"), want) < 1e-5 < 1e-3 < apart(chained, want)
 
 

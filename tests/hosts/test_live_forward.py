@@ -20,11 +20,11 @@ from live_models import (
     peft_host,
     pipeline_host,
     set_weights,
-    summed,
     through_pipeline,
     trained,
 )
 from peft import LoraConfig, PeftModel
+from peft_doras import weighted
 from pipelines import make_pipeline
 
 import devec
@@ -74,7 +74,7 @@ def check_parts(found):
     kind, method, base, host, _, truth = found
     for names, weights in [active for of, active in CASES if of == method]:
         set_weights(host, names, weights)
-        want = changed(base, summed(weights, [truth[name] for name in names]))
+        want = changed(base, weighted(weights, [truth[name] for name in names]))
         assert apart(outputs(host, kind), outputs(want, kind)) < 1e-5, names
 
 
@@ -84,11 +84,11 @@ def check_sums(found):
     for number, weights in enumerate([(1, 0.5, -1), (0.3, 0, 2)]):
         devec.combine_adapters(host, NAMES, weights, f"sum{number}")
         set_weights(host, [f"sum{number}"], [1])
-        want = changed(base, summed(weights, wholes))
+        want = changed(base, weighted(weights, wholes))
         assert apart(outputs(host, kind), outputs(want, kind)) < 1e-5
     devec.negate_adapter(host, "pixel", scale=0.5)
     set_weights(host, ["pixel_negated"], [1])
-    want = changed(base, summed([-0.5], wholes[1:2]))
+    want = changed(base, weighted([-0.5], wholes[1:2]))
     assert apart(outputs(host, kind), outputs(want, kind)) < 1e-5
 
 
@@ -118,13 +118,13 @@ def test_parts_and_sums_in_pipelines(kind, method):
     devec.combine_adapters(pipe, NAMES, [1, 0.5, -1], "mix")
     for slot, pool in pools.items():
         wholes = [{m: whole for m, (_, whole) in pool[name].items()} for name in NAMES]
-        truths[slot]["mix"] = summed([1, 0.5, -1], wholes)
+        truths[slot]["mix"] = weighted([1, 0.5, -1], wholes)
     cases = [active for of, active in CASES if of == method]
     for names, weights in (*cases, (["mix"], [1.0])):
         pipe.set_adapters(names, weights)
         want = make_pipeline(kind)
         for slot, model in components(want).items():
-            deltas = summed(weights, [truths[slot][name] for name in names])
+            deltas = weighted(weights, [truths[slot][name] for name in names])
             setattr(want, slot, changed(model, deltas))
         for model in components(want).values():
             model.double()
@@ -145,7 +145,7 @@ def test_single_models_of_diffusers(kind):
     for names, weights in (*ACTIVE.values(), *LORAS_ONLY.values()):
         model.set_adapters(names, weights)
         want = make_pipeline(kind)
-        deltas = summed(weights, [parts(pool)[name] for name in names])
+        deltas = weighted(weights, [parts(pool)[name] for name in names])
         setattr(want, slot, changed(getattr(want, slot), deltas))
         assert apart(through_pipeline(pipe)[slot], through_pipeline(want)[slot]) < 1e-5
 
@@ -163,7 +163,7 @@ def test_pipelines_of_peft_models():
     pipe.transformer.base_model.set_adapter(["anime_unique", "common"])
     want = make_pipeline("flux")
     truth = parts(pool)
-    deltas = summed([1, 1], [truth["anime_unique"], truth["common"]])
+    deltas = weighted([1, 1], [truth["anime_unique"], truth["common"]])
     want.transformer = changed(want.transformer, deltas)
     got, want = through_pipeline(pipe), through_pipeline(want)
     assert apart(got["transformer"], want["transformer"]) < 1e-5
