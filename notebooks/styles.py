@@ -2,7 +2,7 @@
 
     python notebooks/styles.py
 
-trains everything anew, in about a quarter of an hour on one CPU core, and writes it to
+trains everything anew, in about twenty minutes on one CPU core, and writes it to
 `notebooks/assets/03-styles`: `base` (a `StableDiffusionPipeline`, in half precision), a folder with
 `pytorch_lora_weights.safetensors` for every style, and `judge.safetensors`.
 
