@@ -418,6 +418,23 @@ def test_a_peft_adapter_goes_to_the_one_model_that_has_its_modules(tmp_path):
     }
 
 
+def test_adapters_saved_with_embeddings_of_the_base_model(tmp_path):
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    saved = get_peft_model(make_model("llama"), config, "anime")
+    trained(saved, "anime", 0)
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    adapter = devec.Adapter.from_pretrained(tmp_path / "anime")
+    assert adapter.layout.base_copies
+    model = make_model("llama")
+    devec.add_adapter(model, adapter, "anime")
+    model.set_adapter("anime")
+    assert torch.equal(outputs(model, "llama"), outputs(saved.eval(), "llama"))
+    other = make_model("llama")
+    other.model.embed_tokens.weight.data += 1
+    with pytest.raises(devec.DevecError, match="not the one of LlamaForCausalLM"):
+        devec.add_adapter(other, adapter, "anime")
+
+
 def test_a_peft_model_of_diffusers_is_stored_as_peft_stores_it(tmp_path):
     base = make_pipeline("flux").transformer
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)

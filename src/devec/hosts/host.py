@@ -32,7 +32,7 @@ from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
 from devec.formats.tensors import TensorFile
 from devec.hosts import state
-from devec.hosts.layers import Parts, has_merged, otherwise_unchanged, walk
+from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
 from devec.layout import ReadOptions
 
@@ -159,7 +159,7 @@ class Host:
                     state.remove(model, name)
                 raise
         for model in dict(added):
-            _offload_again(model)
+            offload_again(model)
         self._warn_of_unreached([model for model, _ in added])
 
     def _warn_of_unreached(self, changed: Sequence[nn.Module]) -> None:
@@ -210,7 +210,8 @@ class Host:
             if shape is not None:  # a parameter is no layer
                 _require_shape(module, delta, model, module, shape)
         own = {key: tensor.clone() for key, tensor in adapter.carried.items()}
-        placed = dataclasses.replace(layout, base=base_model(model))
+        _require_base_copies(layout, model)
+        placed = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _wide_enough(model, adapter) if foreign else None
         return placed.stored(dataclasses.replace(adapter, carried=own), dtype)
 
@@ -336,12 +337,17 @@ def _require_shape(
         )
 
 
-def _offload_again(model: nn.Module) -> None:
-    """Make new layers part of what diffusers offloads in groups, as its own loader does."""
-    if any(hasattr(module, "_diffusers_hook") for module in model.modules()):
-        from diffusers.hooks import group_offloading
-
-        group_offloading._maybe_remove_and_reapply_group_offloading(model)
+def _require_base_copies(layout: PeftLayout, model: nn.Module) -> None:
+    """Refuse base weights beside an adapter, as PEFT saves embeddings, that the model has not."""
+    layers = live_model(model).layers if layout.base_copies else {}
+    for key, copy in layout.base_copies.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.weight", "")
+        own = layers[name].load() if name in layers else None
+        if own is None or own.shape != copy.shape or not torch.equal(own.to(copy), copy):
+            raise UnsupportedError(
+                f"it was saved with a base weight ({key!r}) that is not the one of "
+                f"{type(model).__name__}; load it with the host's own load_adapter"
+            )
 
 
 def _require_unmerged(model: nn.Module, parts: Parts) -> None:

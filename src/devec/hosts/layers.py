@@ -98,3 +98,11 @@ def _unwrap(model: nn.Module, known: Mapping[int, object]) -> None:
         if is_wrapper(module) and id(module) not in known:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _inside(module)[1])
+
+
+def offload_again(model: nn.Module) -> None:
+    """Make new layers part of what diffusers offloads in groups, as its own loader does."""
+    if any(hasattr(module, "_diffusers_hook") for module in model.modules()):
+        from diffusers.hooks import group_offloading
+
+        group_offloading._maybe_remove_and_reapply_group_offloading(model)
