@@ -166,3 +166,39 @@ def test_cast_to_a_narrower_type_on_request(tmp_path):
     adapter.save_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     again = Adapter.from_pretrained(tmp_path / "out")
     assert {d.B.dtype for d in again.modules.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_an_interrupt_while_outputs_are_named_costs_nothing(
+    tmp_path, monkeypatch, fails, interrupt
+):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"old {name}")
+    rename, calls = type(tmp_path).rename, []
+
+    def failing(self, target):
+        calls.append(self)
+        if len(calls) == fails:
+            raise interrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", failing)
+    with pytest.raises(interrupt):
+        write_all({tmp_path / "a": text("new"), tmp_path / "b": text("new")}, overwrite=True)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old a", "b": "old b"}
+
+
+def test_the_only_copies_of_replaced_outputs_are_not_taken_for_abandoned(tmp_path):
+    left = tmp_path / ".devec-killed"
+    left.mkdir()
+    (left / ".lock").touch()
+    (left / "a.replaced").write_text("years")
+    write_all({tmp_path / "b": text("new")})
+    assert (left / "a.replaced").read_text() == "years"
+
+
+def test_an_output_in_another_one_is_refused(tmp_path):
+    with pytest.raises(DevecError, match="in the place of another output"):
+        write_all({tmp_path / "a": text("1"), tmp_path / "a" / "b": text("2")})
+    assert tree(tmp_path) == []

@@ -103,13 +103,23 @@ def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
 
 
 def test_the_command_runs(here):
-    (command,) = [line for block in blocks("sh") for line in block.splitlines() if "devec " in line]
+    lines = [line for block in blocks("sh") for line in block.splitlines() if "devec " in line]
+    command = lines[0]
     words = shlex.split(command)
     assert words[0] == "devec"
     subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
     written = sorted(p.name for p in (here / "out").iterdir())
     parts = ["anime-shared", "anime-unique", "common", "pixel-shared", "pixel-unique"]
     assert written == [f"{part}.safetensors" for part in parts]
+
+
+def test_the_example_of_large_pools_writes_the_same_files(here):
+    run("decompose_to")
+    test_the_command_runs(here)
+    files = sorted((here / "out").iterdir())
+    assert files
+    for file in files:
+        assert (here / "streamed" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_two_commands_are_targets_of_make():
@@ -138,3 +148,13 @@ def test_the_demo_in_the_readme_is_the_demo(capsys):
     assert [float(x) for x in got] == pytest.approx([float(x) for x in want], abs=0.006)
     words = [re.sub(r"[\d.\s]+", " ", text).strip("` \n") for text in (printed, shown)]
     assert words[0] == words[1].removeprefix("text").strip()
+
+
+def test_figures_of_speed_are_those_of_the_results():
+    """README quotes rows of benchmarks/RESULTS.md, word for word."""
+    results = (Path(__file__).parents[1] / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.DOTALL)
+    rows = [line for block in quoted for line in block.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    lines = set(results.splitlines())
+    assert [row for row in rows if row not in lines] == []

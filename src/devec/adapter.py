@@ -20,7 +20,8 @@ from torch import Tensor
 from devec.algebra import distance, linear_combination, on_common_modules, same_tensors
 from devec.delta import Delta, require_device
 from devec.errors import FormatError, IncompatibleError, located
-from devec.layout import MAX_RANK, READERS, Layout, ReadOptions
+from devec.layout import MAX_RANK, READERS, Layout, Plan, ReadOptions
+from devec.lazy import outlines
 from devec.output import Writer, write_all
 from devec.sources import default_name, exists, locate, upload
 
@@ -66,6 +67,7 @@ class Adapter:
         max_rank: int = MAX_RANK,
         allow_pickle: bool = False,
         base: object | None = None,
+        lazy: bool = False,
     ) -> Adapter:
         """Read an adapter: LoRA, DoRA, LoHa or LoKr, in any format that devec knows.
 
@@ -85,6 +87,9 @@ class Adapter:
             base: The base model, which a DoRA cannot be computed with without: a directory, file or
                 sharded index of its weights, the id of a repository in the Hub's local cache, or a
                 model in memory. Its weights are read one at a time, when they are needed.
+            lazy: Read a module's tensors, and check their values, whenever they are asked for,
+                instead of all of them now and once. The file stays open, and a change of it is an
+                error from then on.
 
         Returns:
             The adapter, its tensors as stored.
@@ -101,7 +106,7 @@ class Adapter:
         for read in READERS:
             adapter = read(found, name, ReadOptions(max_rank, allow_pickle, base))
             if adapter is not None:
-                return adapter
+                return adapter if lazy else adapter.loaded()
         raise FormatError(
             f"{found} is not an adapter: expected a .safetensors file, a directory with one, or a "
             "PEFT adapter directory"
@@ -174,12 +179,32 @@ class Adapter:
         Raises:
             IncompatibleError: If the adapter was made in memory and has no layout.
         """
+        self._require_layout()
+        return lambda path: self.plan(dtype).write(path)
+
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """What is written of the adapter; known before its modules are, where these are lazy.
+
+        Args:
+            dtype: Storage precision; by default that of the input.
+
+        Returns:
+            The plan.
+        """
+        return self._require_layout().plan(self, dtype)
+
+    def _require_layout(self) -> Layout:
+        """The layout; refused for an adapter that was made in memory and has none."""
         if self.layout is None:
             raise IncompatibleError(
                 f"adapter {self.name!r} was made in memory and has no file layout; give it one "
                 "with dataclasses.replace(adapter, layout=other.layout)"
             )
-        return self.layout.writer(self, dtype)
+        return self.layout
+
+    def loaded(self) -> Adapter:
+        """The same adapter with all of its tensors in memory."""
+        return dataclasses.replace(self, modules=dict(self.modules), carried=dict(self.carried))
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its deltas on another device.
@@ -218,7 +243,7 @@ class Adapter:
         return dataclasses.replace(self, modules=modules, **changes)
 
     def __repr__(self) -> str:
-        ranks = [delta.rank for delta in self.modules.values()] or [0]
+        ranks = [delta.rank for delta in outlines(self.modules).values()] or [0]
         spread = f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
         return f"Adapter({self.name!r}, {len(self.modules)} modules, rank {spread})"
 

@@ -17,6 +17,7 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, listed, located
 from devec.joint import resolved_together, weighted_sum
 from devec.layout import Layout
+from devec.lazy import outlines
 
 if TYPE_CHECKING:
     from devec.adapter import Adapter
@@ -151,17 +152,18 @@ def on_common_modules(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     first_with: dict[str, Adapter] = {}
     for adapter in adapters:
         clashes = []
-        for module, delta in adapter.modules.items():
+        for module, delta in outlines(adapter.modules).items():
             known = first_with.setdefault(module, adapter)
-            if known.modules[module].shape != delta.shape:
+            if outlines(known.modules)[module].shape != delta.shape:
                 clashes.append((module, known))
         if clashes:
             module, known = clashes[0]
             raise IncompatibleError(
                 f"{adapter.label} and {known.label} are adapters of different base models: "
                 f"{len(clashes)} modules differ in shape ({listed([m for m, _ in clashes])}); "
-                f"e.g. {module!r} is {adapter.modules[module].shape} in {adapter.name!r} and "
-                f"{known.modules[module].shape} in {known.name!r} (out, in)"
+                f"e.g. {module!r} is {outlines(adapter.modules)[module].shape} in "
+                f"{adapter.name!r} and {outlines(known.modules)[module].shape} in {known.name!r} "
+                "(out, in)"
             )
     return adapters
 

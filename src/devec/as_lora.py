@@ -10,6 +10,7 @@ from devec.compress import Compression, Cut, of_cuts
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
+from devec.lazy import outlines
 from devec.linalg import leading_rows, orthonormal, product_svd
 
 
@@ -60,3 +61,24 @@ def _nearest(original: Delta, rank: int) -> Cut:
     root = S[:rank].sqrt()
     B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank]).to(delta.dtype)
     return Cut(Delta(B, A, bias=delta.bias), change.distance(B, A), norm)
+
+
+def recorded(part: Adapter, result: Compression, rank: int) -> Adapter:
+    """A plain LoRA that is written for a DoRA, with a record of how near it is.
+
+    Args:
+        part: The DoRA, under the record of the operation that made it.
+        result: The LoRA.
+        rank: The rank that was asked for.
+
+    Returns:
+        The LoRA under that record.
+    """
+    doras = [m for m, delta in outlines(part.modules).items() if delta.gain is not None]
+    said = {
+        "rank": rank,
+        "relative_error": result.error,
+        "of_modules": {module: float(f"{result.errors[module]:.3g}") for module in doras},
+    }
+    record = {**(part.provenance or {}), "as_lora": said}
+    return dataclasses.replace(result.adapter, provenance=record)

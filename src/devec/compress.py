@@ -12,6 +12,7 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.algebra import provenance
+from devec.bases import factored_svd
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.gain import Gain
@@ -135,15 +136,15 @@ def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
         The delta, factors balanced and scaling 1; none if nothing is left of it.
     """
     delta = resolved_together({"": original})[""]
-    U, S, Vh = delta.svd()
+    found = factored_svd(delta.folded().B, delta.A)
+    S = found.S
     norm = delta.weight_norm(float(S.norm()))
     rank = choose(S, norm)
     lost = float(S[rank:].norm())
     bias = None if delta.bias is None else delta.folded().bias
     if not (rank or bias is not None or isinstance(delta.gain, Gain)):
         return Cut(None, lost, norm)
-    root = S[:rank].sqrt()
-    B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank]).to(delta.dtype)
+    B, A = (factor.to(delta.dtype) for factor in found.leading(rank))
     gain = None
     if isinstance(delta.gain, Gain) and original.gain is not None:
         gain = dataclasses.replace(delta.gain.beside(B, A), base=original.gain.base)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -16,14 +16,24 @@ from devec.adapter import Adapter
 from devec.algebra import merged_layout, on_common_modules, provenance
 from devec.compress import truncate
 from devec.delta import Delta, require_device
-from devec.errors import IncompatibleError, listed, located
+from devec.errors import IncompatibleError, listed
 from devec.layout import Layout
 from devec.pool import require_distinct_names, warn_of_strangers
-from devec.split import SCOPES, ModuleParts, ModulePool, ModuleSplit, Question, Threshold
+from devec.split import (
+    SCOPES,
+    Findings,
+    Kind,
+    ModuleSplit,
+    Question,
+    Threshold,
+    nothing_of,
+    split,
+)
+from devec.stack import stacks
 from devec.subspace import METHODS
 
 # A part below this fraction of its original is rounding: nothing is left of it.
-_EMPTY_RTOL = 1e-6
+EMPTY_RTOL = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,20 +88,20 @@ class Decomposition:
             ``"NAME-unique"``, ``"NAME-shared"`` (``"A+B-shared"``) and ``"common"``; a part that is
             zero to rounding is not among them.
         """
+        return dict(self.each_output(compact=compact))
+
+    def each_output(self, *, compact: bool = False) -> Iterator[tuple[str, Adapter]]:
+        """The same, one output at a time, so that no more than one compact part is held."""
         parts = {f"{name}-unique": adapter for name, adapter in self.unique.items()}
         parts |= {f"{name}-shared": adapter for name, adapter in self.shared.items()}
-        scales = {key: self._scale(key.rpartition("-")[0]) for key in parts}
-        held = {
-            key: dataclasses.replace(adapter, name=key)
-            for key, adapter in parts.items()
-            if adapter.carried or _exceeds(adapter, _EMPTY_RTOL * math.hypot(*scales[key].values()))
-        }
-        if compact:
-            held = {key: _compacted(adapter, scales[key]) for key, adapter in held.items()}
+        for key, adapter in parts.items():
+            scales = self._scale(key.rpartition("-")[0])
+            if adapter.carried or exceeds(adapter, EMPTY_RTOL * math.hypot(*scales.values())):
+                named = dataclasses.replace(adapter, name=key)
+                yield key, _compacted(named, scales) if compact else named
         norms = (norm for split in self.splits for norm in split.norms)
-        if self.common is not None and _exceeds(self.common, _EMPTY_RTOL * math.hypot(*norms)):
-            held["common"] = self.common
-        return held
+        if self.common is not None and exceeds(self.common, EMPTY_RTOL * math.hypot(*norms)):
+            yield "common", self.common
 
     def _scale(self, name: str) -> Mapping[str, float]:
         """Module → ‖ΔW‖ of what a part was made of."""
@@ -147,82 +157,111 @@ def decompose(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """
-    _check_arguments(adapters, threshold, method, scope, target)
+    question, adapters, layout = asked(adapters, threshold, method, scope, target)
     if device is not None:
         require_device(device)
+    found = Findings()
+    parts: dict[tuple[str, str], dict[str, Delta | None]] = {}
+    pool = {a.name: a.modules for a in adapters}
+    for stack in stacks(pool, device, together=scope != "iterative"):
+        for part in split(question, stack, found):
+            parts.setdefault((part.kind, part.name), {}).update(part.deltas)
+        for module in stack.modules if progress is not None else ():
+            progress(module)  # type: ignore[misc]
+    return _decomposition(question, adapters, layout, parts, found)
+
+
+def asked(
+    adapters: Sequence[Adapter],
+    threshold: Threshold,
+    method: str,
+    scope: str,
+    target: str | None,
+) -> tuple[Question, Sequence[Adapter], Layout | None]:
+    """What is asked of a pool, checked; the pool on common modules; the layout of its results.
+
+    Args:
+        adapters: As in `decompose`.
+        threshold: As in `decompose`.
+        method: As in `decompose`.
+        scope: As in `decompose`.
+        target: As in `decompose`.
+
+    Returns:
+        All three.
+
+    Raises:
+        IncompatibleError: If the adapters do not fit together or an argument is out of range.
+    """
+    _check_arguments(adapters, threshold, method, scope, target)
     adapters = on_common_modules(adapters)
     warn_of_strangers(adapters)
     layout = merged_layout(adapters)  # refuses adapters that do not compose
     level: Threshold = "auto" if threshold == "auto" else float(threshold)
-    question = Question(tuple(a.name for a in adapters), level, method, target or "")
-    # an adapter without a module may still hold whole tensors
-    split = [] if scope == "pairwise" else [target] if target else [a.name for a in adapters]
-    found = _Found.starting([str(name) for name in split])
-    for module in dict.fromkeys(m for a in adapters for m in a.modules):
-        deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
-        with located(f"module {module!r}"):
-            found.add(module, _split_module(module, deltas, question, scope, device))
-        if progress is not None:
-            progress(module)
-    record = provenance(
-        "decompose", adapters, threshold=threshold, method=method, scope=scope, target=target
-    )
+    names = tuple(a.name for a in adapters)
+    return Question(names, level, method, scope, target or ""), adapters, layout
+
+
+def _decomposition(
+    question: Question,
+    adapters: Sequence[Adapter],
+    layout: Layout | None,
+    parts: Mapping[tuple[str, str], Mapping[str, Delta | None]],
+    found: Findings,
+) -> Decomposition:
+    """The parts of a pool as adapters, in the order of its modules."""
+    record = record_of(question, adapters)
+    order = {m: i for i, m in enumerate(dict.fromkeys(m for a in adapters for m in a.modules))}
+
+    def held(kind: Kind, name: str) -> dict[str, Delta | None]:
+        return dict(sorted(parts.get((kind, name), {}).items(), key=lambda item: order[item[0]]))
+
+    def part(original: Adapter, kind: Kind) -> Adapter:
+        deltas = {
+            module: nothing_of(original.modules[module]) if delta is None else delta
+            for module, delta in held(kind, original.name).items()
+        }
+        return part_of(original, deltas, record, kind)
+
+    split_up = [a for a in adapters if a.name in names_of_split(question)]
+    shared = {a.name: part(a, "shared") for a in split_up}
+    for pair in combinations(adapters, 2) if question.scope == "pairwise" else ():
+        name = "+".join(_names(pair))
+        if deltas := _not_zero(held("shared", name)):
+            shared[name] = common_part(pair, merged_layout(pair), deltas, record, name)
+    common = common_part(adapters, layout, _not_zero(held("common", "")), record)
     return Decomposition(
-        unique={
-            n: _part(_named(adapters, n), m, record, "unique") for n, m in found.unique.items()
-        },
-        shared={
-            n: _part(_named(adapters, n), m, record, "shared")
-            if scope != "pairwise"
-            else _common_part(_pair(adapters, n), merged_layout(_pair(adapters, n)), m, record, n)
-            for n, m in found.shared.items()
-        },
-        common=_common_part(adapters, layout, found.common, record) if scope == "all" else None,
-        splits=found.splits,
+        unique={a.name: part(a, "unique") for a in split_up},
+        shared=shared,
+        common=common if question.scope == "all" else None,
+        splits=sorted(found.rows, key=lambda row: order[row.module]),
         record=record,
         norms=found.norms,
     )
 
 
-@dataclass
-class _Found:
-    """The parts of all modules so far, by the name of the adapter or pair, and then the module."""
-
-    shared: dict[str, dict[str, Delta]]
-    unique: dict[str, dict[str, Delta]]
-    common: dict[str, Delta] = field(default_factory=dict)
-    norms: dict[str, dict[str, float]] = field(default_factory=dict)
-    splits: list[ModuleSplit] = field(default_factory=list)
-
-    @classmethod
-    def starting(cls, names: Sequence[str]) -> _Found:
-        """Nothing yet of the adapters that are split."""
-        return cls({name: {} for name in names}, {name: {} for name in names})
-
-    def add(self, module: str, parts: ModuleParts) -> None:
-        """Take up the parts of a module."""
-        for name, delta in parts.shared.items():
-            self.shared.setdefault(name, {})[module] = delta
-        for name, delta in parts.unique.items():
-            self.unique.setdefault(name, {})[module] = delta
-        for name, norm in parts.norms.items():
-            self.norms.setdefault(name, {})[module] = norm
-        if parts.common is not None:
-            self.common[module] = parts.common
-        self.splits += parts.splits
+def _not_zero(deltas: Mapping[str, Delta | None]) -> dict[str, Delta]:
+    """The modules in which there is anything."""
+    return {module: delta for module, delta in deltas.items() if delta is not None}
 
 
-def _split_module(
-    module: str,
-    deltas: Mapping[str, Delta],
-    question: Question,
-    scope: str,
-    device: torch.device | str | None,
-) -> ModuleParts:
-    """The parts of one module, computed on a device and brought back from there."""
-    home = next(iter(deltas.values())).B.device
-    pool = ModulePool(module, {name: delta.to(device or home) for name, delta in deltas.items()})
-    return SCOPES[scope](question, pool).map(lambda delta: pool.released(delta).to(home))
+def names_of_split(question: Question) -> list[str]:
+    """The adapters that have unique and shared parts."""
+    if question.scope == "pairwise":
+        return []
+    return [question.target] if question.scope == "iterative" else list(question.names)
+
+
+def record_of(question: Question, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The record of the operation that outputs keep."""
+    return provenance(
+        "decompose",
+        adapters,
+        threshold=question.threshold,
+        method=question.method,
+        scope=question.scope,
+        target=question.target or None,
+    )
 
 
 def _check_arguments(
@@ -257,12 +296,7 @@ def _check_arguments(
         raise IncompatibleError(f"two pairs of adapters are both named {twice!r}; rename one")
 
 
-def _named(adapters: Sequence[Adapter], name: str) -> Adapter:
-    """The adapter of a pool with the given name."""
-    return next(a for a in adapters if a.name == name)
-
-
-def _part(
+def part_of(
     original: Adapter, modules: Mapping[str, Delta], record: Mapping[str, Any], part: str
 ) -> Adapter:
     """A part of one adapter; what is not a delta goes with the unique part, never the shared."""
@@ -276,17 +310,12 @@ def _part(
     )
 
 
-def _pair(adapters: Sequence[Adapter], name: str) -> tuple[Adapter, Adapter]:
-    """The pair of a pool whose common vector is named ``A+B``."""
-    return next(pair for pair in combinations(adapters, 2) if "+".join(_names(pair)) == name)
-
-
 def _names(adapters: Sequence[Adapter]) -> list[str]:
     """The names of adapters, in order."""
     return [adapter.name for adapter in adapters]
 
 
-def _common_part(
+def common_part(
     group: Sequence[Adapter],
     layout: Layout | None,
     modules: Mapping[str, Delta],
@@ -302,7 +331,7 @@ def _common_part(
     )
 
 
-def _exceeds(adapter: Adapter, level: float) -> bool:
+def exceeds(adapter: Adapter, level: float) -> bool:
     """Whether an adapter's norm is above a level; looks no further than it must."""
     squares = 0.0
     for delta in adapter.modules.values():
@@ -315,6 +344,6 @@ def _exceeds(adapter: Adapter, level: float) -> bool:
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     """Every module at its true rank: what is cut is rounding beside the original module."""
     cut = truncate(
-        adapter, lambda module, S, _: int((S > _EMPTY_RTOL * scales[module]).sum())
+        adapter, lambda module, S, _: int((S > EMPTY_RTOL * scales[module]).sum())
     ).adapter
     return cut if cut.modules else adapter  # kept for its carried tensors alone

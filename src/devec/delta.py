@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from devec.gain import (
     row_dots,
     same_gain,
 )
-from devec.linalg import CANCELLED, ProductSVD, basis_dtype, working_dtype
+from devec.linalg import CANCELLED, basis_dtype, working_dtype
 from devec.weights import BaseWeight
 
 
@@ -96,11 +97,18 @@ class Delta:
 
     def to(self, device: torch.device | str) -> Delta:
         """The same delta on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        gain = None if self.gain is None else self.gain.to(device)
-        return dataclasses.replace(
-            self, B=self.B.to(device), A=self.A.to(device), bias=bias, gain=gain
-        )
+        return self.each(lambda tensor: tensor.to(device))
+
+    @property
+    def outline(self) -> Delta:
+        """What is known of the delta without its values: shapes and types, on no device."""
+        return self if self.B.is_meta else self.to("meta")
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Delta:
+        """The same delta with another tensor for every one, in an order that is always the same."""
+        bias = None if self.bias is None else change(self.bias)
+        gain = None if self.gain is None else self.gain.each(change)
+        return dataclasses.replace(self, B=change(self.B), A=change(self.A), bias=bias, gain=gain)
 
     def same_as(self, other: Delta) -> bool:
         """Whether all tensors are those of another delta, so that nothing need be computed."""
@@ -121,6 +129,10 @@ class Delta:
     def folded(self) -> Delta:
         """The same delta with the scaling multiplied into B and the bias."""
         dtype, s = self.dtype, self.scaling
+        if s == 1 and self.B.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
+            return self
+        if self.B.is_meta:  # an outline has no values that could be multiplied
+            return dataclasses.replace(self, B=self.B.to(dtype), scaling=1.0)
         bias = None if self.bias is None else s * self.bias.to(dtype)
         gain = self.gain.scaled(1.0, s) if isinstance(self.gain, Gain) else self.gain
         return Delta(B=s * self.B.to(dtype), A=self.A, bias=bias, gain=gain)
@@ -301,12 +313,6 @@ class Delta:
             return self - part
         bias = _sum(self.bias, None if part.bias is None else -part.bias)
         return dataclasses.replace(self, B=self.B.to(part.dtype) - part.B, bias=bias)
-
-    def svd(self) -> ProductSVD:
-        """Singular value decomposition of s·B·A, in the basis precision: of ΔW without gains."""
-        delta = self.resolved()
-        U, S, Vh = linalg.product_svd(delta.B, delta.A)
-        return ProductSVD(U if delta.scaling >= 0 else -U, abs(delta.scaling) * S, Vh)
 
     def _require_same_shape(self, other: Delta) -> None:
         if self.shape != other.shape:

@@ -16,6 +16,7 @@ from torch import Tensor
 from devec.delta import Delta
 from devec.errors import IncompatibleError, UnsupportedError
 from devec.gain import (
+    AXES,
     Axis,
     AxisGain,
     Gain,
@@ -25,6 +26,7 @@ from devec.gain import (
     row_dots,
     row_norms,
 )
+from devec.lazy import outlines
 from devec.linalg import RANK_RTOL, working_dtype
 from devec.weights import BaseWeight
 
@@ -56,6 +58,8 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     """
     if isinstance(delta.gain, Magnitude) and delta.gain.axis == axis:
         return delta
+    if delta.B.is_meta:
+        return _outline(delta, axis, base, group)
     delta = delta.resolved().folded()
     axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
     if any(other != axis for other in axes):
@@ -76,6 +80,13 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     m = torch.where(off, 0, sign * norms).to(delta.dtype)
     B, A = (B, delta.A) if axis == "out" else (delta.B, B.mT)
     return dataclasses.replace(delta, B=B, A=A, gain=Magnitude(m, axis, base))
+
+
+def _outline(delta: Delta, axis: Axis, base: BaseWeight, group: int) -> Delta:
+    """What `as_magnitudes` makes of a delta of which the outline alone is known."""
+    size = delta.shape[AXES.index(axis)]
+    m = torch.empty(size // group, dtype=delta.dtype, device="meta")
+    return dataclasses.replace(delta.folded(), gain=Magnitude(m, axis, base))
 
 
 def _moved(B: Tensor, A: Tensor, known: AxisGain) -> Tensor:
@@ -123,16 +134,18 @@ def require_representable(modules: Mapping[str, Delta]) -> None:
         IncompatibleError: If 1 + g is nearly zero in a module. The message names it and the largest
             coefficient by which the whole adapter could be multiplied instead.
     """
-    gains = {m: delta.gain.axes for m, delta in modules.items() if isinstance(delta.gain, Gain)}
-    for module, axes in gains.items():
+    gained = [m for m, delta in outlines(modules).items() if isinstance(delta.gain, Gain)]
+    nearest: dict[str, float] = {}
+    for module in gained:
+        delta = modules[module]
+        axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
         if len(axes) > 1:
             raise UnsupportedError(f"module {module!r}: {one_axis_only()}")
-    held = {module: next(iter(axes.items())) for module, axes in gains.items()}
-    near = [module for module, (_, gain) in held.items() if _nearest(gain.values) < _SMALLEST]
-    nearest = {module: _nearest(_divided_by(modules[module], *held[module])) for module in near}
+        if any(_nearest(gain.values) < _SMALLEST for gain in axes.values()):
+            nearest[module] = _nearest(_divided_by(delta))
     worst = min(nearest, key=lambda module: nearest[module], default="")
     if worst and nearest[worst] < _SMALLEST:
-        share = _largest(torch.cat([_divided_by(modules[m], *found) for m, found in held.items()]))
+        share = _largest(torch.cat([_divided_by(modules[module]) for module in gained]))
         raise IncompatibleError(
             f"module {worst!r}: 1 + g, what the DoRA multiplies a row of the base weight by, would "
             f"be {nearest[worst]:.3g} in size; below {_SMALLEST:g} none can be written. The "
@@ -146,8 +159,10 @@ def _nearest(gains: Tensor) -> float:
     return float((1 + gains).abs().min()) if len(gains) else math.inf
 
 
-def _divided_by(delta: Delta, axis: Axis, gain: AxisGain) -> Tensor:
+def _divided_by(delta: Delta) -> Tensor:
     """The gains g of the rows of a delta whose factor is to be divided by 1 + g."""
+    axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
+    ((axis, gain),) = axes.items()
     B, A = (delta.B, delta.A) if axis == "out" else (delta.A.mT, delta.B.mT)
     return gain.values[_moved(B, A, gain)].cpu()
 

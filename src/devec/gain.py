@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,9 +47,9 @@ class Magnitude:
     axis: Axis
     base: BaseWeight
 
-    def to(self, device: torch.device | str) -> Magnitude:
-        """The same magnitudes on another device."""
-        return dataclasses.replace(self, values=self.values.to(device))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Magnitude:
+        """The same with another tensor for every one."""
+        return dataclasses.replace(self, values=change(self.values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +66,9 @@ class AxisGain:
     overlap: Float[Tensor, "out rank"]
     squares: Float[Tensor, " out"]
 
-    def to(self, device: torch.device | str) -> AxisGain:
-        """The same gains on another device."""
-        return AxisGain(*(t.to(device) for t in (self.values, self.overlap, self.squares)))
+    def each(self, change: Callable[[Tensor], Tensor]) -> AxisGain:
+        """The same with another tensor for every one."""
+        return AxisGain(*map(change, (self.values, self.overlap, self.squares)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +99,14 @@ class Gain:
             axes[axis] = dataclasses.replace(no_gain(factor, weight), values=gain.values)
         return Gain(self.base, axes)
 
-    def to(self, device: torch.device | str) -> Gain:
-        """The same gains on another device."""
-        return Gain(self.base, {axis: gain.to(device) for axis, gain in self.axes.items()})
+    def each(self, change: Callable[[Tensor], Tensor]) -> Gain:
+        """The same with another tensor for every one."""
+        return Gain(self.base, {axis: gain.each(change) for axis, gain in self.axes.items()})
 
 
 def gain_on(base: BaseWeight, axes: dict[Axis, AxisGain]) -> Gain | None:
     """Gains without the axes on which all are zero, None if nothing is left."""
-    kept = {axis: gain for axis, gain in axes.items() if bool(gain.values.any())}
+    kept = {a: gain for a, gain in axes.items() if gain.values.is_meta or bool(gain.values.any())}
     return Gain(base, kept) if kept else None
 
 

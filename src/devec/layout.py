@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from devec.output import Writer
-
 if TYPE_CHECKING:
     from devec.adapter import Adapter
+    from devec.delta import Delta
 
 # A LoHa of rank 16 and a LoKr of factor 8 and rank 32 are still exact with this many columns, which
 # are as many as a large LoRA has.
@@ -42,6 +41,51 @@ Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]
 READERS: list[Reader] = []
 
 
+class Piece(Protocol):
+    """Modules of an adapter that are stored together."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, of which the adapter may lack some."""
+
+
+class Output(Protocol):
+    """An output in the making, to which pieces are written in any order, from any process."""
+
+    def write(self, piece: Any, modules: Mapping[str, Delta]) -> None:  # noqa: ANN401
+        """Write a piece of the plan."""
+
+    def flush(self) -> None:
+        """Bring what has been written to the disk."""
+
+    def written_elsewhere(self, piece: Any) -> None:  # noqa: ANN401
+        """Take note that another process has written a piece."""
+
+    def finish(self) -> None:
+        """Complete the output."""
+
+    def close(self) -> None:
+        """Let go of it, complete or not."""
+
+
+class Plan(Protocol):
+    """What is to be written of an adapter, known before its modules are."""
+
+    @property
+    def modules(self) -> Mapping[str, Delta]:
+        """The modules of the adapter."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """What is stored of them."""
+
+    def open(self, path: Path, *, create: bool = True) -> Output:
+        """The output in the making; made, or opened where another process has made it."""
+
+    def write(self, path: Path) -> None:
+        """Write all of it."""
+
+
 class Layout(Protocol):
     """How an adapter was stored and is to be written; the algebra never looks inside."""
 
@@ -58,8 +102,12 @@ class Layout(Protocol):
     def carrying(self, other: Layout) -> Layout:
         """The layout of a result that keeps the whole trained tensors of another adapter."""
 
-    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that writes the adapter at a path."""
+    @property
+    def joins(self) -> bool:
+        """Whether modules are put together when they are written, which takes their values."""
+
+    def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> Plan:
+        """What is written of the adapter."""
 
     def rebased(self, base: str) -> Layout:
         """The same layout with another base model on record."""

@@ -3,9 +3,9 @@
 All functions take plain tensors and know nothing of adapters. With ``B`` of shape (m, r) and ``A``
 of shape (r, n), ``r`` small, everything costs O((m + n) r²).
 
-Orthonormal bases are computed in float64 where the device has it: the basis of a weak direction is
-perturbed by eps times the condition number of the factor, and thresholds are cut on these bases.
-For thin factors this costs no more than the memory traffic does.
+What is here computes in float64 where the device has it, whatever the condition of the factors: the
+basis of a weak direction is perturbed by eps times the condition number, and thresholds are cut on
+these bases. `devec.bases` is for many well-conditioned factors at once.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def basis_dtype(device: torch.device) -> torch.dtype:
     """The precision bases are computed in: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def small(matrix: Tensor) -> Tensor:
+    """A small matrix in float64, where it lies or, if that has none, on the CPU."""
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
 
 
 def product_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ProductSVD:

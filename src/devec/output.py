@@ -1,20 +1,29 @@
 """Writing outputs so that none is ever seen half-written.
 
 Everything is first written under a hidden temporary directory on the same file system, flushed,
-and then renamed into place. A process killed at any time leaves at most such a directory behind.
+and then renamed into place. A process killed at any time leaves at most such a directory behind,
+which the next one takes away.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
 from devec.errors import OutputError, listed
+
+# The hidden directories in which outputs are made, and the lock that says they are in use.
+_PREFIX = ".devec-"
+_LOCK = ".lock"
+_REPLACED = ".replaced"
 
 Writer = Callable[[Path], None]
 
@@ -36,23 +45,83 @@ def write_all(
         OutputError: If a target exists and may not be replaced, or cannot be written. Nothing is
             changed then.
     """
-    _require_replaceable([*outputs, *obsolete], overwrite)
-    staging: dict[Path, Path] = {}
-    try:
-        for parent in {path.parent for path in [*outputs, *obsolete]}:
-            staging[parent] = Path(tempfile.mkdtemp(prefix=".devec-", dir=_existing(parent)))
+    with Staging([*outputs, *obsolete], overwrite=overwrite) as staging:
         for path, write in outputs.items():
-            staged = staging[path.parent] / path.name
-            write(staged)
-            _flush(staged)
-            _require_same_kind(staged, path)
-        _commit(outputs, obsolete, staging)
-    except (OSError, SafetensorError) as error:
-        target = listed([str(path) for path in outputs], 1)
-        raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
-    finally:
-        for directory in staging.values():
+            write(staging.place(path))
+        staging.commit(list(outputs), obsolete)
+
+
+class Staging:
+    """Where outputs are made until all of them get their names at once.
+
+    Args:
+        targets: What may be written.
+        overwrite: Whether targets that exist may be replaced.
+    """
+
+    def __init__(self, targets: Sequence[Path], *, overwrite: bool) -> None:
+        """Refuse targets that may not be replaced, before any work is done."""
+        _require_replaceable(targets, overwrite)
+        _require_apart(targets)
+        self._targets, self._overwrite = targets, overwrite
+        self._places: dict[Path, Path] = {}
+        self._locks: list[IO[bytes]] = []
+
+    def __enter__(self) -> Staging:
+        try:
+            with self._explained():
+                for parent in {path.parent for path in self._targets}:
+                    home = _existing(parent)
+                    _remove_abandoned(home)
+                    self._places[parent], lock = _made_in(home)
+                    self._locks.append(lock)
+        except BaseException:
+            self._clear()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._clear()
+        if isinstance(error, OSError | SafetensorError):
+            with self._explained():
+                raise error
+
+    def _clear(self) -> None:
+        """Take away all that was made here."""
+        for directory in self._places.values():
             shutil.rmtree(directory, ignore_errors=True)
+        for lock in self._locks:
+            lock.close()
+
+    def place(self, target: Path) -> Path:
+        """Where an output is made."""
+        return self._places[target.parent] / target.name
+
+    def commit(self, outputs: Sequence[Path], obsolete: Sequence[Path] = ()) -> None:
+        """Flush outputs to the disk and give them their names, all or none.
+
+        Args:
+            outputs: The targets that were made.
+            obsolete: What is taken away as it has no successor.
+
+        Raises:
+            OutputError: If one cannot be written. Nothing is changed then.
+        """
+        with self._explained():
+            for path in outputs:
+                _flush(self.place(path))
+                _require_same_kind(self.place(path), path)
+            _require_replaceable([*outputs, *obsolete], self._overwrite)  # much may have happened
+            _commit(outputs, obsolete, self._places)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the system as errors of devec."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            target = listed([str(path) for path in self._targets], 1)
+            raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
 
 
 def _commit(
@@ -69,12 +138,12 @@ def _commit(
         for path in outputs:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                move(path, staging[path.parent] / f"{path.name}.replaced")
+                move(path, staging[path.parent] / f"{path.name}{_REPLACED}")
             move(staging[path.parent] / path.name, path)
         for path in obsolete:
             if path.exists():
-                move(path, staging[path.parent] / f"{path.name}.replaced")
-    except OSError:
+                move(path, staging[path.parent] / f"{path.name}{_REPLACED}")
+    except BaseException:  # an interrupt, too, must not cost what was there before
         for source, target in reversed(done):
             target.rename(source)
         raise
@@ -103,6 +172,43 @@ def _require_same_kind(staged: Path, target: Path) -> None:
         raise OutputError(
             f"{target} is a {old} and is not replaced by a {new}; remove it or choose another path"
         )
+
+
+def _made_in(home: Path) -> tuple[Path, IO[bytes]]:
+    """A new hidden directory, and a lock in it that lasts as long as the process."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
+        lock = (directory / _LOCK).open("wb")
+        if sys.platform != "win32":  # where nothing that was abandoned is taken away
+            import fcntl
+
+            with suppress(OSError):  # not all file systems have locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            return directory, lock
+        lock.close()  # another process took it for abandoned before it was locked
+
+
+def _remove_abandoned(home: Path) -> None:
+    """Take away what processes that were killed have left, and no process holds a lock in."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    for directory in home.glob(f"{_PREFIX}*"):
+        if any(directory.glob(f"*{_REPLACED}")):
+            continue  # it was killed while it replaced outputs, the only copies of which these are
+        # in use, on its way to be, or another user's
+        with suppress(OSError), (directory / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _require_apart(targets: Sequence[Path]) -> None:
+    """Refuse a target inside of another one, or given twice."""
+    for path in targets:
+        if targets.count(path) > 1 or any(other in path.parents for other in targets):
+            raise OutputError(f"{path} would be written in the place of another output")
 
 
 def _existing(path: Path) -> Path:

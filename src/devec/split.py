@@ -1,21 +1,26 @@
-"""One module of a pool: its column spaces, what they share, and the parts that follow from it."""
+"""Modules of a pool: their column spaces, what they share, and the parts that follow from it.
+
+Modules of one shape are split together, as a stack, where that is sound; the others, and DoRAs,
+one by one. A scope is a generator: it looks at the factors of all adapters once to find what they
+share, and then goes through the adapters again and yields their parts, one adapter at a time, so
+that no more is held than one adapter's factors of these modules and the shared basis.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.joint import base_of, resolved_together
-from devec.linalg import ColumnSpace, column_space, working_dtype
+from devec.stack import Stack, UnsoundError
 from devec.subspace import (
     METHODS,
     SharedSubspace,
@@ -27,6 +32,7 @@ from devec.subspace import (
 )
 
 Threshold = float | Literal["auto"]
+Kind = Literal["unique", "shared", "common"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +49,8 @@ class ModuleSplit:
         edge: The value that random subspaces of these dimensions reach.
         spectrum: What the threshold was compared with, descending.
         quantity: What that is: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
-        basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank).
+        basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank); without
+            values (on the device ``"meta"``) where results went to files.
         norms: For each adapter of the group, ‖ΔW‖_F.
         shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
     """
@@ -70,35 +77,6 @@ class ModuleSplit:
         return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
 
 
-@dataclass
-class ModuleParts:
-    """The parts of one module, by the name of the adapter or pair they belong to.
-
-    Attributes:
-        shared: Shared parts.
-        unique: Unique parts.
-        common: The common vector of the pool.
-        splits: What was found.
-        norms: ‖ΔW‖_F of the originals that were split.
-    """
-
-    shared: dict[str, Delta] = field(default_factory=dict)
-    unique: dict[str, Delta] = field(default_factory=dict)
-    common: Delta | None = None
-    splits: list[ModuleSplit] = field(default_factory=list)
-    norms: dict[str, float] = field(default_factory=dict)
-
-    def map(self, change: Callable[[Delta], Delta]) -> ModuleParts:
-        """The same parts with every delta replaced."""
-        return ModuleParts(
-            shared={name: change(delta) for name, delta in self.shared.items()},
-            unique={name: change(delta) for name, delta in self.unique.items()},
-            common=None if self.common is None else change(self.common),
-            splits=self.splits,
-            norms=self.norms,
-        )
-
-
 @dataclass(frozen=True)
 class Question:
     """What is asked of every module: which directions count as shared, and among whom.
@@ -107,12 +85,14 @@ class Question:
         names: Names of the adapters of the pool, in order.
         threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
         method: A key of `METHODS`.
+        scope: A key of `SCOPES`.
         target: Name of the adapter to split, for scope ``"iterative"``.
     """
 
     names: tuple[str, ...]
     threshold: Threshold
     method: str
+    scope: str
     target: str = ""
 
     def level(self, n: int, ranks: Sequence[int]) -> float:
@@ -122,190 +102,320 @@ class Question:
         return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
 
 
-class ModulePool:
-    """One module of all the adapters that have it.
+class Part(NamedTuple):
+    """A part of some modules.
 
-    A base weight that DoRAs need is read once and held for as long as the pool is; `released` parts
-    no longer hold it.
-
-    Args:
-        module: Name of the module.
-        deltas: Adapter name → delta, where it is to be computed.
+    Attributes:
+        kind: What part it is.
+        name: The adapter, or of scope ``"pairwise"`` the pair, that it belongs to; empty for the
+            common vector.
+        deltas: Module → delta; None where the part is zero.
     """
 
-    def __init__(self, module: str, deltas: Mapping[str, Delta]) -> None:
-        """Find the column spaces of the deltas' low-rank parts."""
-        self.module = module
-        self.as_read = deltas
-        self.base = base_of(deltas.values())
-        self.deltas = resolved_together(deltas)
-        self.spaces: dict[str, ColumnSpace] = {
-            name: column_space(delta.B if delta.scaling else 0 * delta.B, delta.A)
-            for name, delta in self.deltas.items()
-        }
-        self.norms = {
-            name: delta.weight_norm(abs(delta.scaling) * float(self.spaces[name].S.norm()))
-            for name, delta in self.deltas.items()
-        }
+    kind: Kind
+    name: str
+    deltas: Mapping[str, Delta | None]
 
-    def released(self, delta: Delta) -> Delta:
-        """A part without the base weight that is held here."""
-        return delta if self.base is None else delta.on(self.base)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision in which all the deltas can be combined."""
-        return working_dtype(*(f for delta in self.as_read.values() for f in (delta.B, delta.A)))
+@dataclass
+class Findings:
+    """What was found so far.
 
-    def shared_subspace(self, question: Question, group: Sequence[str]) -> SharedSubspace:
-        """The subspace that the deltas of a group share, by the method asked for."""
-        bases = [self.spaces[name].U for name in group]
-        ranks = [basis.shape[1] for basis in bases]
-        if not all(ranks):
-            return SharedSubspace(bases[0][:, :0], bases[0].new_zeros(0))
-        found = METHODS[question.method](bases, question.level(len(bases[0]), ranks))
-        if question.threshold == "auto" and len(group) > 2:
-            return held_by_all(found, bases, lambda n, rank: chance_level(n, rank, 1))
+    Attributes:
+        rows: A row for every module and group.
+        norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
+    """
+
+    rows: list[ModuleSplit] = field(default_factory=list)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, other: Findings) -> None:
+        """Take up what was found elsewhere."""
+        self.rows += other.rows
+        for name, norms in other.norms.items():
+            self.norms.setdefault(name, {}).update(norms)
+
+    def outlined(self) -> Findings:
+        """The same with the shapes alone of the shared bases."""
+        rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
+        return Findings(rows, self.norms)
+
+    def add_norms(self, name: str, stack: Stack) -> None:
+        """Take up the norms of an adapter."""
+        norms = zip(stack.modules, stack.norms(name), strict=True)
+        self.norms.setdefault(name, {}).update(norms)
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """The bases of a group, which a stack computes when they are asked for.
+
+    Attributes:
+        stack: The stack.
+        group: The adapters.
+        index: The module of the stack; None for all of them.
+    """
+
+    stack: Stack
+    group: Sequence[str]
+    index: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for name in self.group:
+            yield self.stack.basis(name) if self.index is None else self._one(name)
+
+    def _one(self, name: str) -> Tensor:
+        return self.stack.basis(name)[self.index or 0]
+
+
+class _Group:
+    """What a group of adapters shares in the modules of a stack, and sums over its adapters."""
+
+    def __init__(self, question: Question, stack: Stack, names: Sequence[str]) -> None:
+        """Find what the group shares, by the method asked for (Eq. 8-11)."""
+        self.question, self.stack, self.names = question, stack, names
+        self.found = _shared_subspace(question, stack, names)
+        self.counts: list[int] = self.found.counts.tolist()
+        self.shared_norms: list[list[float]] = []
+        self._sum: Tensor | None = None
+        self._biases: list[Tensor | None] = [None] * len(self.counts)
+
+    def parts(self, name: str) -> tuple[list[Delta | None], list[Delta]]:
+        """The shared and the unique parts of an adapter, which the common vector takes up."""
+        if not any(self.counts):
+            self.shared_norms.append([0.0] * len(self.counts))
+            return [None] * len(self.counts), self.stack.deltas(name)
+        made = self.stack.projected(name, self.found.basis, self.counts)
+        self.shared_norms.append(made.norms)
+        weighted = made.coordinates.new_tensor(made.norms)[:, None, None] * made.coordinates
+        self._sum = weighted if self._sum is None else self._sum.add_(weighted)
+        self._biases = [
+            _with_bias(total, part, norm)
+            for total, part, norm in zip(self._biases, made.shared, made.norms, strict=True)
+        ]
+        return made.shared, made.unique
+
+    def common(self) -> list[Delta | None]:
+        """Means of the shared parts weighted by their norms (Eq. 14), of rank ρ_shared, scaling 1.
+
+        Returns:
+            Z·(Σ w_i·Zᵀ·shared_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖; None where nothing is
+            shared.
+        """
+        result: list[Delta | None] = []
+        for index, count in enumerate(self.counts):
+            if not count or self._sum is None:
+                result.append(None)
+                continue
+            total = math.fsum(norms[index] for norms in self.shared_norms) or 1.0
+            Z = self.found.basis[index, :, :count].to(self.stack.dtype)
+            bias = self._biases[index]
+            bias = None if bias is None else bias / total
+            result.append(
+                self.stack.released(Delta(Z, self._sum[index, :count] / total, bias=bias))
+            )
+        return result
+
+    def rows(self) -> Iterator[ModuleSplit]:
+        """The rows of the report, once all adapters were gone through."""
+        ranks = [self.stack.rank(name) for name in self.names]
+        norms = [self.stack.norms(name) for name in self.names]
+        for index in range(len(self.counts)):
+            yield row_of(
+                self.question,
+                self.stack.modules[index],
+                self.names,
+                ranks,
+                _at(self.found, index),
+                [of_all[index] for of_all in norms],
+                [of_all[index] for of_all in self.shared_norms],
+            )
+
+
+def _shared_subspace(question: Question, stack: Stack, names: Sequence[str]) -> SharedSubspace:
+    """The subspaces that the adapters of a group share, by the method asked for."""
+    bases = _Bases(stack, names)
+
+    def level() -> float:
+        ranks = [stack.rank(name) for name in names]
+        return question.level(stack.rows, ranks) if all(ranks) else math.inf
+
+    found = METHODS[question.method](bases, level)
+    if not all(stack.rank(name) for name in names):  # nothing can be shared with zero
+        return dataclasses.replace(found, spectrum=found.spectrum[..., :0])
+    if question.threshold != "auto" or len(names) <= 2:
         return found
-
-    def parts(self, group: Sequence[str], Z: Float[Tensor, "out k"]) -> dict[str, Delta]:
-        """The shared part of every delta of a group (Eq. 12)."""
-        return {name: self.deltas[name].projected(Z) for name in group}
-
-    def whole(self, name: str) -> tuple[Delta, Delta]:
-        """Zero, and the delta as it was read: the parts where nothing is shared."""
-        delta = self.as_read[name]
-        if delta.gain is not None:
-            return Delta(delta.B[:, :0], delta.A[:0]), delta
-        bias = None if delta.bias is None else torch.zeros_like(delta.bias)
-        return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias), delta
-
-    def shared_norm(self, name: str, Z: Float[Tensor, "out k"], part: Delta) -> float:
-        """‖Z Zᵀ ΔW‖_F: of a LoRA |s|·‖(ZᵀU)·diag(S)‖_F, of a DoRA the norm of its part Z·C."""
-        delta, space = self.deltas[name], self.spaces[name]
-        if delta.gain is not None:
-            return float(torch.linalg.matrix_norm(part.A))
-        return abs(delta.scaling) * float(((Z.mT @ space.U) * space.S).norm())
-
-    def common(
-        self, parts: Mapping[str, Delta], Z: Float[Tensor, "out k"], norms: Sequence[float]
-    ) -> Delta:
-        """Mean of the shared parts of a group, weighted by their norms (Eq. 14).
-
-        Z·(Σ w_i·Zᵀ·shared_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖.
-
-        Returns:
-            The common vector, of rank ρ_shared and scaling 1.
-        """
-        total = math.fsum(norms) or 1.0
-        Z = Z.to(self.dtype)
-        columns = next(iter(parts.values())).shape[1]
-        A = torch.zeros(Z.shape[1], columns, dtype=self.dtype, device=Z.device)
-        bias = None
-        for part, norm in zip(parts.values(), norms, strict=True):
-            A.add_(part.coordinates(Z), alpha=norm / total)
-            if part.bias is not None:
-                weighted = norm / total * part.scaling * part.bias.to(self.dtype)
-                bias = weighted if bias is None else bias + weighted
-        return Delta(B=Z, A=A, bias=bias)
-
-    def row(
-        self,
-        question: Question,
-        group: Sequence[str],
-        found: SharedSubspace,
-        shared_norms: Sequence[float],
-        ranks: Sequence[int] = (),
-    ) -> ModuleSplit:
-        """The row of the report for a group."""
-        n = len(found.basis)
-        ranks = ranks or [self.spaces[name].U.shape[1] for name in group]
-        return ModuleSplit(
-            module=self.module,
-            group=tuple(group),
-            ranks=tuple(ranks),
-            threshold=question.level(n, ranks),
-            edge=pool_level(n, ranks, question.method, random_edge),
-            spectrum=found.spectrum.cpu(),
-            quantity=found.quantity,
-            basis=found.basis.cpu(),
-            norms=tuple(self.norms[name] for name in group),
-            shared_norms=tuple(shared_norms),
-        )
-
-    def compare(
-        self, question: Question, group: Sequence[str]
-    ) -> tuple[ModuleSplit, dict[str, Delta], Delta | None]:
-        """What a group shares: the row of the report, the shared parts, the common vector.
-
-        Returns:
-            All three; without parts and common vector where nothing is shared (Eq. 8-14).
-        """
-        found = self.shared_subspace(question, group)
-        Z = found.basis
-        parts = self.parts(group, Z) if found.rank else {}
-        norms = [self.shared_norm(n, Z, parts[n]) if parts else 0.0 for n in group]
-        common = self.common(parts, Z, norms) if parts else None
-        return self.row(question, group, found, norms), parts, common
+    return held_by_all(found, bases, _chance_of_one)
 
 
-def split_all(question: Question, pool: ModulePool) -> ModuleParts:
+def _chance_of_one(n: int, rank: int) -> float:
+    """The squared cosine that a random direction and a subspace rarely exceed."""
+    return chance_level(n, rank, 1)
+
+
+def _at(found: SharedSubspace, index: int) -> SharedSubspace:
+    """What was found in one module of a stack."""
+    count = found.counts[index]
+    return dataclasses.replace(
+        found,
+        basis=found.basis[index, :, : int(count)],
+        spectrum=found.spectrum[index],
+        counts=count,
+    )
+
+
+def _with_bias(total: Tensor | None, part: Delta | None, norm: float) -> Tensor | None:
+    """A sum of weighted changes of biases with one more."""
+    if part is None or part.bias is None:
+        return total
+    weighted = norm * part.scaling * part.bias
+    return weighted if total is None else total + weighted
+
+
+def row_of(
+    question: Question,
+    module: str,
+    group: Sequence[str],
+    ranks: Sequence[int],
+    found: SharedSubspace,
+    norms: Sequence[float],
+    shared_norms: Sequence[float],
+) -> ModuleSplit:
+    """The row of the report for a group.
+
+    Args:
+        question: What was asked.
+        module: The module.
+        group: The adapters.
+        ranks: Dimensions of their column spaces.
+        found: What they share.
+        norms: Norms of their deltas.
+        shared_norms: Norms of the shared parts.
+
+    Returns:
+        The row.
+    """
+    n = len(found.basis)
+    return ModuleSplit(
+        module=module,
+        group=tuple(group),
+        ranks=tuple(ranks),
+        threshold=question.level(n, ranks),
+        edge=pool_level(n, ranks, question.method, random_edge),
+        spectrum=found.spectrum.cpu(),
+        quantity=found.quantity,
+        basis=found.basis.cpu(),
+        norms=tuple(norms),
+        shared_norms=tuple(shared_norms),
+    )
+
+
+def nothing_of(delta: Delta) -> Delta:
+    """The zero that is the shared part of a delta where nothing is shared."""
+    if delta.gain is not None:
+        return Delta(delta.B[:, :0], delta.A[:0])
+    bias = None if delta.bias is None else torch.zeros_like(delta.bias)
+    return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias)
+
+
+def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     """Scope ``all``: one shared subspace for the whole pool (Eq. 8-14)."""
-    parts = ModuleParts()
-    shared: dict[str, Delta] = {}
-    if len(pool.deltas) == len(question.names):
-        row, shared, parts.common = pool.compare(question, question.names)
-        parts.splits.append(row)
-    for name, delta in pool.deltas.items():
-        part, parts.norms[name] = shared.get(name), pool.norms[name]
-        parts.shared[name], parts.unique[name] = (
-            pool.whole(name) if part is None else (part, delta.without(part))
-        )
-    return parts
+    everywhere = len(stack.names) == len(question.names)
+    group = _Group(question, stack, stack.names) if everywhere else None
+    for name in stack.names:
+        shared: Sequence[Delta | None] = [None] * len(stack.modules)
+        unique: Sequence[Delta] = []
+        if group is not None:
+            shared, unique = group.parts(name)
+        found.add_norms(name, stack)
+        yield Part("unique", name, stack.named(unique or stack.deltas(name)))
+        unique = []  # nothing is held that is not needed any more
+        yield Part("shared", name, stack.named(shared))
+        shared = []
+    if group is not None:
+        yield Part("common", "", stack.named(group.common()))
+        found.rows += group.rows()
 
 
-def split_pairs(question: Question, pool: ModulePool) -> ModuleParts:
+def split_pairs(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     """Scope ``pairwise``: a common vector for every pair (Eq. 8-14 with k = 2)."""
-    parts = ModuleParts()
+    for name in stack.names:
+        stack.basis(name)  # so that nothing is done twice if one is unsound
     for pair in combinations(question.names, 2):
-        if all(name in pool.deltas for name in pair):
-            row, _, common = pool.compare(question, pair)
-            parts.splits.append(row)
-            if common is not None:
-                parts.shared["+".join(pair)] = common
-    return parts
+        if all(name in stack.names for name in pair):
+            group = _Group(question, stack, pair)
+            for name in pair:
+                group.parts(name)
+            yield Part("shared", "+".join(pair), stack.named(group.common()))
+            found.rows += group.rows()
 
 
-def split_target(question: Question, pool: ModulePool) -> ModuleParts:
-    """Scope ``iterative``: the target loses what it shares with each of the others in turn."""
-    parts = ModuleParts()
+def split_target(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
+    """Scope ``iterative``: the target loses what it shares with each of the others in turn.
+
+    Args:
+        question: What is asked.
+        stack: One module.
+        found: Takes up rows and norms.
+
+    Yields:
+        The unique and the shared part of the target.
+    """
     target = question.target
-    if target not in pool.deltas:
-        return parts
-    others = [name for name in question.names if name != target and name in pool.deltas]
-    U = pool.spaces[target].U
-    steps = deflate(
-        U, [pool.spaces[o].U for o in others], lambda p, q: question.level(len(U), (p, q))
-    )
+    if target not in stack.names:
+        return
+    others = [name for name in question.names if name != target and name in stack.names]
+    U = stack.basis(target)[0]
+    found.add_norms(target, stack)
+    steps = deflate(U, _Bases(stack, others, 0), lambda p, q: question.level(len(U), (p, q)))
     left = U.shape[1]
-    for other, found in zip(others, steps, strict=True):
+    for other, step in zip(others, steps, strict=True):
         group = (target, other)
-        held = pool.parts(group, found.basis)
-        norms = [pool.shared_norm(name, found.basis, part) for name, part in held.items()]
-        ranks = (left, pool.spaces[other].U.shape[1])
-        parts.splits.append(pool.row(question, group, found, norms, ranks))
-        left -= found.rank
-    Z = torch.cat([U[:, :0], *(found.basis for found in steps)], dim=1)
-    delta, parts.norms[target] = pool.deltas[target], pool.norms[target]
-    part = delta.projected(Z) if Z.shape[1] else None
-    parts.shared[target], parts.unique[target] = (
-        pool.whole(target) if part is None else (part, delta.without(part))
-    )
-    return parts
+        ranks = (left, stack.rank(other))
+        counts = [step.rank]
+        norms = [stack.norms(name)[0] for name in group]
+        held = [
+            stack.projected(name, step.basis[None], counts).norms[0] if step.rank else 0.0
+            for name in group
+        ]
+        found.rows.append(row_of(question, stack.modules[0], group, ranks, step, norms, held))
+        left -= step.rank
+    Z = torch.cat([U[:, :0], *(step.basis for step in steps)], dim=1)
+    shared: Sequence[Delta | None] = [None]
+    unique: Sequence[Delta] = stack.deltas(target)
+    if Z.shape[1]:
+        shared, unique, *_ = stack.projected(target, Z[None], [Z.shape[1]])
+    yield Part("unique", target, stack.named(unique))
+    yield Part("shared", target, stack.named(shared))
 
 
-SCOPES: dict[str, Callable[[Question, ModulePool], ModuleParts]] = {
+SCOPES: dict[str, Callable[[Question, Stack, Findings], Iterator[Part]]] = {
     "all": split_all,
     "pairwise": split_pairs,
     "iterative": split_target,
 }
+
+
+def split(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
+    """The parts of the modules of a stack; those that are unsound together, one by one.
+
+    Args:
+        question: What is asked.
+        stack: The modules.
+        found: Takes up rows and norms.
+
+    Yields:
+        The parts, an adapter at a time.
+    """
+    pending = [stack]
+    while pending:
+        stack = pending.pop()
+        try:
+            # the precision is chosen, not what the caller may have set for a model
+            with stack.located(), torch.autocast(stack.device.type, enabled=False):
+                yield from SCOPES[question.scope](question, stack, found)
+        except UnsoundError as error:
+            pending += stack.without(error.modules)

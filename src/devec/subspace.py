@@ -3,26 +3,49 @@
 A method takes orthonormal bases ``U_i`` of shape (n, ρ_i) and a threshold τ on the squared cosine
 between shared directions, and returns an orthonormal basis of the shared subspace. Since its
 columns are orthonormal, ``Z Zᵀ`` is an orthogonal projector.
+
+Bases may be stacks of shape (batch, n, ρ_i), for as many shared subspaces at once. They are asked
+for in order, one or two at a time where the method allows it, so that a sequence may compute them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from devec.errors import IncompatibleError
+from devec.linalg import small
 
-# Exactly shared directions come out as 1 - O(1e-15) in float64; without this allowance τ = 1, the
-# value of the paper's Proposition 3.1, would select nothing.
-_ROUNDING = 1e-9
+# Exactly shared directions come out as 1 - O(1e-15) in float64, 1 - O(1e-6) in float32; without
+# this allowance τ = 1, the value of the paper's Proposition 3.1, would select nothing.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+# Squared cosines below this are those of directions that one subspace has alone.
+_ALONE = 1e-9
 
 # 99 % quantile of the Tracy-Widom distribution of order 1 (Johnstone 2008, Table 1).
 _TRACY_WIDOM_99 = 2.0234
+
+# A number, or what gives it once the bases, and so their dimensions, are known.
+Level = float | Callable[[], float]
+
+
+@runtime_checkable
+class Bases(Protocol):
+    """Orthonormal bases U_i of shape (n, ρ_i), or stacks (batch, n, ρ_i), in a list or computed."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """One after the other, as often as asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +53,23 @@ class SharedSubspace:
     """What several subspaces of R^n share.
 
     Attributes:
-        basis: Z, orthonormal columns, shape (n, ρ_shared).
+        basis: Z, orthonormal columns, shape (n, ρ_shared). In a stack as many columns as the
+            largest needs; beyond a subspace's own number they are zero.
         spectrum: What the threshold was compared with, descending, on the scale of squared
             cosines: see the method.
+        counts: ρ_shared, of each subspace of a stack.
         quantity: What the values of the spectrum are.
     """
 
-    basis: Float[Tensor, "n shared"]
-    spectrum: Float[Tensor, " k"]
+    basis: Float[Tensor, "*batch n shared"]
+    spectrum: Float[Tensor, "*batch k"]
+    counts: Int[Tensor, "*batch"]
     quantity: str = "cos²"
 
     @property
     def rank(self) -> int:
-        """The number of shared directions."""
-        return self.basis.shape[1]
+        """The number of shared directions, of a stack the largest."""
+        return self.basis.shape[-1]
 
 
 def principal_vectors(
@@ -68,13 +94,13 @@ def principal_vectors(
     return U1 @ Y, cosines.clamp(max=1), U2 @ Xh.mT
 
 
-def principal(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+def principal(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace of two column spaces by principal angles.
 
     Z holds the principal vectors f_i of the first subspace whose cos² θ_i exceeds the threshold.
 
     Args:
-        bases: Two orthonormal bases.
+        bases: Two orthonormal bases, or stacks of them.
         threshold: Smallest squared cosine that counts as shared.
 
     Returns:
@@ -90,12 +116,14 @@ def principal(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> Shared
             f"method 'principal' is defined for two subspaces, not {len(bases)}; "
             "use method='mean' or 'chain', or scope='pairwise'"
         )
-    Y, cosines, _ = torch.linalg.svd(bases[0].mT @ bases[1], full_matrices=False)
+    first, second = bases
+    Y, cosines, _ = torch.linalg.svd(small(first.mT @ second), full_matrices=False)
     squared = cosines.clamp(max=1).square()
-    return SharedSubspace(bases[0] @ Y[:, : _shared_count(squared, threshold)], squared)
+    counts = _shared_count(squared, threshold, first.dtype)
+    return SharedSubspace(first @ _leading(Y, counts).to(first), squared, counts)
 
 
-def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+def chain(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the chained projectors P1·P2···Pk.
 
     The nonzero eigenvalues of the n × n chain are those of the ρ1 × ρ1 matrix
@@ -105,37 +133,49 @@ def chain(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubs
     bases; eigenvectors are not orthogonal, so an orthonormal basis of their span is taken.
 
     Args:
-        bases: Orthonormal bases U_i, two or more.
+        bases: Orthonormal bases U_i, or stacks of them, two or more.
         threshold: Smallest eigenvalue that counts as shared.
 
     Returns:
         The shared subspace, inside the first column space; its spectrum holds the real parts of
         the eigenvalues.
 
-    Cost: O(n Σ ρ_i ρ_{i+1}), linear in k.
+    Cost: O(n Σ ρ_i ρ_{i+1}), linear in k, with three bases at a time.
 
     Reference: arXiv 2512.22511, Eq. 8-11.
     """
     if len(bases) == 2:
         return principal(bases, threshold)
-    M = bases[0].mT @ bases[1]
-    for left, right in zip(bases[1:], [*bases[2:], bases[0]], strict=True):
-        M = M @ (left.mT @ right)
-    values, vectors = torch.linalg.eig(M)
+    rest = iter(bases)
+    first = left = next(rest)
+    M = torch.eye(first.shape[-1], dtype=torch.float64)
+    for right in rest:
+        M = M.to(overlap := small(left.mT @ right)) @ overlap
+        left = right
+    M = M @ small(left.mT @ first)
+    values, vectors = torch.linalg.eig(M.cpu())  # which not all devices have
     order = values.real.argsort(descending=True)
-    spectrum = values.real[order]
-    chosen = vectors[:, order[: _shared_count(spectrum, threshold)]]
-    return SharedSubspace(bases[0] @ _orthonormal_span(chosen), spectrum, "eigenvalue")
+    spectrum = values.real.gather(-1, order)
+    counts = _shared_count(spectrum, threshold, first.dtype)
+    vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
+    Y = _orthonormal_spans(vectors, counts)
+    return SharedSubspace(first @ Y.to(first), spectrum, counts, "eigenvalue")
 
 
-def _orthonormal_span(vectors: Complex[Tensor, "r k"]) -> Float[Tensor, "r k"]:
-    """Real orthonormal basis of the span of complex vectors that come in conjugate pairs."""
-    parts = torch.cat([vectors.real, vectors.imag], dim=1)
-    basis: Tensor = torch.linalg.svd(parts, full_matrices=False).U
-    return basis[:, : vectors.shape[1]]
+def _orthonormal_spans(
+    vectors: Complex[Tensor, "*batch r k"], counts: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch r shared"]:
+    """Real orthonormal bases of the spans of the first so many vectors, in conjugate pairs."""
+    size = int(counts.max()) if counts.numel() else 0
+    result = vectors.real.new_zeros(*vectors.shape[:-1], size)
+    for index in product(*map(range, counts.shape)):
+        count, Y = int(counts[index]), vectors[index]
+        parts = torch.cat([Y[:, :count].real, Y[:, :count].imag], dim=1)
+        result[index][:, :count] = torch.linalg.svd(parts, full_matrices=False).U[:, :count]
+    return result
 
 
-def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubspace:
+def mean(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the mean projector (P1 + … + Pk)/k.
 
     Symmetric, independent of the order of the bases, and not shrinking with k. An eigenvalue μ is
@@ -144,28 +184,32 @@ def mean(bases: Sequence[Float[Tensor, "n _"]], threshold: float) -> SharedSubsp
     pairs are selected, with their bisectors as the basis.
 
     Args:
-        bases: Orthonormal bases U_i, two or more.
+        bases: Orthonormal bases U_i, or stacks of them, two or more.
         threshold: Smallest such squared cosine that counts as shared.
 
     Returns:
         The shared subspace; its spectrum holds the squared cosines of all eigenvalues above 1/k
-        (an eigenvalue of 1/k is a direction that one subspace has alone).
+        (an eigenvalue of 1/k is a direction that one subspace has alone), of a stack as many as
+        the one with the most of them has.
 
-    Cost: O(n (Σ ρ_i)² + (Σ ρ_i)³).
+    Cost: O(n (Σ ρ_i)² + (Σ ρ_i)³), with all bases at once.
     """
     k = len(bases)
-    stacked = torch.cat(list(bases), dim=1)
-    values, Y = torch.linalg.eigh(stacked.mT @ stacked)
-    values, Y = values.flip(0), Y.flip(1)
+    stacked = torch.cat(list(bases), dim=-1)
+    values, Y = torch.linalg.eigh(small(stacked.mT @ stacked))
+    values, Y = values.flip(-1), Y.flip(-1)
     spectrum = ((values - 1) / (k - 1)).clamp(0, 1).square()
-    shared = _shared_count(spectrum, threshold)
-    Z = stacked @ (Y[:, :shared] / values[:shared].sqrt())
-    return SharedSubspace(Z, spectrum[spectrum > _ROUNDING])
+    counts = _shared_count(spectrum, threshold, stacked.dtype)
+    Y = _leading(Y, counts)
+    lengths = values[..., None, : Y.shape[-1]].clamp(min=_ALONE).sqrt()
+    Z = stacked @ (Y / lengths).to(stacked)
+    most = int((spectrum > _ALONE).sum(-1).max()) if spectrum.numel() else 0
+    return SharedSubspace(Z, spectrum[..., :most], counts)
 
 
 def deflate(
     U: Float[Tensor, "n rho"],
-    others: Sequence[Float[Tensor, "n _"]],
+    others: Bases,
     threshold: Callable[[int, int], float],
 ) -> list[SharedSubspace]:
     """What a target subspace shares with each of the others in turn, taken away after each.
@@ -188,19 +232,20 @@ def deflate(
 
     Reference: arXiv 2512.22511, §4.3.
     """
-    K = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    K = small(torch.eye(U.shape[1], device=U.device))
     steps = []
     for other in others:
-        Y, cosines, _ = torch.linalg.svd(K.mT @ (U.mT @ other))
+        Y, cosines, _ = torch.linalg.svd(K.mT @ small(U.mT @ other))
         spectrum = cosines.clamp(max=1).square()
-        shared = _shared_count(spectrum, threshold(K.shape[1], other.shape[1]))
-        steps.append(SharedSubspace(U @ (K @ Y[:, :shared]), spectrum))
+        counts = _shared_count(spectrum, threshold(K.shape[1], other.shape[1]), U.dtype)
+        shared = int(counts)
+        steps.append(SharedSubspace(U @ (K @ Y[:, :shared]).to(U), spectrum, counts))
         K = K @ Y[:, shared:]
     return steps
 
 
 def held_by_all(
-    found: SharedSubspace, bases: Sequence[Float[Tensor, "n _"]], level: Callable[[int, int], float]
+    found: SharedSubspace, bases: Bases, level: Callable[[int, int], float]
 ) -> SharedSubspace:
     """The directions of a shared subspace that every one of the subspaces holds beyond chance.
 
@@ -208,8 +253,8 @@ def held_by_all(
     can be exceeded by a direction that some of them share and another does not have at all.
 
     Args:
-        found: The shared subspace of a method.
-        bases: Orthonormal bases U_i of the subspaces.
+        found: The shared subspace of a method, or a stack of them.
+        bases: Orthonormal bases U_i of the subspaces, gone through three times.
         level: From n and the dimension of a subspace to the squared cosine ‖U_iᵀz‖² that a random
             direction z rarely exceeds.
 
@@ -218,24 +263,40 @@ def held_by_all(
         U_i holds beyond the level. What U_i holds is measured on Σ_{j≠i} U_jU_jᵀz, the direction
         that the others agree on: z itself leans towards each U_i by having been chosen.
     """
-    overlaps = [U.mT @ found.basis for U in bases]
-    _, V = torch.linalg.eigh(torch.stack([overlap.mT @ overlap for overlap in overlaps]).sum(0))
-    V = V.flip(1)
-    parts = [U @ (overlap @ V) for U, overlap in zip(bases, overlaps, strict=True)]
-    total = torch.stack(parts).sum(0)
-    held = [
-        (U.mT @ (total - part)).square().sum(0) > level(*U.shape) * (total - part).square().sum(0)
-        for U, part in zip(bases, parts, strict=True)
-    ]
-    return replace(found, basis=found.basis @ V[:, torch.stack(held).all(0)])
+    Z = found.basis
+    overlaps = [U.mT @ Z for U in bases]
+    _, V = torch.linalg.eigh(sum(small(overlap.mT @ overlap) for overlap in overlaps))
+    V = V.flip(-1).to(Z)
+    total = sum(U @ (overlap @ V) for U, overlap in zip(bases, overlaps, strict=True))
+    held = torch.ones(*Z.shape[:-2], Z.shape[-1], dtype=torch.bool, device=Z.device)
+    for U, overlap in zip(bases, overlaps, strict=True):
+        agreed = total - U @ (overlap @ V)
+        lengths = agreed.square().sum(-2)
+        held &= (U.mT @ agreed).square().sum(-2) > level(*U.shape[-2:]) * lengths
+    order = held.byte().argsort(dim=-1, descending=True, stable=True)
+    rotated = (Z @ V).gather(-1, order[..., None, :].expand_as(Z))
+    counts = held.sum(-1)
+    return replace(found, basis=_leading(rotated, counts), counts=counts)
 
 
-def _shared_count(spectrum: Float[Tensor, " k"], threshold: float) -> int:
-    """How many values of a descending spectrum exceed the threshold, but for rounding."""
-    return int((spectrum >= threshold * (1 - _ROUNDING)).sum())
+def _shared_count(
+    spectrum: Float[Tensor, "*batch k"], threshold: Level, dtype: torch.dtype
+) -> Int[Tensor, "*batch"]:
+    """How many values of a descending spectrum exceed the threshold, but for rounding of bases."""
+    level = threshold() if callable(threshold) else threshold
+    return (spectrum >= level * (1 - _ROUNDING[dtype])).sum(-1)
 
 
-METHODS: dict[str, Callable[[Sequence[Tensor], float], SharedSubspace]] = {
+def _leading(
+    Y: Float[Tensor, "*batch r k"], counts: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch r shared"]:
+    """The first so many columns of every matrix, with zeros up to the largest number of them."""
+    size = int(counts.max()) if counts.numel() else 0
+    wanted = torch.arange(size, device=Y.device) < counts[..., None]
+    return Y[..., :size] * wanted[..., None, :]
+
+
+METHODS: dict[str, Callable[[Bases, Level], SharedSubspace]] = {
     "chain": chain,
     "mean": mean,
     "principal": principal,

@@ -92,7 +92,7 @@ def base_output(kind):
 
 
 def outputs_with(kind, deltas, biases=()):
-    """Outputs of a pipeline with dense deltas in its weights, and which modules have them."""
+    """Outputs of a pipeline with dense deltas in its weights, and which modules they change."""
     pipeline = clean(kind)
     found = {i: find_modules(pipeline, i) for i in deltas}
     touched = {id(module): module for modules in found.values() for module in modules}
@@ -102,13 +102,14 @@ def outputs_with(kind, deltas, biases=()):
         [module] = found[module_id]
         module.bias += torch.as_tensor(bias).to(module.bias)
     outputs = run(pipeline)
+    changed = {id(m) for m, state in before if not torch.equal(m.weight, state["weight"])}
     for module, state in before:
         module.load_state_dict(state)
     return outputs, {
         (component, name)
         for component, model in models(pipeline).items()
         for name, module in linear_modules(model).items()
-        if id(module) in touched
+        if id(module) in changed
     }
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``--help`` answers at o
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import warnings
 
@@ -20,7 +21,8 @@ from devec.cli.demo import demo
 from devec.cli.inspect import inspect
 from devec.cli.negate import negate
 from devec.cli.overlap import overlap
-from devec.errors import DevecError
+from devec.errors import DevecError, IncompatibleError
+from devec.processes import is_first, launched
 
 app = typer.Typer(
     name="devec",
@@ -44,16 +46,24 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(
+    context: typer.Context,
+    version: bool = typer.Option(  # noqa: ARG001
         False, "--version", help="Show the version.", callback=_version, is_eager=True
     ),
 ) -> None:
     """Adapter algebra: split LoRA adapters into what they share and what is unique to each."""
+    command = context.invoked_subcommand
+    if launched() > 1 and command != "decompose":
+        raise IncompatibleError(
+            f"{launched()} processes were launched, which only 'decompose' divides its work among; "
+            f"run 'devec {command}' by itself"
+        )
 
 
 def main() -> None:
     """Run the command line; exit with 2 and one message on any error a user can cause."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "²" is no reason to stop
@@ -64,7 +74,14 @@ def main() -> None:
         sys.exit(2)
 
 
+def _stop(*_: object) -> None:
+    """End as an error does, so that what was begun is taken away."""
+    typer.echo("error: terminated; outputs that were not complete were not written", err=True)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     """Print a warning as one line; what libraries say to their developers is not for users."""
-    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+    # of several processes the first speaks for all
+    if is_first() and not issubclass(category, (DeprecationWarning, FutureWarning)):
         typer.echo(f"warning: {message}", err=True)

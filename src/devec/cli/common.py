@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,12 +88,52 @@ Format = Annotated[
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
+def begin_reading(sources: Sequence[str]) -> None:
+    """Begin to digest the files of sources while libraries are being loaded.
+
+    Args:
+        sources: As on the command line.
+    """
+    from devec.digest import begin
+
+    for source in sources:
+        path = Path(_name_and_path(source)[1])
+        with suppress(OSError, ValueError):  # what is wrong with a path is said when it is read
+            for file in path.glob("*.safetensors") if path.is_dir() else (path,):
+                begin(file)
+
+
+def read_sources(
+    sources: Sequence[str],
+    base: str | None = None,
+    max_rank: int | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> list[Adapter]:
+    """Read several sources, whose tensors are read when they are asked for.
+
+    Args:
+        sources: As on the command line.
+        base: As in `read_source`.
+        max_rank: As in `read_source`.
+        allow_pickle: As in `read_source`.
+
+    Returns:
+        The adapters, in order.
+    """
+    return [
+        read_source(source, base, max_rank, allow_pickle=allow_pickle, lazy=True)
+        for source in sources
+    ]
+
+
 def read_source(
     source: str,
     base: str | None = None,
     max_rank: int | None = None,
     *,
     allow_pickle: bool = False,
+    lazy: bool = False,
 ) -> Adapter:
     """Read ``PATH`` or ``NAME=PATH``.
 
@@ -103,6 +143,7 @@ def read_source(
             is a path and there is another on record.
         max_rank: Largest rank that a LoHa or LoKr is rewritten to.
         allow_pickle: Whether pickled files are read.
+        lazy: Whether tensors are read when they are asked for.
 
     Returns:
         The adapter, under its name.
@@ -123,6 +164,7 @@ def read_source(
         max_rank=MAX_RANK if max_rank is None else max_rank,
         allow_pickle=allow_pickle,
         base=base,
+        lazy=lazy,
     )
     if base is None or adapter.layout is None:
         return adapter
@@ -160,23 +202,26 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
     Returns:
         The adapter, under the record of the operation that made it.
     """
-    import dataclasses
-
     from devec import as_lora
+    from devec.as_lora import recorded
 
     if rank is None or all(delta.gain is None for delta in adapter.modules.values()):
         return adapter
     result = as_lora(adapter, rank)
+    print_nearest(adapter.name, adapter, result)
+    return recorded(adapter, result, rank)
+
+
+def print_nearest(name: str, adapter: Adapter, result: Compression) -> None:
+    """Print how near a plain LoRA is to the DoRA it stands for.
+
+    Args:
+        name: What the result is called.
+        adapter: The DoRA.
+        result: The LoRA.
+    """
     print_errors(adapter, result)
-    typer.echo(f"{adapter.name} as plain LoRA: relative error {result.error:.3g}\n")
-    doras = [m for m, delta in adapter.modules.items() if delta.gain is not None]
-    said = {
-        "rank": rank,
-        "relative_error": result.error,
-        "of_modules": {module: float(f"{result.errors[module]:.3g}") for module in doras},
-    }
-    record = {**(adapter.provenance or {}), "as_lora": said}
-    return dataclasses.replace(result.adapter, provenance=record)
+    typer.echo(f"{name} as plain LoRA: relative error {result.error:.3g}\n")
 
 
 def print_errors(adapter: Adapter, result: Compression) -> None:

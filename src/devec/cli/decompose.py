@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,24 +22,23 @@ from devec.cli.common import (
     MaxRank,
     Overwrite,
     Sources,
-    in_format,
+    begin_reading,
     json_writer,
     module_type,
     new_table,
+    print_nearest,
     progress_bar,
     ranged,
-    read_source,
-    require_new,
+    read_sources,
     show,
     storage_dtype,
-    to_plain,
 )
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:
-    from devec.adapter import Adapter
     from devec.decompose import Decomposition
     from devec.split import ModuleSplit, Threshold
+    from devec.stream import Written
 
 
 def decompose(
@@ -81,63 +81,58 @@ def decompose(
     iterative: DIR/TARGET-unique and DIR/TARGET-shared), directories for PEFT and .safetensors files
     otherwise. Parts that are zero are not written.
     """
-    from devec import decompose as split
-    from devec.output import write_all
-    from devec.report import planned_outputs
+    begin_reading(sources)
+    from devec.processes import Team, launched
+    from devec.stream import Form, decompose_to
 
-    storage = storage_dtype(dtype)
+    gc.freeze()  # of what libraries have made so far nothing will ever be garbage
+
+    form = Form(storage_dtype(dtype), compact, as_lora, format)
     level = parse_threshold(threshold)
-    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
-    suffix = _suffix(adapters, format, plain=as_lora is not None)
-    names = planned_outputs([a.name for a in adapters], scope, target)
-    planned = [out / f"{name}{suffix}" for name in names]
-    _require_apart(json, planned)
-    require_new([*planned, *([json] if json else [])], overwrite=overwrite)
+    adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     modules = {m for a in adapters for m in a.modules}
-    with progress_bar("decomposing", len(modules)) as step:
-        parts = split(
+    with progress_bar("decomposing", -(-len(modules) // launched())) as step:
+        written = decompose_to(
+            out,
             adapters,
             threshold=level,
             method=method,
             scope=scope,
             target=target,
+            form=form,
             device=device,
+            overwrite=overwrite,
+            report=(json, lambda written: json_writer(_report(written))) if json else None,
             progress=step,
+            team=Team(launched()),
         )
-    plain = {n: to_plain(part, as_lora) for n, part in parts.outputs(compact=compact).items()}
-    held = {name: in_format(part, format) for name, part in plain.items()}
-    outputs = {part.output_path(out / name): part.writer(storage) for name, part in held.items()}
-    report = {json: json_writer(_report(parts, held))} if json else {}
-    fates = _fates([path for path in planned if path not in outputs])
-    write_all({**outputs, **report}, overwrite=overwrite, obsolete=fates[_REMOVED])
-    print_parts(parts)
-    _tell({"Written": sorted([*outputs, *report]), **fates})
-    if any(delta.gain is not None for part in held.values() for delta in part.modules.values()):
+    if written is None:  # another process speaks for this one
+        return
+    for label, (part, result) in written.nearest.items():
+        print_nearest(label, part, result)
+    print_parts(written)
+    if written.processes > 1:
+        typer.echo(f"{written.processes} processes shared the work.")
+    _tell(written, json)
+    if written.doras:
         typer.echo("Activate unique parts first: a DoRA rescales what is listed before it.")
 
 
-_REMOVED = "Zero, not written; an older one was removed"
-
-
-def _fates(zero: Sequence[Path]) -> dict[str, list[Path]]:
-    """What becomes of outputs that are zero, and of what is where they would be."""
-    from devec.formats.record import made_by_devec
-
-    there = [path for path in zero if path.exists()]
-    return {
-        "Zero, not written": [path for path in zero if path not in there],
-        _REMOVED: [path for path in there if made_by_devec(path)],
-        "Zero, not written; left as it was": [path for path in there if not made_by_devec(path)],
-    }
-
-
-def _tell(fates: Mapping[str, Sequence[Path]]) -> None:
+def _tell(written: Written, json: Path | None) -> None:
     """Say what became of all outputs."""
-    if not fates["Written"]:
+    paths = [*written.written.values(), *([json] if json else [])]
+    if not paths:
         typer.echo("Nothing was written.")
-    for fate, paths in fates.items():
-        if paths:
-            typer.echo(f"{fate}: {', '.join(map(str, paths))}")
+    there = {*written.removed, *written.left}
+    fates = {
+        "Written": sorted(paths),
+        "Zero, not written": [path for path in written.zero if path not in there],
+        "Zero, not written; an older one was removed": written.removed,
+        "Zero, not written; left as it was": written.left,
+    }
+    for fate, held in fates.items():
+        if held:
+            typer.echo(f"{fate}: {', '.join(map(str, held))}")
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -162,26 +157,11 @@ def parse_threshold(text: str) -> Threshold:
         ) from None
 
 
-def _suffix(adapters: Sequence[Adapter], format: str | None, *, plain: bool) -> str:
-    """What the paths of the outputs end with: as the format has it, or the first adapter.
-
-    Returns:
-        The ending, once it is known that the first adapter, or the LoRA of it, can be written so.
-    """
-    import dataclasses
-
-    first = adapters[0]
-    if plain:
-        first = first.map(lambda _, delta: dataclasses.replace(delta, gain=None))
-    layout = in_format(first, format).layout
-    return layout.suffix if layout is not None else ""
-
-
-def print_parts(parts: Decomposition) -> None:
+def print_parts(parts: Decomposition | Written) -> None:
     """Print what was found, by group and type of module.
 
     Args:
-        parts: The decomposition.
+        parts: The decomposition, in memory or in files.
     """
     table = new_table(
         "module",
@@ -220,7 +200,7 @@ def print_parts(parts: Decomposition) -> None:
         typer.echo(nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 
 
-def _print_partial(parts: Decomposition) -> None:
+def _print_partial(parts: Decomposition | Written) -> None:
     """Say how many modules were not compared, since not all adapters have them."""
     modules = {module for adapter in parts.unique.values() for module in adapter.modules}
     partial = len(modules - {split.module for split in parts.splits})
@@ -240,13 +220,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _require_apart(json: Path | None, planned: Sequence[Path]) -> None:
-    """Refuse a report in the place of an adapter."""
-    if json is not None and any(path in (json, *json.parents) for path in planned):
-        raise IncompatibleError(f"--json {json} is the name of an adapter that may be written")
-
-
-def _print_carried(parts: Decomposition) -> None:
+def _print_carried(parts: Decomposition | Written) -> None:
     """Name what is not a delta and went with the unique part."""
     for name, adapter in parts.unique.items():
         if adapter.carried:
@@ -254,13 +228,13 @@ def _print_carried(parts: Decomposition) -> None:
             typer.echo(f"Carried over whole to {name}-unique (not a delta): {keys}")
 
 
-def _report(parts: Decomposition, written: Mapping[str, Adapter]) -> dict[str, Any]:
+def _report(parts: Written) -> dict[str, Any]:
     """Where it came from and all that was found, a row per module and group."""
-    records = {name: part.provenance or {} for name, part in written.items()}
+    records = parts.provenance
     return {
         "devec_version": __version__,
         **parts.record,
-        "written": list(written),
+        "written": list(parts.written),
         "as_lora": {name: r["as_lora"] for name, r in records.items() if "as_lora" in r},
         "modules": [
             {

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from devec.adapter import Adapter
+from devec.delta import Delta
 from devec.dora import require_representable
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
 from devec.formats.base_model import BaseModel
@@ -35,8 +36,8 @@ from devec.formats.pieces import (
 )
 from devec.formats.places import Places, require_places, spread
 from devec.formats.tables import TABLES
-from devec.layout import Layout
-from devec.output import Writer
+from devec.layout import Layout, Plan
+from devec.lazy import Lazy, outlines, renamed
 
 
 class NamedLayout(Layout, Protocol):
@@ -108,6 +109,11 @@ class AlignedLayout:
         return self.inner.suffix
 
     @property
+    def joins(self) -> bool:
+        """That modules are put together when they are written, which takes their values."""
+        return True
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that most factors are stored in."""
         return self.inner.dtype
@@ -157,17 +163,17 @@ class AlignedLayout:
         """What there is to say of the files that are written."""
         return self.inner.describe()
 
-    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that puts the pieces together and writes the whole modules.
+    def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> Plan:
+        """What is written of an adapter once its pieces are put together to whole modules.
 
         Args:
             adapter: The adapter, whose modules are pieces.
             dtype: Storage type of the factors; by default that of the input.
 
         Returns:
-            The function, given the path to write.
+            The plan.
         """
-        return self.inner.writer(self.joined(adapter), dtype)
+        return self.inner.plan(self.joined(adapter), dtype)
 
     def joined(self, adapter: Adapter) -> Adapter:
         """An adapter of whole modules, with the layout of those.
@@ -182,22 +188,30 @@ class AlignedLayout:
             IncompatibleError: If a module has no name in the convention that is written.
             UnsupportedError: If a carried tensor has none, or no DoRA is such a delta.
         """
-        modules = {}
         require_representable(adapter.modules)
-        family = _family([adapter])
+        known, family = outlines(adapter.modules), _family([adapter])
         places = {name for target in self.targets.values() for name, _ in target.pieces}
-        require_places(
-            {name: adapter.modules[name].shape for name in places & adapter.modules.keys()},
-            adapter.modules,
-        )
-        for module, target in self.targets.items():
-            with located(f"module {module!r}"):
-                base = self.base.weight(module, target.shape, family=family)
-                whole = target.joined(adapter.modules, base)
-            if whole is not None and target.unnamed:
+        require_places({name: known[name].shape for name in places & known.keys()}, known)
+        held = {
+            module: target
+            for module, target in self.targets.items()
+            if any(name in known for name, _ in target.pieces)
+        }
+        for target in held.values():
+            if target.unnamed:
                 raise IncompatibleError(target.unnamed)
-            if whole is not None:
-                modules[module] = whole
+
+        def whole(module: str) -> Delta:
+            with located(f"module {module!r}"):
+                base = self.base.weight(module, held[module].shape, family=family)
+                return held[module].joined(adapter.modules, base)
+
+        # which modules share A, and so the ranks, only the values tell
+        modules: Mapping[str, Delta]
+        if isinstance(adapter.modules, Lazy):
+            modules = Lazy({module: whole(module).outline for module in held}, whole)
+        else:
+            modules = {module: whole(module) for module in held}
         lost = sorted(adapter.carried.keys() - self.carried.keys())
         if lost:
             raise UnsupportedError(
@@ -205,7 +219,7 @@ class AlignedLayout:
                 f"convention of the output: {listed(lost)}; write kohya (--format kohya), or leave "
                 "them out (devec combine SOURCE --weights 1 --carried-from none)"
             )
-        carried = {self.carried[key]: tensor for key, tensor in adapter.carried.items()}
+        carried = renamed(adapter.carried, self.carried)
         return dataclasses.replace(adapter, modules=modules, carried=carried, layout=self.inner)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from devec.delta import Delta
-from devec.dora import as_magnitudes, require_representable
+from devec.dora import as_magnitudes
 from devec.errors import UnsupportedError, listed, located
 from devec.formats.file_slot import FileSlot
 from devec.formats.magnitudes import axes_of
@@ -13,50 +14,54 @@ from devec.formats.names import parse
 from devec.gain import Axis
 from devec.weights import BaseWeight
 
+Form = Callable[[Delta], Delta]
 
-def as_doras(
+
+def dora_forms(
     deltas: Mapping[str, Delta],
     slots: Mapping[str, FileSlot],
     weight: Callable[[str], BaseWeight],
     *,
     unchanged: bool,
-) -> dict[str, Delta]:
-    """The same deltas with magnitudes for gains.
+) -> dict[str, Form]:
+    """How deltas get magnitudes for gains.
 
     PEFT, and so diffusers, takes all modules of a model for DoRAs if one is; there a LoRA becomes
     one, too, with magnitudes that do nothing.
 
     Args:
-        deltas: Module → delta.
+        deltas: Module → delta, or its outline.
         slots: Module → where it is stored.
         weight: Gives the base weight of a module, read for LoRAs that become DoRAs.
         unchanged: Whether the deltas are those that a file was read with, which is written again.
 
     Returns:
-        Module → delta without gains or with magnitudes, exact to rounding.
+        Module → from its delta to that with magnitudes, exact to rounding; modules that are to be
+        plain LoRAs are not among them.
 
     Raises:
         UnsupportedError: If no DoRA of the format is such a delta.
-        IncompatibleError: If a base weight is needed that was not given.
     """
-    require_representable(deltas)
     doras = [m for m, d in deltas.items() if d.gain is not None and slots[m].magnitude.everywhere]
     everywhere = set() if unchanged else {parse(module).component for module in doras}
-    of_doras = [module for module in deltas if parse(module).component in everywhere]
+    of_doras = [module for module in deltas if everywhere and parse(module).component in everywhere]
     biased = [module for module in of_doras if deltas[module].bias is not None]
     if biased:
         raise UnsupportedError(
             f"the change of the bias of {listed(biased)} cannot be written: PEFT and diffusers "
             "have none in DoRAs, and other modules are DoRAs"
         )
-    result: dict[str, Delta] = {}
-    for module, delta in deltas.items():
-        axis: Axis = next(iter(axes_of(delta)), "out")
-        made = delta.gain is None and module in of_doras
-        what = " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
-        with located(f"module {module!r}{what if made else ''}"):
-            result[module] = delta
-            if made or delta.gain is not None:
-                group = slots[module].group(axis)
-                result[module] = as_magnitudes(delta, axis, weight(module), group)
-    return result
+    return {
+        module: partial(_as_dora, slots[module], weight(module))
+        for module in dict.fromkeys([*of_doras, *(m for m, d in deltas.items() if d.gain)])
+    }
+
+
+def _as_dora(slot: FileSlot, base: BaseWeight, delta: Delta) -> Delta:
+    """A delta with magnitudes."""
+    axis: Axis = next(iter(axes_of(delta)), "out")
+    what = f"module {slot.id!r}"
+    if delta.gain is None:
+        what += " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
+    with located(what):
+        return as_magnitudes(delta, axis, base, slot.group(axis))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import IncompatibleError, OutputError, located
+from devec.dora import require_representable
+from devec.errors import IncompatibleError
 from devec.formats import metadata as header
 from devec.formats.align import aligned
 from devec.formats.base_model import BaseModel, base_model
@@ -29,22 +29,24 @@ from devec.formats.conventions import (
     family_of,
     naming_of,
 )
-from devec.formats.file_dora import as_doras
+from devec.formats.file_dora import Form, dora_forms
 from devec.formats.file_slot import FileSlot, anew, exact_alpha, one_alpha
 from devec.formats.magnitudes import MagnitudeSlot
 from devec.formats.names import parse
 from devec.formats.peft_written import alternation, rank_pattern
 from devec.formats.places import Places, require_places, spread, usual_dtype
+from devec.formats.plan import FilePlan, Piece
 from devec.formats.tables import TABLES
-from devec.formats.tensors import data_sha256, write_tensors
 from devec.layout import Layout
-from devec.output import Writer
+from devec.lazy import outlines
 from devec.weights import BaseWeight
 
 # UNets whose files diffusers reads by one alpha for all attention layers
 _ONE_ALPHA = ("sd", "sd2", "sdxl")
 
 SUFFIX = ".safetensors"
+
+Written = Mapping[str, Delta]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class FileLayout:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     suffix = SUFFIX
+    joins = False
 
     def merged(self, others: Sequence[Layout]) -> FileLayout:
         """The layout of a combination with other adapters, which are named alike.
@@ -209,65 +212,46 @@ class FileLayout:
     def _slot_of(self) -> dict[str, FileSlot]:
         return {slot.id: slot for slot in self.slots}
 
-    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that writes an adapter as one file.
+    def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> FilePlan:
+        """What is written of an adapter as one file.
 
         Args:
             adapter: The adapter, whose modules are among the slots.
             dtype: Storage type of the factors; by default that of the input.
 
         Returns:
-            The function, given the path of the file to make.
-        """
-
-        def write(path: Path) -> None:
-            tensors, strings = self.stored(adapter, dtype)
-            write_tensors(path, tensors, strings)
-
-        return write
-
-    def stored(
-        self, adapter: Adapter, dtype: torch.dtype | None
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and header of an adapter, as they go to the file.
-
-        Args:
-            adapter: The adapter.
-            dtype: Storage type of the factors; by default that of the input.
-
-        Returns:
-            Key → tensor, and the header's strings.
+            The plan, from outlines.
 
         Raises:
-            OutputError: If there is nothing to write.
-            IncompatibleError: If a module has no place in the file.
+            IncompatibleError: If a module has no place in the file, or no DoRA represents it.
             UnsupportedError: If no DoRA of the format is such a delta.
         """
-        require_places({slot.id: slot.shape for slot in self.slots}, adapter.modules)
-        deltas = {
-            module: _at_least_one(delta)
-            for module, delta in as_doras(
-                {s.id: adapter.modules[s.id] for s in self.slots if s.id in adapter.modules},
-                self._slot_of,
-                self.weight,
-                unchanged=bool(adapter.sha256),
-            ).items()
+        known = outlines(adapter.modules)
+        require_places({slot.id: slot.shape for slot in self.slots}, known)
+        unchanged = bool(adapter.sha256)
+        held = {s.id: known[s.id].outline for s in self.slots if s.id in known}
+        if any(delta.gain is not None for delta in held.values()):
+            require_representable(adapter.modules)
+        doras = dora_forms(held, self._slot_of, self.weight, unchanged=unchanged)
+        forms: dict[str, list[Form]] = {
+            module: [*([doras[module]] if module in doras else []), _at_least_one]
+            for module in held
         }
-        by_metadata = self._metadata_holds(deltas)
+        written = {module: _formed(delta, forms[module]) for module, delta in held.items()}
+        by_metadata = self._metadata_holds(written)
         if not by_metadata:
-            deltas = self._expressible(deltas)
-        tensors: dict[str, Tensor] = {}
-        for slot in self.slots if adapter.sha256 else map(anew, self.slots):
-            if slot.id in deltas:
-                with located(f"module {slot.id!r}"):
-                    written = slot.write(deltas[slot.id], dtype)
-                    if written.keys() & tensors.keys():
-                        raise IncompatibleError("another module is written under the same keys")
-                    tensors |= written
-        tensors |= adapter.carried
-        if not tensors:
-            raise OutputError("the adapter changes no module; there is nothing to write")
-        return tensors, self._strings(adapter, deltas, tensors, by_metadata=by_metadata)
+            for express in (self._expressible, self._of_one_alpha(written)):
+                for module, form in express(written).items():
+                    forms[module].append(form)
+                    written[module] = form(written[module])
+        slots = [s if unchanged else anew(s) for s in self.slots if s.id in held]
+        return FilePlan(
+            modules=adapter.modules,
+            pieces=[_piece(slot, forms[slot.id], dtype) for slot in slots],
+            whole=adapter.carried,
+            strings=lambda digest: self._strings(adapter, written, digest, by_metadata=by_metadata),
+            hashed=bool({"sshs_model_hash", "modelspec.hash_sha256"} & self.metadata.keys()),
+        )
 
     def weight(self, module: str) -> BaseWeight:
         """The base weight of a module, not yet read."""
@@ -281,34 +265,34 @@ class FileLayout:
             slot.id in deltas and slot.as_read(deltas[slot.id]) for slot in self.slots
         )
 
-    def _expressible(self, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
-        """The same deltas with scalings that the file can express: by alphas, or none."""
-        slots = self._slot_of
-        result = {
-            module: delta
-            if slots[module].alpha and exact_alpha(delta, torch.float32) is not None
-            else delta.folded()
+    def _expressible(self, deltas: Mapping[str, Delta]) -> dict[str, Form]:
+        """How deltas get scalings that the file can express, where theirs are not: by folding."""
+        return {
+            module: Delta.folded
             for module, delta in deltas.items()
+            if delta.scaling != 1
+            and (not self._slot_of[module].alpha or exact_alpha(delta, torch.float32) is None)
         }
+
+    def _of_one_alpha(self, deltas: Mapping[str, Delta]) -> Callable[[Written], dict[str, Form]]:
+        """How deltas get one alpha, where they are not as they were read and readers want one."""
+        slots = self._slot_of
         kept = all(slots[module].as_read(delta) for module, delta in deltas.items())
         if kept or self.family not in _ONE_ALPHA:
-            return result
-        scaled = {module: delta for module, delta in result.items() if slots[module].alpha}
-        return {**result, **one_alpha(scaled)}
+            return lambda _: {}
+        return lambda written: one_alpha({m: d for m, d in written.items() if slots[m].alpha})
 
     def _strings(
         self,
         adapter: Adapter,
         deltas: Mapping[str, Delta],
-        tensors: Mapping[str, Tensor],
+        digest: str,
         *,
         by_metadata: bool,
     ) -> dict[str, str]:
-        """The header's strings for the tensors written."""
+        """The header's strings for the deltas written and the digest of the data."""
         ranks = [delta.rank for delta in deltas.values()]
         alphas = [delta.scaling * delta.rank for delta in deltas.values()]
-        needs_hash = {"sshs_model_hash", "modelspec.hash_sha256"} & self.metadata.keys()
-        digest = data_sha256(tensors) if needs_hash else ""
         if adapter.sha256 and not self.kinds:
             strings = header.unchanged(self.metadata, digest)
         else:
@@ -322,12 +306,28 @@ class FileLayout:
         return strings
 
 
+def _formed(delta: Delta, forms: Sequence[Form]) -> Delta:
+    """A delta in the form in which it is stored."""
+    for form in forms:
+        delta = form(delta)
+    return delta
+
+
+def _piece(slot: FileSlot, forms: Sequence[Form], dtype: torch.dtype | None) -> Piece:
+    """What is stored of a module."""
+
+    def tensors(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
+        return slot.write(_formed(deltas[slot.id], forms), dtype)
+
+    return Piece(slot.id, (slot.id,), tensors)
+
+
 def _at_least_one(delta: Delta) -> Delta:
     """A delta of rank 1 at least: no reader knows rank 0."""
     if delta.rank:
         return delta
-    B, A = torch.zeros(delta.shape[0], 1), torch.zeros(1, delta.shape[1])
-    return dataclasses.replace(delta, B=B.to(delta.B), A=A.to(delta.A))
+    B, A = delta.B.new_zeros(delta.shape[0], 1), delta.A.new_zeros(1, delta.shape[1])
+    return dataclasses.replace(delta, B=B, A=A)
 
 
 def _is_diffusers(layout: FileLayout) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,28 +112,30 @@ def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
     return alpha if float(alpha) / delta.rank == delta.scaling else None
 
 
-def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
-    """The same deltas with one alpha for all of them.
+def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Callable[[Delta], Delta]]:
+    """How deltas get one alpha for all of them.
 
     diffusers mixes up the alphas of attention layers in UNets.
 
     Args:
-        deltas: Module → delta.
+        deltas: Module → delta, or its outline.
 
     Returns:
-        Module → delta, the most frequent alpha in all of them, what it lacks multiplied into B.
+        Module → from its delta to that with the most frequent alpha, what it lacks multiplied into
+        B; those that have it are not among them.
     """
     alphas = Counter(delta.scaling * delta.rank for delta in deltas.values() if delta.scaling)
     if len(alphas) < 2:
-        return dict(deltas)
+        return {}
     alpha = alphas.most_common(1)[0][0]
     return {
-        module: _with_alpha(delta, alpha) if delta.scaling * delta.rank != alpha else delta
+        module: partial(_with_alpha, alpha)
         for module, delta in deltas.items()
+        if delta.scaling * delta.rank != alpha
     }
 
 
-def _with_alpha(delta: Delta, alpha: float) -> Delta:
+def _with_alpha(alpha: float, delta: Delta) -> Delta:
     """The same delta with another alpha, what that lacks multiplied into B and the bias."""
     # s·B stays what it is, and with it W0 + s·B·A, on which the magnitudes of a DoRA stand
     factor = delta.scaling * delta.rank / alpha

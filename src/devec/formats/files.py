@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
+from devec.digest import sha256
 from devec.errors import DevecWarning, FormatError, listed, located
 from devec.formats import magnitudes
 from devec.formats import metadata as header
@@ -44,9 +45,9 @@ from devec.formats.tensors import (
     read_tensors,
     require_factor,
     require_finite,
-    sha256,
 )
 from devec.layout import ReadOptions
+from devec.lazy import Lazy, mapped, only, outlines
 
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
@@ -101,14 +102,22 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
     """
     tensors, strings = file.tensors, file.metadata
     with located(where):
-        keys = sort_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        carried = {k: require_finite(k, tensors[k]) for k in (*keys.carried, *keys.unknown)}
+        keys = sort_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
+        whole = dict.fromkeys((*keys.carried, *keys.unknown))
+        carried = mapped(only(tensors, whole), require_finite)
         configured = _configured(header.adapter_config(strings), keys.modules)
-        modules = _modules(keys.modules, tensors, configured, options.max_rank)
+        stored = _Stored(keys.modules, tensors, configured, options.max_rank)
+        modules = {module: stored.outline(module) for module in keys.modules}
         base = base_model(options.base, strings.get("base_model_name_or_path", ""))
         layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
-        deltas = {m: _delta(m, found, layout) for m, found in modules.items()}
+        known = {m: _delta(m, found, layout) for m, found in modules.items()}
         provenance = header.read_record(strings)
+
+    def read_delta(module: str) -> Delta:
+        with located(where):
+            return _delta(module, stored.read(module), layout)
+
+    deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
     _warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         _warn(
@@ -117,28 +126,58 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
         )
     _warn_of_truncation(where, layout, options)
     _warn_of_fused(where, deltas)
-    warn_of_signs(where, deltas)
+    with located(where):
+        warn_of_signs(where, stored.magnitudes())
     return Adapter(name, deltas, layout, carried, provenance, source=where)
 
 
-def _modules(
-    keys: Mapping[str, ModuleKeys],
-    tensors: Mapping[str, Tensor],
-    configured: Mapping[str, _Configured],
-    max_rank: int,
-) -> dict[str, StoredModule]:
-    """What the tensors of every module say."""
-    modules: dict[str, StoredModule] = {}
-    for module, found in keys.items():
+class _Stored:
+    """The modules of a file, as their tensors have them.
+
+    LoRAs are known by the shapes of their factors. LoHas and LoKrs are rewritten when the file is
+    opened, since only then are their ranks known, and what they are rewritten to is held.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, ModuleKeys],
+        tensors: Mapping[str, Tensor],
+        configured: Mapping[str, _Configured],
+        max_rank: int,
+    ) -> None:
+        self._keys, self._tensors = keys, tensors
+        self._configured, self._max_rank = configured, max_rank
+        self._rewritten: dict[str, StoredModule] = {}
+
+    def outline(self, module: str) -> StoredModule:
+        """What is known of a module without its values."""
+        if "up" in self._keys[module].parts or not isinstance(self._tensors, Lazy):
+            return self._read(module, outlines(self._tensors))
+        self._rewritten[module] = self._read(module, self._tensors)
+        return self._rewritten[module]
+
+    def read(self, module: str) -> StoredModule:
+        """A module, checked."""
+        return self._rewritten.get(module) or self._read(module, self._tensors)
+
+    def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
+        """The modules that have magnitudes, with them."""
+        for module, keys in self._keys.items():
+            for part in magnitudes.PARTS:
+                if part in keys.parts:
+                    yield module, self._tensors[keys.parts[part]]
+
+    def _read(self, module: str, tensors: Mapping[str, Tensor]) -> StoredModule:
+        """What tensors, or their outlines, say of a module; numbers are read in any case."""
         with located(f"module {module!r}"):
             parts = {
-                part: tensors[key]
+                part: self._tensors[key]
                 if part in ("alpha", "scale")
                 else require_factor(key, tensors[key])
-                for part, key in found.parts.items()
+                for part, key in self._keys[module].parts.items()
             }
-            said = configured.get(module)
-            stored = read_module(parts, said.scaling if said else None, max_rank)
+            said = self._configured.get(module)
+            stored = read_module(parts, said.scaling if said else None, self._max_rank)
             if said and said.rank != stored.delta.rank:
                 raise FormatError(
                     f"{header.ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
@@ -150,8 +189,7 @@ def _modules(
                     f"are {'no' if said.is_dora else 'some'} magnitudes; which of the two is wrong "
                     "cannot be told"
                 )
-            modules[module] = stored
-    return modules
+            return stored
 
 
 def _delta(module: str, found: StoredModule, layout: FileLayout) -> Delta:
@@ -249,8 +287,9 @@ def _slot(
     if "scale" in parts:  # which is A1111's alone
         alpha = keys.id + KOHYA_SUFFIXES.alpha
     factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *magnitudes.PARTS)]
-    types = [file.tensors[parts.get(part, factors[0])].dtype for part in ("down", "up")]
-    stored = file.tensors[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    known = outlines(file.tensors)
+    types = [known[parts.get(part, factors[0])].dtype for part in ("down", "up")]
+    stored = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
     alpha_type = stored if stored.is_floating_point else torch.float32
     return FileSlot(
         id=keys.id,
@@ -275,7 +314,7 @@ def _magnitude_slot(
     key = next((keys.parts[part] for part in magnitudes.PARTS if part in keys.parts), "")
     if not key:
         return MagnitudeSlot(keys.id + suffix)
-    stored = file.tensors[key]
+    stored = outlines(file.tensors)[key]
     return MagnitudeSlot(key, found.axis, tuple(stored.shape))
 
 
@@ -352,7 +391,11 @@ def _warn_of_truncation(where: str, layout: FileLayout, options: ReadOptions) ->
 
 def _warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
     """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
-    weak = [module for module, delta in deltas.items() if _is_stacked(module, delta)]
+    weak = [
+        module
+        for module, known in outlines(deltas).items()
+        if (blocks := _possible_blocks(module, known)) and _is_stacked(deltas[module], blocks)
+    ]
     if weak:
         _warn(
             f"{where}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "
@@ -361,16 +404,19 @@ def _warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
         )
 
 
-def _is_stacked(module: str, delta: Delta) -> bool:
-    """Whether B is block-diagonal in three or four blocks and alpha that of one block."""
+def _possible_blocks(module: str, delta: Delta) -> list[int]:
+    """Into how many blocks B of a fused module may be divided so that alpha is that of one."""
     if not module.endswith(("qkv", "linear1")):
-        return False
-    for blocks in (3, 4):
-        size, rest = divmod(delta.rank, blocks)
-        if rest or not size or delta.scaling * delta.rank > size:
-            continue
-        support = [(delta.B[:, i * size : (i + 1) * size] != 0).any(dim=1) for i in range(blocks)]
-        if sum(s.long() for s in support).max() == 1:  # type: ignore[union-attr]
+        return []
+    alpha = delta.scaling * delta.rank
+    return [n for n in (3, 4) if delta.rank % n == 0 and alpha <= delta.rank // n]
+
+
+def _is_stacked(delta: Delta, possible: Sequence[int]) -> bool:
+    """Whether B is block-diagonal in one of the numbers of blocks."""
+    for blocks in possible:
+        support = torch.stack([(block != 0).any(dim=1) for block in delta.B.chunk(blocks, dim=1)])
+        if int(support.sum(dim=0).max()) == 1:
             return True
     return False
 

@@ -29,29 +29,27 @@ class Target:
     shape: tuple[int, int]
     unnamed: str = ""
 
-    def joined(self, modules: Mapping[str, Delta], base: BaseWeight) -> Delta | None:
+    def joined(self, modules: Mapping[str, Delta], base: BaseWeight) -> Delta:
         """The delta of the whole.
 
         Args:
-            modules: The modules of the adapter.
+            modules: The modules of the adapter, one of the pieces at least.
             base: The base weight of the whole, read for pieces that are plain LoRAs where others
                 are DoRAs.
 
         Returns:
-            The delta, exact; None if the adapter changes no piece of it.
+            The delta, exact.
 
         Raises:
             UnsupportedError: If pieces are DoRAs of which no single DoRA is the whole.
         """
-        held = [modules[name] for name, _ in self.pieces if name in modules]
-        if not held:
-            return None
+        held = {name: modules[name] for name, _ in self.pieces if name in modules}
+        first = next(iter(held.values()))
         if len(self.pieces) == 1:
-            return held[0]
-        B, A, scaling = held[0].B, held[0].A[:0], held[0].scaling
+            return first
+        B, A, scaling = first.B, first.A[:0], first.scaling
         pieces = [
-            modules.get(name) or Delta(B.new_zeros(rows, 0), A, scaling)
-            for name, rows in self.pieces
+            held.get(name) or Delta(B.new_zeros(rows, 0), A, scaling) for name, rows in self.pieces
         ]
         axis = one_axis(pieces)
         if axis == "out":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,17 +147,17 @@ def find_magnitudes(
     return stored, axis
 
 
-def warn_of_signs(where: str, modules: Mapping[str, Delta]) -> None:
+def warn_of_signs(where: str, magnitudes: Iterable[tuple[str, Tensor]]) -> None:
     """Tell of magnitudes that are no norms: valid, and hardly meant.
 
     Args:
         where: The file.
-        modules: The deltas of the adapter.
+        magnitudes: Module and magnitudes, of the DoRAs of the adapter.
     """
-    values = {m: d.gain.values for m, d in modules.items() if isinstance(d.gain, Magnitude)}
+    counts = {m: (int((v == 0).sum()), int((v < 0).sum())) for m, v in magnitudes}
     for what, does, odd in (
-        ("zero", "switches an output off", {m: int((v == 0).sum()) for m, v in values.items()}),
-        ("negative", "turns an output around", {m: int((v < 0).sum()) for m, v in values.items()}),
+        ("zero", "switches an output off", {m: zero for m, (zero, _) in counts.items()}),
+        ("negative", "turns an output around", {m: below for m, (_, below) in counts.items()}),
     ):
         if any(odd.values()):
             warnings.warn(

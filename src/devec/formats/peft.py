@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
+from devec.digest import sha256
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
 from devec.formats import card, peft_config, peft_dora
-from devec.formats.base_model import BaseModel, base_model
+from devec.formats.base_model import base_model
 from devec.formats.magnitudes import warn_of_signs
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
 from devec.formats.peft_slots import Slot, slot_for
-from devec.formats.tensors import read_tensors, require_factor, require_finite, sha256
+from devec.formats.tensors import read_tensors, require_factor, require_finite
 from devec.layout import ReadOptions
+from devec.lazy import Lazy, mapped, only, outlines
 
 _PICKLED_NAME = "adapter_model.bin"
 
@@ -87,12 +89,64 @@ def parsed(
     """
     with located(where):
         keys = _sort_keys(config, tensors)
+        for path, kept, key in keys.repeated:
+            peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
+        copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
+        carried = mapped(only(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
-        slots, modules = _slots(config, keys, base)
-    warn_of_signs(where, modules)
+        slots = _slots(config, keys, outlines(tensors))
+        weights = BaseWeights(base, family(config, slots)[1], copies)
+        modules = _Stored(tensors, keys, slots, weights, where).modules()
+        warn_of_signs(where, keys.magnitudes(tensors))
     _warn_of_left_out(where, keys.training_only)
-    layout = PeftLayout(config, tuple(slots), base, keys.base_copies)
-    return Adapter(name, modules, layout, keys.carried, source=where)
+    layout = PeftLayout(config, tuple(slots), base, copies)
+    return Adapter(name, modules, layout, carried, source=where)
+
+
+class _Stored:
+    """The modules of a file.
+
+    The parameter of many experts is one pair of tensors: the pair last read is remembered.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        keys: _SortedKeys,
+        slots: Sequence[Slot],
+        weights: BaseWeights,
+        where: str,
+    ) -> None:
+        self._tensors, self._keys = tensors, keys
+        self._slots, self._weights, self._where = slots, weights, where
+        self._slot_of = {module: slot for slot in slots for module in slot.modules}
+        self._last: tuple[Slot, Mapping[str, Delta]] | None = None
+
+    def modules(self) -> Mapping[str, Delta]:
+        """Module → delta, read when it is asked for if the tensors are."""
+        known: dict[str, Delta] = {}
+        for slot in self._slots:
+            known |= self._read(slot, outlines(self._tensors))
+        return Lazy(known, self._delta) if isinstance(self._tensors, Lazy) else known
+
+    def _delta(self, module: str) -> Delta:
+        slot, last = self._slot_of[module], self._last
+        if last is not None and last[0] is slot:
+            return last[1][module]
+        with located(self._where):
+            found = self._read(slot, self._tensors)
+        if len(found) > 1:
+            self._last = (slot, found)
+        return found[module]
+
+    def _read(self, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """The deltas of a slot from tensors, or their outlines from those."""
+        with located(f"module {slot.name!r}"):
+            factors = {
+                part: require_factor(key, tensors[key])
+                for part, key in self._keys.factors[slot.path].items()
+            }
+            return slot.read(factors, self._weights.of(slot))
 
 
 def _weights(path: Path) -> Path | None:
@@ -121,68 +175,80 @@ def _has_peft_keys(path: Path) -> bool:
 
 @dataclass
 class _SortedKeys:
-    """The tensors of a file by what they are."""
+    """The keys of a file by what they are.
 
-    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    base_copies: dict[str, Tensor] = field(default_factory=dict)
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        factors: Path of a module → part → key.
+        embeddings: Paths of the modules that are embeddings.
+        repeated: Keys of magnitudes that stand in a file twice: path, first and further key.
+        base_copies: Keys of weights of the base model.
+        carried: Keys of whole trained tensors.
+        training_only: Keys of what takes no part in the forward pass.
+    """
+
+    factors: dict[str, dict[str, str]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    repeated: list[tuple[str, str, str]] = field(default_factory=list)
+    base_copies: list[str] = field(default_factory=list)
+    carried: dict[str, None] = field(default_factory=dict)
     training_only: list[str] = field(default_factory=list)
 
+    def magnitudes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The modules that have magnitudes, with them."""
+        for path, factors in self.factors.items():
+            if "magnitude" in factors:
+                yield path.removeprefix(PREFIX), tensors[factors["magnitude"]]
 
-def _sort_keys(config: Config, tensors: Mapping[str, Tensor]) -> _SortedKeys:
+
+def _sort_keys(config: Config, keys: Iterable[str]) -> _SortedKeys:
     """Account for every key of a file, by its name alone."""
     trained = (".base_layer.bias",) if config.get("bias", "none") != "none" else ()
     result = _SortedKeys()
-    for key, tensor in tensors.items():
+    for key in keys:
         match = _FACTOR.fullmatch(key)
         if match:
             part = "bias" if match["end"] == ".bias" else match["factor"]
-            factors = result.factors.setdefault(match["path"], {})
-            factors[part] = require_factor(key, tensor)
+            result.factors.setdefault(match["path"], {})[part] = key
             if match["embedding"]:
-                factors["embedding"] = tensor
+                result.embeddings.add(match["path"])
         elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):
             result.training_only.append(key)
         elif path := peft_dora.owner(key):
-            factors = result.factors.setdefault(path, {})
-            peft_dora.add_magnitude(factors, key, require_factor(key, tensor))
+            known = result.factors.setdefault(path, {}).setdefault("magnitude", key)
+            if known != key:
+                result.repeated.append((path, known, key))
         elif ".lora_" in key:
             raise UnsupportedError(f"{key!r} belongs to no kind of LoRA layer that is known")
         elif ".base_layer." in key and not key.endswith(trained):
-            result.base_copies[key] = require_finite(key, tensor)
+            result.base_copies.append(key)
         else:
-            result.carried[key] = require_finite(key, tensor)
-    for key in [k for k in result.base_copies if k.split(".base_layer.")[0] not in result.factors]:
-        result.carried[key] = result.base_copies.pop(key)
+            result.carried[key] = None
+    lone = [k for k in result.base_copies if k.split(".base_layer.")[0] not in result.factors]
+    result.base_copies = [key for key in result.base_copies if key not in lone]
+    result.carried |= dict.fromkeys(lone)
     return result
 
 
-def _slots(
-    config: Config, keys: _SortedKeys, base: BaseModel
-) -> tuple[list[Slot], dict[str, Delta]]:
-    """The slots of a file and the deltas in them."""
+def _slots(config: Config, keys: _SortedKeys, known: Mapping[str, Tensor]) -> list[Slot]:
+    """The slots of a file, by the shapes of its tensors."""
     slots: list[Slot] = []
-    for path, tensors in keys.factors.items():
+    factors = {path: {p: known[k] for p, k in held.items()} for path, held in keys.factors.items()}
+    for path, tensors in factors.items():
         name = path.removeprefix(PREFIX)
         missing = {"A", "B"} - tensors.keys()
         if missing:
             raise FormatError(f"module {name!r} has no factor {missing.pop()}")
         with located(f"module {name!r}"):
-            slots.append(_slot(config, path, tensors))
+            slots.append(_slot(config, path, tensors, embedding=path in keys.embeddings))
         if slots[-1].name != slots[-1].base_name and not slots[-1].parameters:
             _warn_of_attention(name)
     if not slots:
         raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
-    _require_as_said(config, slots, keys.factors)
-    weights = BaseWeights(base, family(config, slots)[1], keys.base_copies)
-    modules: dict[str, Delta] = {}
-    for slot in slots:
-        with located(f"module {slot.name!r}"):
-            modules |= slot.read(keys.factors[slot.path], weights.of(slot))
-    return slots, modules
+    _require_as_said(config, slots, factors)
+    return slots
 
 
-def _slot(config: Config, path: str, tensors: Mapping[str, Tensor]) -> Slot:
+def _slot(config: Config, path: str, tensors: Mapping[str, Tensor], *, embedding: bool) -> Slot:
     """The slot of a pair of factors."""
     name = path.removeprefix(PREFIX)
     owners = peft_config.owners(config, re.sub(r"(\.base_layer)+$", "", name))
@@ -195,7 +261,7 @@ def _slot(config: Config, path: str, tensors: Mapping[str, Tensor]) -> Slot:
         name,
         tensors,
         ranks,
-        embedding="embedding" in tensors,
+        embedding=embedding,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
 

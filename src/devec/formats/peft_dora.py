@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.dora import as_magnitudes, require_representable
+from devec.dora import as_magnitudes
 from devec.errors import FormatError, UnsupportedError, listed, located
 from devec.formats import peft_config
 from devec.formats.base_model import BaseModel
@@ -30,20 +31,20 @@ def owner(key: str) -> str:
     return match["path"] if match else ""
 
 
-def add_magnitude(factors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
-    """Put magnitudes with the factors of their module.
+def require_same_magnitudes(path: str, known: Tensor, key: str, tensor: Tensor) -> None:
+    """Check that magnitudes which a file holds twice are the same.
 
     Args:
-        factors: The factors, to which they are added.
-        key: Key of the magnitudes.
-        tensor: The magnitudes.
+        path: Path of the module.
+        known: The magnitudes.
+        key: Key of the others.
+        tensor: The others.
 
     Raises:
-        FormatError: If the module has others under another key.
+        FormatError: If they are not.
     """
-    known = factors.setdefault("magnitude", tensor)
     if known.shape != tensor.shape or not torch.equal(known.double(), tensor.double()):
-        raise FormatError(f"{key!r} is not the same as the other magnitudes of its module")
+        raise FormatError(f"{key!r} is not the same as the other magnitudes of {path!r}")
 
 
 def require_everywhere(config: Config, factors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -102,18 +103,18 @@ class BaseWeights:
         return HeldWeight(W, known.source) if W.shape == slot.shape else known
 
 
-def as_doras(
+def dora_forms(
     config: Config, held: Mapping[Slot, Sequence[Delta]], weights: BaseWeights
-) -> dict[Slot, list[Delta]]:
-    """The deltas of an adapter some of whose modules are DoRAs, all as DoRAs: use_dora is for all.
+) -> dict[Slot, Callable[[Delta], Delta]]:
+    """How deltas of an adapter some of whose modules are DoRAs all become DoRAs, as PEFT wants it.
 
     Args:
         config: The configuration they are written with.
-        held: Slot → its deltas, of which there may be none.
+        held: Slot → its deltas, or their outlines, of which there may be none.
         weights: The base weights, read for modules that are plain LoRAs.
 
     Returns:
-        Slot → deltas with magnitudes of the outputs, exact to rounding.
+        Slot → from its delta to that with magnitudes of the outputs, exact to rounding.
 
     Raises:
         UnsupportedError: If PEFT has no DoRA of this kind.
@@ -121,15 +122,16 @@ def as_doras(
     present = {slot: delta for slot, deltas in held.items() for delta in deltas[:1]}
     _require_kinds(present)
     peft_config.require_dora_fits(config, "the configuration to write")
-    require_representable({slot.name: delta for slot, delta in present.items()})
-    result: dict[Slot, list[Delta]] = {slot: [] for slot in held}
-    for slot, delta in present.items():
-        what = f"module {slot.name!r}"
-        if delta.gain is None:
-            what += " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
-        with located(what):
-            result[slot] = [as_magnitudes(delta, "out", weights.of(slot))]
-    return result
+    return {slot: partial(_as_dora, slot, weights.of(slot)) for slot in present}
+
+
+def _as_dora(slot: Slot, base: BaseWeight, delta: Delta) -> Delta:
+    """A delta with magnitudes."""
+    what = f"module {slot.name!r}"
+    if delta.gain is None:
+        what += " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
+    with located(what):
+        return as_magnitudes(delta, "out", base)
 
 
 def _require_kinds(present: Mapping[Slot, Delta]) -> None:

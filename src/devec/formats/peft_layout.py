@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed, located
+from devec.dora import require_representable
+from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats import card, peft_config, peft_dora, peft_written
 from devec.formats.align import aligned
 from devec.formats.base_model import BaseModel, base_model
@@ -25,9 +26,9 @@ from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_slots import Slot, padded
 from devec.formats.places import Places, require_places, usual_dtype
-from devec.formats.tensors import write_tensors
+from devec.formats.plan import FilePlan, Piece
 from devec.layout import Layout
-from devec.output import Writer
+from devec.lazy import joined, outlines
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,6 +54,7 @@ class PeftLayout:
     merged_from: tuple[Config, ...] = ()
 
     suffix = ""
+    joins = False
 
     @property
     def naming(self) -> Naming:
@@ -188,35 +190,26 @@ class PeftLayout:
                 config[name] = other.config.get(name, peft_config.CARRIED_FIELDS[name])
         return dataclasses.replace(self, config=config)
 
-    def writer(self, adapter: Adapter, dtype: torch.dtype | None) -> Writer:
-        """A function that writes an adapter as a PEFT directory.
+    def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> FilePlan:
+        """What is written of an adapter as a PEFT directory.
 
         Args:
             adapter: The adapter, whose modules are among the slots.
             dtype: Storage type of the factors; by default that of the input.
 
         Returns:
-            The function, given the path of the directory to make.
+            The plan, from outlines.
+
+        Raises:
+            OutputError: If no module is left.
+            IncompatibleError: If a module has no place in the files.
         """
-
-        def write(directory: Path) -> None:
-            config, tensors = self.stored(adapter, dtype)
-            directory.mkdir()
-            write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
-            card.write_card(directory, adapter.name, config, adapter.provenance)
-
-        return write
+        return self._planned(adapter, dtype)[1]
 
     def stored(
         self, adapter: Adapter, dtype: torch.dtype | None
     ) -> tuple[Config, dict[str, Tensor]]:
         """Configuration and tensors of an adapter, as they go to the files.
-
-        Where every module still has the rank and scaling the input's configuration gives it, that
-        configuration holds and is kept. Otherwise scalings are folded into B, alpha = r, and the
-        ranks are written as patterns.
 
         Args:
             adapter: The adapter.
@@ -229,37 +222,64 @@ class PeftLayout:
             OutputError: If no module is left.
             IncompatibleError: If a module has no place in the files.
         """
-        shapes = {name: slot.shape for slot in self.slots for name in slot.modules}
-        require_places(shapes, adapter.modules)
-        held = {slot: slot.held(adapter.modules) for slot in self.slots}
+        config, plan = self._planned(adapter, dtype)
+        return config, plan.tensors()
+
+    def _planned(self, adapter: Adapter, dtype: torch.dtype | None) -> tuple[Config, FilePlan]:
+        """The configuration, and what is written."""
+        # Where every module still has the rank and scaling the input's configuration gives it, that
+        # configuration holds and is kept. Otherwise scalings are folded into B, alpha = r, and the
+        # ranks are written as patterns.
+        known = {name: delta.outline for name, delta in outlines(adapter.modules).items()}
+        require_places({n: slot.shape for slot in self.slots for n in slot.modules}, known)
+        held: dict[Slot, list[Delta]] = {slot: slot.held(known) for slot in self.slots}
         config = peft_written.plain(self.config, carried=bool(adapter.carried))
         with_bias = _has_biases(held)
-        dora = any(delta.gain is not None for delta in adapter.modules.values())
+        dora = any(delta.gain is not None for delta in known.values())
         for name, value in {"lora_bias": with_bias, "use_dora": dora}.items():
             if value != bool(config.get(name)):
                 config[name] = value
+        doras: dict[Slot, Callable[[Delta], Delta]] = {}
         if dora:
             weights = BaseWeights(self.base, family(config, self.slots)[1], self.base_copies)
-            held = peft_dora.as_doras(config, held, weights)
-        if not self._as_read(held):
-            left_out = [slot.name for slot, deltas in held.items() if not deltas]
-            held = {slot: padded(deltas) for slot, deltas in held.items() if deltas}
-            if not held:
-                raise OutputError("the adapter changes no module; there is nothing to write")
-            config = peft_written.with_ranks(
-                config,
-                {name: d[0].rank for s, d in held.items() for name in s.parameters or (s.name,)},
-                [slot.name for slot in held if not slot.parameters],
-                left_out,
-                listed=all(map(peft_written.is_plain_list, self.merged_from or (self.config,))),
-            )
-        tensors: dict[str, Tensor] = {}
-        for slot, deltas in held.items():
-            with located(f"module {slot.name!r}"):
-                tensors |= slot.write(deltas, with_bias=with_bias, dtype=dtype)
-            copies = (k for k in self.base_copies if k.startswith(f"{slot.path}."))
-            tensors |= {key: self.base_copies[key] for key in copies}
-        return config, {**tensors, **adapter.carried}
+            doras = peft_dora.dora_forms(config, held, weights)
+            require_representable(adapter.modules)
+            held = {slot: [doras[slot](d) for d in deltas] for slot, deltas in held.items()}
+        as_read = self._as_read(held)
+        if not as_read:
+            config, held = self._with_ranks(config, held)
+        pieces = [
+            _piece(slot, doras.get(slot), padding=not as_read, with_bias=with_bias, dtype=dtype)
+            for slot in held
+        ]
+        prefixes = tuple(f"{slot.path}." for slot in held)
+        copies = {k: t for k, t in self.base_copies.items() if k.startswith(prefixes)}
+        plan = FilePlan(
+            modules=adapter.modules,
+            pieces=pieces,
+            whole=joined(copies, adapter.carried),
+            strings=lambda _: {"format": "pt"},
+            file=WEIGHTS_NAME,
+            beside=partial(_write_beside, adapter.name, config, adapter.provenance),
+        )
+        return config, plan
+
+    def _with_ranks(
+        self, config: dict[str, Any], held: Mapping[Slot, Sequence[Delta]]
+    ) -> tuple[dict[str, Any], dict[Slot, list[Delta]]]:
+        """A configuration with the ranks that there are, and the slots that are left."""
+        left_out = [slot.name for slot, deltas in held.items() if not deltas]
+        left = {slot: padded(deltas) for slot, deltas in held.items() if deltas}
+        if not left:
+            raise OutputError("the adapter changes no module; there is nothing to write")
+        config = peft_written.with_ranks(
+            config,
+            {name: d[0].rank for s, d in left.items() for name in s.parameters or (s.name,)},
+            [slot.name for slot in left if not slot.parameters],
+            left_out,
+            listed=all(map(peft_written.is_plain_list, self.merged_from or (self.config,))),
+        )
+        return config, left
 
     def _as_read(self, held: Mapping[Slot, Sequence[Delta]]) -> bool:
         """Whether ranks and scalings are still what the configuration says."""
@@ -292,6 +312,34 @@ class PeftLayout:
             "base_copies": sorted(self.base_copies),
             "dora": {"out": len(self.slots)} if dora else {},
         }
+
+
+def _piece(
+    slot: Slot,
+    dora: Callable[[Delta], Delta] | None,
+    *,
+    padding: bool,
+    with_bias: bool,
+    dtype: torch.dtype | None,
+) -> Piece:
+    """What is stored of the modules of a slot."""
+
+    def tensors(modules: Mapping[str, Delta]) -> dict[str, Tensor]:
+        deltas = slot.held(modules)
+        deltas = deltas if dora is None else [dora(delta) for delta in deltas]
+        deltas = padded(deltas) if padding else deltas
+        return slot.write(deltas, with_bias=with_bias, dtype=dtype)
+
+    return Piece(slot.name, tuple(slot.modules), tensors)
+
+
+def _write_beside(
+    name: str, config: Config, provenance: Mapping[str, Any] | None, directory: Path
+) -> None:
+    """Write the configuration and the card."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    card.write_card(directory, name, config, provenance)
 
 
 def family(config: Config, slots: Sequence[Slot]) -> tuple[str, Family | None]:

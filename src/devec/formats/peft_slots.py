@@ -93,8 +93,9 @@ class Slot:
         """
         if not self.parameters:
             return [modules[self.name]] if self.name in modules else []
-        empty = Delta(torch.zeros(self.shape[0], 0), torch.zeros(0, self.shape[1]))
-        return [modules.get(name, empty) for name in self.modules]
+        device = next((modules[n].B.device for n in self.modules if n in modules), None)
+        B, A = (torch.zeros(s, device=device) for s in ((self.shape[0], 0), (0, self.shape[1])))
+        return [modules.get(name) or Delta(B, A) for name in self.modules]
 
     def read(self, tensors: Mapping[str, Tensor], base: BaseWeight) -> dict[str, Delta]:
         """The deltas of the slot from its stored tensors.
@@ -148,7 +149,7 @@ class Slot:
         Raises:
             OutputError: If a value is too large for the storage type.
         """
-        A = torch.cat([delta.A for delta in deltas])
+        A = deltas[0].A if len(deltas) == 1 else torch.cat([delta.A for delta in deltas])
         if self.kind == "experts":
             # rank-major: column r·E + e of the stored B is column r of expert e
             B = torch.stack([delta.B for delta in deltas], dim=2).flatten(1)
@@ -184,6 +185,9 @@ def padded(deltas: Sequence[Delta]) -> list[Delta]:
     rank = max([1, *(delta.rank for delta in deltas)])
     for delta in (d.folded() for d in deltas):
         short = rank - delta.rank
+        if not short:
+            result.append(delta)
+            continue
         B = torch.nn.functional.pad(delta.B, (0, short))
         A = torch.nn.functional.pad(delta.A, (0, 0, 0, short))
         result.append(dataclasses.replace(delta, B=B, A=A))

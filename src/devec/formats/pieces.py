@@ -15,6 +15,7 @@ from devec.formats.join import Target
 from devec.formats.names import DENOISERS, Name, parse
 from devec.formats.piece_gains import rows_of, sliceable
 from devec.formats.tables import dotted_names, text_encoders
+from devec.lazy import Lazy, outlines
 
 Key = tuple[str, str]  # component and part
 Pieces = Mapping[
@@ -64,7 +65,7 @@ def cut(
         A row per module.
     """
     result = []
-    for module, delta in adapter.modules.items():
+    for module, delta in outlines(adapter.modules).items():
         name = parse(module)
         if component is not None:
             name = dataclasses.replace(name, component=component)
@@ -270,7 +271,7 @@ def sliced(
     adapter: Adapter,
     modules: Sequence[Module],
     pieces: Pieces,
-) -> dict[str, Delta]:
+) -> Mapping[str, Delta]:
     """Piece → delta: rows of B and of magnitudes, A shared.
 
     Args:
@@ -281,16 +282,32 @@ def sliced(
     Returns:
         The modules of the adapter in terms of pieces.
     """
-    result: dict[str, Delta] = {}
+    known, places = outlines(adapter.modules), _rows_of_pieces(modules, pieces)
+
+    def piece(name: str, held: Mapping[str, Delta]) -> Delta:
+        module, rows = places[name]
+        if rows is None:
+            return held[module]
+        with located(f"module {module!r} of {adapter.label}"):
+            return rows_of(sliceable(held[module]), rows.start, rows.stop)
+
+    # rows of DoRAs may take a base weight to know
+    if not isinstance(adapter.modules, Lazy) or any(d.gain is not None for d in known.values()):
+        held = dict(adapter.modules)
+        return {name: piece(name, held) for name in places}
+    return Lazy({name: piece(name, known) for name in places}, lambda n: piece(n, adapter.modules))
+
+
+def _rows_of_pieces(
+    modules: Sequence[Module], pieces: Pieces
+) -> dict[str, tuple[str, slice | None]]:
+    """Piece → the module that it is part of, and which rows of it; None for all."""
+    result: dict[str, tuple[str, slice | None]] = {}
     for module in modules:
-        delta, start = adapter.modules[module.id], 0
+        start = 0
         for key, rows in zip(module.keys, module.rows, strict=True):
             name, together = pieces[key]
-            if len(together) > 1 or len(module.keys) == 1:
-                result[name] = delta
-                continue
-            with located(f"module {module.id!r} of {adapter.label}"):
-                delta = sliceable(delta)
-                result[name] = rows_of(delta, start, start + rows)
-            start += rows
+            whole = len(together) > 1 or len(module.keys) == 1
+            result[name] = module.id, None if whole else slice(start, start + rows)
+            start += 0 if whole else rows
     return result

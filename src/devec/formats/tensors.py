@@ -6,7 +6,6 @@ appear twice, headers beyond all need, tensors of dozens of dimensions, NaN.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
+from devec.lazy import Lazy, mapped, outlines
+from devec.open_file import OpenFile, Place
 
 STORAGE_DTYPES = {
     "float64": torch.float64,
@@ -33,7 +34,6 @@ STORAGE_DTYPES = {
 # Types of eight bits, widened when read: bfloat16 holds each of their values exactly.
 _WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-_CHUNK = 1 << 22
 _LARGEST_HEADER = 1 << 25
 _MOST_DIMENSIONS = 5
 _LONGEST_KEY = 1000
@@ -51,7 +51,7 @@ _MAGIC = {
     b"version ": "a pointer of Git LFS",
 }
 
-_SAFETENSORS_TYPES = {
+SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -64,11 +64,22 @@ _SAFETENSORS_TYPES = {
     torch.bool: "BOOL",
 }
 
+# What is recognised, to be refused by name where adapters have no such tensors.
+_TYPES = {
+    **{name: dtype for dtype, name in SAFETENSORS_TYPES.items()},
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
+
 
 class TensorFile(NamedTuple):
     """What a file holds: tensors, the strings of its header, and the types of widened tensors."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
     narrow: dict[str, torch.dtype]
 
@@ -79,7 +90,7 @@ def is_tensor_file(path: Path) -> bool:
 
 
 def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
-    """Read all tensors of a file.
+    """The tensors of a file, those of a safetensors file read when they are asked for.
 
     Args:
         path: A safetensors file or, if allowed, a pickle of a state dict.
@@ -93,13 +104,16 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         FormatError: If the file cannot be read, is truncated or corrupt, or is empty.
         UnsupportedError: If a tensor is of a type that adapters have not.
     """
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, str] = {}
     if path.suffix.lower() in _PICKLES:
-        found = TensorFile(_read_pickle(path, allowed=allow_pickle), {}, {})
+        tensors = _read_pickle(path, allowed=allow_pickle)
     else:
-        found = _read_safetensors(path)
-    if not found.tensors:
+        tensors, metadata = _open_safetensors(path)
+    if not tensors:
         raise FormatError("the file holds no tensors")
-    for key, tensor in found.tensors.items():
+    narrow: dict[str, torch.dtype] = {}
+    for key, tensor in outlines(tensors).items():
         if tensor.ndim > _MOST_DIMENSIONS:
             raise FormatError(
                 f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MOST_DIMENSIONS} at most"
@@ -107,35 +121,51 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         if len(key) > _LONGEST_KEY:
             raise FormatError(f"a key has {len(key)} characters, expected {_LONGEST_KEY} at most")
         if tensor.dtype in _WIDENED:
-            found.narrow[key] = tensor.dtype
-            found.tensors[key] = tensor.to(torch.bfloat16)
-        elif tensor.dtype not in _SAFETENSORS_TYPES:
+            narrow[key] = tensor.dtype
+        elif tensor.dtype not in SAFETENSORS_TYPES:
             raise UnsupportedError(
                 f"tensor {key!r} has type {tensor.dtype}; expected {', '.join(STORAGE_DTYPES)} for "
                 "factors, or integers for what is carried over"
             )
-    return found
+    if narrow:
+        tensors = mapped(tensors, lambda _, t: t.to(torch.bfloat16) if t.dtype in _WIDENED else t)
+    return TensorFile(tensors, metadata, narrow)
 
 
-def _read_safetensors(path: Path) -> TensorFile:
-    """Tensors and metadata of a safetensors file."""
+def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, which stays open."""
     try:
-        _check_header(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        held = OpenFile(path)
+        header, start = _read_header(path)
+        with safe_open(path, framework="pt") as file:  # checks offsets and types against the size
+            metadata, order = file.metadata() or {}, list(file.keys())
+        held.require_same()
+        places = {key: _place(header[key], start) for key in order}
+        known = {
+            key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in places.items()
+        }
     # safetensors meets sizes that torch cannot address with errors of torch's own
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        if isinstance(error, FormatError):
+        if isinstance(error, FormatError | UnsupportedError):
             raise
         raise FormatError(
             f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
-    return TensorFile(tensors, metadata, {})
+    return Lazy(known, lambda key: held.read(places[key])), metadata
 
 
-def _check_header(path: Path) -> None:
-    """Refuse headers of excessive size and those that name a tensor twice."""
+def _place(entry: Mapping[str, Any], start: int) -> Place:
+    """Where the tensor of a header's entry lies."""
+    dtype = _TYPES.get(entry["dtype"])
+    if dtype is None:
+        raise UnsupportedError(
+            f"there are tensors of type {entry['dtype']}, which adapters have not"
+        )
+    return Place(start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and where the data begins; no excessive size, and no tensor named twice."""
     with path.open("rb") as file:
         start = file.read(8)
         for magic, what in _MAGIC.items():
@@ -151,7 +181,7 @@ def _check_header(path: Path) -> None:
             )
         header = file.read(length)
     try:
-        json.loads(header, object_pairs_hook=_require_distinct)
+        return json.loads(header, object_pairs_hook=_require_distinct), 8 + length
     except RecursionError as error:
         raise FormatError("not a readable safetensors file: its header is nested") from error
 
@@ -211,7 +241,8 @@ def require_factor(key: str, tensor: Tensor) -> Tensor:
             f"tensor {key!r} has type {tensor.dtype}; expected one of {', '.join(STORAGE_DTYPES)}"
         )
     require_finite(key, tensor)
-    if tensor.dtype not in (torch.float16, torch.bfloat16) and tensor.numel():
+    wide = tensor.dtype not in (torch.float16, torch.bfloat16)
+    if wide and tensor.numel() and not tensor.is_meta:
         largest = float(tensor.abs().max())
         if largest > _LARGEST_VALUE:
             raise FormatError(
@@ -241,7 +272,7 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
 
 def _not_finite(tensor: Tensor) -> int:
     """How many values of a tensor are NaN or infinity."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.is_meta:
         return 0
     # a sum is not finite if a value is not, and needs no mask as large as a base weight
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
@@ -257,12 +288,14 @@ def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: The storage type.
 
     Returns:
-        A contiguous tensor of its own, where the other lies.
+        A contiguous tensor, where the other lies; the same one if it is stored as it is.
 
     Raises:
         OutputError: If a value is too large for the storage type.
     """
-    result = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if tensor.is_meta:
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+    result = tensor.to(dtype).contiguous()
     as_read = tensor.dtype == dtype in (torch.float16, torch.bfloat16)  # none are computed in these
     if not as_read and _not_finite(result):
         raise OutputError(
@@ -270,60 +303,3 @@ def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             "can hold; choose a wider type (--dtype float32)"
         )
     return result
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on nothing but what is in it.
-
-    The safetensors library writes the same tensors with the metadata in another order each time.
-
-    Args:
-        path: Where to write.
-        tensors: Key → tensor.
-        metadata: The header's strings.
-    """
-    order = _in_order(tensors)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for key in order:
-        tensor = tensors[key]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for key in order:
-            file.write(_bytes(tensors[key]))
-
-
-def data_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of the data that `write_tensors` writes after the header."""
-    digest = hashlib.sha256()
-    for key in _in_order(tensors):
-        digest.update(_bytes(tensors[key]))
-    return digest.hexdigest()
-
-
-def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys in the order of the data: wide types first, so that every tensor is aligned."""
-    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file's bytes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

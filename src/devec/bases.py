@@ -1,0 +1,212 @@
+"""Orthonormal bases of the column spaces of many thin products at once, by matrix products alone.
+
+Modules of one shape are stacked along a leading axis. All tall products run in the working
+precision, where a processor is fastest; what is small, r × r, is done in float64. Where that could
+cost accuracy the product is called unsound, and `linalg.column_space` is for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from devec.linalg import RANK_RTOL, basis_dtype, small, working_dtype
+
+# How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
+# far entries of UᵀU may be from those of the identity before there is a second pass at all.
+_LARGEST_LOSS = 1e-2
+_ORTHONORMAL = {torch.float32: 9e-7, torch.float64: 1e-12}
+
+# Float32 sums of so many products lose no more than the last digit or two; what is summed in
+# blocks of as many rows is added up in float64. Kernels for wide factors sum in blocks themselves.
+_BLOCK = 512
+_BLOCK_OF_WIDE = 2048
+_WIDE = 64
+
+# A·Aᵀ has one pass, and norms are read off it: its loss is theirs.
+_LARGEST_LOSS_OF_NORMS = 1e-5
+
+# Of a decomposition by Gram matrices: what rounding of its result to float32 costs at most.
+_LARGEST_LOSS_OF_SVD = {torch.float32: 1e-6, torch.float64: 1e-8}
+
+
+class ColumnBases(NamedTuple):
+    """Column spaces of a stack of products B·A of full rank.
+
+    Attributes:
+        U: Orthonormal columns, in the precision of the factors.
+        norms: ‖B·A‖_F.
+        gram: A·Aᵀ, with which norms of C·A follow for any C.
+        sound: Which of the products are of full rank and well-conditioned enough for all this to
+            be right; the others' entries mean nothing.
+    """
+
+    U: Float[Tensor, "batch m r"]
+    norms: Float[Tensor, " batch"]
+    gram: Float[Tensor, "batch r r"]
+    sound: Bool[Tensor, " batch"]
+
+
+class FactoredSVD(NamedTuple):
+    """A singular value decomposition ``(X·U) · diag(S) · (Vh·Y)`` with tall and wide X, Y as given.
+
+    Attributes:
+        X: Shape (m, r).
+        U: Shape (r, ρ).
+        S: Singular values, descending.
+        Vh: Shape (ρ, r).
+        Y: Shape (r, n).
+    """
+
+    X: Float[Tensor, "m r"]
+    U: Float[Tensor, "r rho"]
+    S: Float[Tensor, " rho"]
+    Vh: Float[Tensor, "rho r"]
+    Y: Float[Tensor, "r n"]
+
+    def leading(self, rank: int) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
+        """Balanced factors U·√S and √S·Vh of the leading triplets."""
+        root = self.S[:rank].sqrt()
+        left, right = self.U[:, :rank] * root, root[:, None] * self.Vh[:rank]
+        return self.X @ left.to(self.X), right.to(self.Y) @ self.Y
+
+
+def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSVD:
+    """The singular value decomposition of ``B · A``, of which no more is formed than is asked for.
+
+    With BᵀB = RᵀR and AAᵀ = LᵀL the core R·Lᵀ = U·S·Vh gives B·R⁻¹·U and Vh·L⁻ᵀ·A.
+
+    Args:
+        B: Left factor.
+        A: Right factor.
+
+    Returns:
+        All singular values in float64. By Gram matrices, in float32 or float64 as each factor's
+        condition allows, where that costs no more than rounding of the result to float32 and the
+        factors are no float64 themselves; else by Householder QR.
+
+    Cost: O((m + n) r² + r³), and (m + n)·r·k for k triplets.
+    """
+    precise = working_dtype(B, A) == torch.float64 or not B.shape[1]
+    left, right = (None, None) if precise else (_well_conditioned(B), _well_conditioned(A.mT))
+    if left is not None and right is not None:
+        U, S, Vh = torch.linalg.svd(left.triangle.R @ right.triangle.R.mT)
+        return FactoredSVD(
+            left.X, left.triangle.inverse @ U, S, Vh @ right.triangle.inverse.mT, right.X.mT
+        )
+    X, Y = (factor.to(basis_dtype(factor.device)) for factor in (B, A))
+    X, R_B = torch.linalg.qr(X)
+    Q_A, R_A = torch.linalg.qr(Y.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return FactoredSVD(X, U, S, Vh, Q_A.mT)
+
+
+class _Triangle(NamedTuple):
+    """An upper triangle R with XᵀX = RᵀR, its inverse, and what rounding in XᵀX does to X·R⁻¹."""
+
+    R: Tensor
+    inverse: Tensor
+    loss: Tensor
+
+
+def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -> ColumnBases:
+    """Orthonormal bases of the column spaces of products, by Cholesky QR, twice where needed.
+
+    BᵀB = RᵀR gives U = B·R⁻¹, whose distance from orthonormality is roundoff times the squared
+    condition number of B with its columns scaled to one length; a second pass over U removes it.
+
+    Args:
+        B: Left factors, all in one precision.
+        A: Right factors.
+
+    Returns:
+        The bases, orthonormal to 1e-6 in every entry of UᵀU (float32; to rounding in float64), and
+        the norms. A product is sound if B, its columns scaled to one length, has a condition number
+        of up to some hundreds (float32; 1e6 in float64), A, from which norms are told, one of a
+        few, the fewer the larger its rank, and no singular value of the product is below
+        `RANK_RTOL` times the largest.
+
+    Cost: O((m + n) r²) per product, all of it in matrix products.
+
+    Reference: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA
+    44, Theorem 3.3.
+    """
+    dtype = B.dtype
+    gram = small(A @ A.mT)
+    del A  # as large as a basis, and not needed any more; neither is B below
+    first = _triangle(_gram(B), dtype)
+    right = _triangle(gram, dtype)
+    sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
+    U = B @ first.inverse.to(B)
+    del B
+    second = _gram(U)
+    off = _off(second)
+    R, inverse = first.R, first.inverse
+    if bool((sound & (off > _ORTHONORMAL[dtype])).any()):
+        again = _triangle(second, dtype)
+        U = U @ again.inverse.to(U)
+        # what is still off is beyond this arithmetic, or that is coarser than it says (TF32)
+        sound &= _off(_gram(U)) <= _ORTHONORMAL[dtype]
+        R, inverse = again.R @ R, inverse @ again.inverse
+    core = R @ right.R.mT
+    norms = torch.linalg.matrix_norm(core)
+    # at least the condition number in the spectral norm, which a decomposition alone would tell
+    condition = norms * torch.linalg.matrix_norm(right.inverse.mT @ inverse)
+    sound &= condition.isfinite()
+    for index in (sound & (condition >= 1 / RANK_RTOL[dtype])).nonzero()[:, 0].tolist():
+        S = torch.linalg.svdvals(core[index])
+        sound[index] = S[-1] > RANK_RTOL[dtype] * S[0]
+    return ColumnBases(U, norms, gram, sound)
+
+
+class _Side(NamedTuple):
+    """A factor and the triangle of its Gram matrix."""
+
+    X: Tensor
+    triangle: _Triangle
+
+
+def _well_conditioned(X: Float[Tensor, "m r"]) -> _Side | None:
+    """A factor in the first precision that its condition allows, None if none does."""
+    for dtype in _LARGEST_LOSS_OF_SVD if X.device.type != "mps" else ():
+        held = X.to(dtype)
+        triangle = _Triangle(*(part[0] for part in _triangle(_gram(held[None]), dtype)))
+        if float(triangle.loss) < _LARGEST_LOSS_OF_SVD[dtype]:
+            return _Side(held, triangle)
+    return None
+
+
+def _off(gram: Tensor) -> Tensor:
+    """How far the entries of Gram matrices are from those of the identity."""
+    return (gram - torch.eye(gram.shape[-1]).to(gram)).abs().amax(dim=(-2, -1))
+
+
+def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+    """XᵀX in float64, from sums over blocks of rows."""
+    batch, m, r = X.shape
+    longest = _BLOCK if r < _WIDE else _BLOCK_OF_WIDE
+    rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
+    if X.dtype == torch.float64 or m <= longest:
+        return small(X.mT @ X)
+    if rows < longest // 8:  # no number of blocks divides the rows
+        X = small(X)
+        return X.mT @ X
+    blocks = X.reshape(batch * (m // rows), rows, r)
+    products = (blocks.mT @ blocks).reshape(batch, m // rows, r, r)
+    return small(products).sum(dim=1)
+
+
+def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
+    """The Cholesky factor of Gram matrices that were computed in a precision."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()
+    R, info = torch.linalg.cholesky_ex(scale[..., None] * gram * scale[..., None, :], upper=True)
+    identity = torch.eye(gram.shape[-1]).to(gram)
+    inverse = torch.linalg.solve_triangular(R, identity.expand_as(R), upper=True)
+    # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
+    sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
+    loss = torch.finfo(dtype).eps * sums[0] * sums[1]
+    loss = torch.where((info == 0).to(loss.device) & loss.isfinite(), loss, torch.inf)
+    return _Triangle(R / scale[..., None, :], scale[..., None] * inverse, loss)

@@ -1,0 +1,164 @@
+"""What is to be written of an adapter, known before its modules are read or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.errors import IncompatibleError, OutputError, located
+from devec.formats.tensor_writer import TensorWriter
+from devec.lazy import outlines
+
+_NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Modules of an adapter that are stored together.
+
+    Attributes:
+        name: What to call them in messages.
+        modules: Names of the modules, of which the adapter may lack some.
+        tensors: From the deltas of those that it has to the stored tensors, by key; from outlines
+            to outlines.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    tensors: Callable[[Mapping[str, Delta]], dict[str, Tensor]]
+
+    def stored(self, modules: Mapping[str, Delta]) -> dict[str, Tensor]:
+        """The stored tensors of the modules among those of an adapter."""
+        with located(f"module {self.name!r}"):
+            return self.tensors({name: modules[name] for name in self.modules if name in modules})
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file of tensors, or a directory with one, that is to be written.
+
+    Attributes:
+        modules: The modules of the adapter.
+        pieces: What is stored of them.
+        whole: Tensors that are stored as they are, by key.
+        strings: The header's strings, from the digest of the data.
+        hashed: Whether they need that digest.
+        file: Name of the file in its directory; empty if there is none.
+        beside: Writes what else the directory holds.
+    """
+
+    modules: Mapping[str, Delta]
+    pieces: Sequence[Piece]
+    whole: Mapping[str, Tensor]
+    strings: Callable[[str], Mapping[str, str]]
+    hashed: bool = False
+    file: str = ""
+    beside: Callable[[Path], None] | None = None
+
+    def known(self) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        """Outlines of all tensors, and the keys of each piece.
+
+        Returns:
+            Key → outline, and name of a piece → keys.
+
+        Raises:
+            IncompatibleError: If two pieces have a key in common.
+            OutputError: If there is nothing to write.
+        """
+        known: dict[str, Tensor] = {}
+        keys: dict[str, list[str]] = {}
+        modules = {name: delta.outline for name, delta in outlines(self.modules).items()}
+        for piece in self.pieces:
+            stored = piece.stored(modules)
+            if stored.keys() & known.keys():
+                raise IncompatibleError(
+                    f"module {piece.name!r}: another module is written under the same keys"
+                )
+            known |= stored
+            keys[piece.name] = list(stored)
+        known |= outlines(self.whole)
+        if not known:
+            raise OutputError("the adapter changes no module; there is nothing to write")
+        return known, keys
+
+    def open(self, path: Path, *, create: bool = True) -> Output:
+        """The output in the making.
+
+        Args:
+            path: The file or directory.
+            create: Whether it is made; otherwise another process has made it.
+
+        Returns:
+            The output, nothing written yet.
+        """
+        return Output(self, path, create=create)
+
+    def write(self, path: Path) -> None:
+        """Write all of it, one piece after the other.
+
+        Args:
+            path: The file or directory to make.
+        """
+        output = self.open(path)
+        try:
+            for piece in self.pieces:
+                output.write(piece, self.modules)
+            output.finish()
+        finally:
+            output.close()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors as they are stored, in memory of their own."""
+        stored: dict[str, Tensor] = {}
+        for piece in self.pieces:
+            stored |= {k: t.clone() for k, t in piece.stored(self.modules).items()}
+        return {**stored, **self.whole}
+
+
+class Output:
+    """An output in the making, to which pieces are written in any order, from any process."""
+
+    def __init__(self, plan: FilePlan, path: Path, *, create: bool) -> None:
+        """Make the file as large as it will be."""
+        self.plan, self._path = plan, path
+        known, self._keys = plan.known()
+        if plan.file and create:
+            path.mkdir()
+        file = path / plan.file if plan.file else path
+        self._writer = TensorWriter(file, known, plan.strings(_NO_DIGEST), create=create)
+
+    def write(self, piece: Piece, modules: Mapping[str, Delta]) -> None:
+        """Write a piece of the plan.
+
+        Args:
+            piece: The piece.
+            modules: The modules, of an adapter with the outlines that were planned for.
+        """
+        for key, tensor in piece.stored(modules).items():
+            self._writer.put(key, tensor)
+
+    def flush(self) -> None:
+        """Bring what has been written to the disk."""
+        self._writer.flush()
+
+    def written_elsewhere(self, piece: Piece) -> None:
+        """Take note that another process has written a piece."""
+        self._writer.take(set(self._keys[piece.name]))
+
+    def finish(self) -> None:
+        """Write what is stored as it is, the digest, and what stands beside the file."""
+        plan = self.plan
+        for key in plan.whole:
+            self._writer.put(key, plan.whole[key])
+        digest = self._writer.data_sha256() if plan.hashed else _NO_DIGEST
+        self._writer.finish(plan.strings(digest))
+        if plan.beside is not None:
+            plan.beside(self._path)
+
+    def close(self) -> None:
+        """Let go of the file, complete or not."""
+        self._writer.close()

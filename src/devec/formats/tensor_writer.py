@@ -1,0 +1,153 @@
+"""Writing safetensors files, one tensor at a time, in any order, from any process.
+
+The bytes of a file depend on nothing but what is in it. The safetensors library writes the same
+tensors with the metadata in another order each time, and wants all of them at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from devec.errors import OutputError, listed
+from devec.formats.tensors import SAFETENSORS_TYPES
+from devec.open_file import bytes_of
+
+_CHUNK = 1 << 22
+
+
+class _Slot(NamedTuple):
+    """Where a tensor goes, counted from the end of the header."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class TensorWriter:
+    """A safetensors file in the making.
+
+    Every tensor has its place from the beginning, so that tensors may come in any order and from
+    several processes, each with a writer of its own.
+
+    Args:
+        path: The file.
+        known: Key → outline of the tensor: its type and shape.
+        strings: The header's strings.
+        create: Whether the file is made; otherwise another writer has made it.
+    """
+
+    def __init__(
+        self, path: Path, known: Mapping[str, Tensor], strings: Mapping[str, str], *, create: bool
+    ) -> None:
+        """Make the file, as large as it will be."""
+        self._slots = _placed(known)
+        header = _header(self._slots, strings)
+        self._header_size = len(header)
+        end = max((slot.stop for slot in self._slots.values()), default=0)
+        self._missing = set(self._slots)
+        flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
+        self._file = os.open(path, flags, 0o666)
+        if create:
+            os.ftruncate(self._file, len(header) + end)
+            self._write(header, 0)
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor.
+
+        Args:
+            key: Its key.
+            tensor: The tensor, on the CPU.
+
+        Raises:
+            OutputError: If it is not of the type and shape that were announced.
+        """
+        slot = self._slots[key]
+        if (tensor.dtype, tensor.shape) != (slot.dtype, slot.shape):
+            raise OutputError(
+                f"tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, announced was "
+                f"{slot.dtype} {tuple(slot.shape)}"
+            )
+        self._write(bytes_of(tensor), self._header_size + slot.start)
+        self._missing.discard(key)
+
+    def flush(self) -> None:
+        """Bring what has been written to the disk."""
+        os.fsync(self._file)
+
+    def data_sha256(self) -> str:
+        """Digest of the data after the header, all of which has been written."""
+        digest, place = hashlib.sha256(), self._header_size
+        while chunk := os.pread(self._file, _CHUNK, place):
+            digest.update(chunk)
+            place += len(chunk)
+        return digest.hexdigest()
+
+    def finish(self, strings: Mapping[str, str]) -> None:
+        """Complete the file.
+
+        Args:
+            strings: The header's strings, as long as they were at first.
+
+        Raises:
+            OutputError: If a tensor is missing.
+        """
+        if self._missing:
+            raise OutputError(f"tensors were not written: {listed(sorted(self._missing))}")
+        header = _header(self._slots, strings)
+        if len(header) != self._header_size:
+            raise OutputError("the header is not as long as was announced")
+        self._write(header, 0)
+        self.close()
+
+    def take(self, keys: set[str]) -> None:
+        """Leave tensors to other writers of the same file, who have written them."""
+        self._missing -= keys
+
+    def close(self) -> None:
+        """Close the file, complete or not."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, data: bytes | memoryview, place: int) -> None:
+        """Write bytes at a place."""
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._file, view, place)
+            view, place = view[count:], place + count
+
+
+def _placed(known: Mapping[str, Tensor]) -> dict[str, _Slot]:
+    """The places of tensors: wide types first, so that every tensor is aligned."""
+    slots: dict[str, _Slot] = {}
+    offset = 0
+    for key in sorted(known, key=lambda key: (-known[key].element_size(), key)):
+        tensor = known[key]
+        end = offset + tensor.numel() * tensor.element_size()
+        slots[key] = _Slot(offset, end, tensor.dtype, tensor.shape)
+        offset = end
+    return slots
+
+
+def _header(slots: Mapping[str, _Slot], strings: Mapping[str, str]) -> bytes:
+    """The bytes before the data."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
+    for key, slot in slots.items():
+        header[key] = {
+            "dtype": SAFETENSORS_TYPES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [slot.start, slot.stop],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

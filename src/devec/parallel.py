@@ -1,0 +1,154 @@
+"""Work on stacks in threads: as many as there are cores and memory for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import cycle
+from threading import Event, Thread
+from typing import Protocol, TypeVar
+
+import torch
+
+from devec.errors import DevecError
+from devec.stack import Stack
+
+V = TypeVar("V")
+
+# What stacks that are worked on at the same time may take together.
+_WORKING_BYTES = 1 << 28
+
+# How many stacks at a time on devices with memory of their own.
+_WORKERS = {"cuda": 2, "mps": 1}
+
+# Seconds between one file and the next that is brought to the disk.
+_PAUSE = 0.02
+
+
+class Flushed(Protocol):
+    """What is being written to a file."""
+
+    def flush(self) -> None:
+        """Bring what has been written to the disk."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Have torch use so many threads.
+
+    Args:
+        count: How many.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say what there is too little memory for.
+
+    Args:
+        what: What it is.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DevecError: If there was too little.
+        MemoryError: Never; it is that.
+        RuntimeError: What else torch has raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has an error of its own for GPUs, and none for the memory of the CPU
+        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not lacking and "allocate memory" not in str(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no more to be had"])[0]
+        raise DevecError(
+            f"too little memory for {what} ({reason}); nothing was written. Fewer threads "
+            "(OMP_NUM_THREADS=1) need less"
+        ) from error
+
+
+@contextmanager
+def flushing(parts: Sequence[Flushed]) -> Iterator[None]:
+    """Bring parts to the disk while they are being written, so that little is left for the end.
+
+    Args:
+        parts: The parts.
+
+    Yields:
+        Nothing.
+    """
+    done = Event()
+    failed: list[OSError] = []
+
+    def flush() -> None:
+        for part in cycle(parts):
+            try:
+                part.flush()
+            except OSError as error:  # the system says it once, and to whom asks first
+                failed.append(error)
+                return
+            if done.wait(_PAUSE):
+                return
+
+    thread = Thread(target=flush, name="devec-flush", daemon=True)
+    if parts:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if parts:
+            thread.join()
+    if failed:
+        raise failed[0]
+
+
+def in_parallel(
+    call: Callable[[Stack], V], work: Sequence[Stack], device: str | torch.device | None
+) -> Iterator[V]:
+    """The results of a call for all stacks, in order.
+
+    Args:
+        call: The call.
+        work: The stacks.
+        device: Where the call computes.
+
+    Yields:
+        The results.
+    """
+    # As many stacks at a time as there are cores and memory for; the cores are divided among them.
+    # On a GPU two, each with a stream of its own, so that one is copied while the other computes.
+    cores, kind = torch.get_num_threads(), torch.device(device or "cpu").type
+    largest = max((stack.working_bytes for stack in work), default=1)
+    workers = _WORKERS.get(kind, min(cores, _WORKING_BYTES // largest))
+    workers = max(1, min(workers, len(work)))
+    outer = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    def begin() -> None:
+        torch.set_num_threads(max(1, cores // workers))
+        if outer is not None:
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(outer)  # what is given may be computed there
+            torch.cuda.set_stream(stream)
+
+    executor = ThreadPoolExecutor(workers, "devec", begin)
+    try:
+        futures = [executor.submit(call, stack) for stack in work]
+        for future in futures:  # in order, so that the same error is told each time
+            yield future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
