@@ -15,7 +15,7 @@ help:
 	@echo "make check       format, lint, types, import directions, the built wheel"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make notebooks   execute the notebooks in place"
-	@echo "make benchmarks  run the benchmarks (minutes)"
+	@echo "make benchmarks  run the benchmarks (an hour, 40 GB of disk)"
 	@echo "make pool        train the demo pool anew (minutes)"
 
 demo: $(VENV)/.installed
@@ -39,12 +39,9 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 benchmarks: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.toy
-	$(BIN)/python -m benchmarks.products
-	$(BIN)/python -m benchmarks.dora
 	$(BIN)/python -m benchmarks.dora_demo
-	$(BIN)/python -m benchmarks.live
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m devec.demo.train

@@ -1,1 +1,1 @@
-"""Experiments and timings: run one with ``python -m benchmarks.NAME``."""
+"""Experiments and timings: all timings with ``python -m benchmarks``, one program by its name."""

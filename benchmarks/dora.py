@@ -1,6 +1,6 @@
 """How long DoRAs of LLaMA-2-7B's shapes take, and how much memory.
 
-    python -m benchmarks.dora [--rank N] [--json FILE]
+    python -m benchmarks.dora
 
 Two DoRA adapters of one module lie on the disk beside the base weight, as PEFT writes them, and
 share a quarter of their directions. They are read and decomposed, and the two unique parts are
@@ -11,25 +11,30 @@ base weight's own pages included. There is no dense method beside it, which take
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from devec import Adapter, __version__, decompose
+from benchmarks.results import Row, Section, Table, render_section
+from benchmarks.settings import Settings
+from devec import Adapter, decompose
 
 MODULE = "model.layers.0.mlp.down_proj"
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-REPEATS = 7
+RANK = 256
+TEXT = """\
+Two DoRAs of one module on the disk beside its base weight, a quarter of the directions shared,
+decomposed (chain), and the unique parts turned into the tensors that are written. Memory is what
+the peak grows by, as a multiple of the base weight in float32, its own pages included. Each row has
+a process of its own. There is no dense method beside it, which takes minutes a module."""
 
 
 def write_pool(folder: Path, shape: tuple[int, int], rank: int, base: torch.dtype) -> None:
@@ -90,18 +95,20 @@ def warm_up() -> None:
             part.layout.stored(part, None)  # type: ignore[union-attr]
 
 
-def measure(shape: tuple[int, int], rank: int, base: str) -> dict[str, Any]:
+def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads: int) -> Row:
     """Times and memory of one shape, in the calling process.
 
     Args:
         shape: Shape (out, in) of the module.
         rank: Rank of the adapters.
         base: Type of the base weight.
+        repeats: How often to decompose.
+        threads: Threads of torch.
 
     Returns:
         Medians in seconds, and the memory as a multiple of the base weight in float32.
     """
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     times: dict[str, list[float]] = {"decompose": [], "write": []}
     grown = 0
     warm_up()
@@ -110,7 +117,7 @@ def measure(shape: tuple[int, int], rank: int, base: str) -> dict[str, Any]:
         write_pool(folder, shape, rank, BASES[base])
         adapters = [Adapter.from_pretrained(folder / n, base=folder) for n in ("first", "second")]
         before = fresh_peak()
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             start = time.perf_counter()
             parts = decompose(adapters)
             times["decompose"].append(time.perf_counter() - start)
@@ -120,37 +127,40 @@ def measure(shape: tuple[int, int], rank: int, base: str) -> dict[str, Any]:
             times["write"].append(time.perf_counter() - start)
             grown = grown or peak() - before
     return {
-        "shared_rank": parts.splits[0].shared_rank,
+        "shared rank": parts.splits[0].shared_rank,
         **{what: statistics.median(found) for what, found in times.items()},
         "memory": grown / (4 * shape[0] * shape[1]),
     }
 
 
-def main() -> None:
-    """Print the measurements as a table, and write them where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dora")
-    parser.add_argument("--rank", type=int, default=256, help="rank of the adapters")
-    parser.add_argument("--json", type=Path, help="file to write the measurements to")
-    arguments = parser.parse_args()
-    print(f"devec {__version__}, torch {torch.__version__}, {platform.machine()}, 2 threads\n")
-    print("| module, k = 2 | base weight | shared | decompose | write | memory |")
-    print("|---|---|---:|---:|---:|---:|")
-    results: dict[str, dict[str, Any]] = {}
+def rows(settings: Settings) -> Iterator[Row]:
+    """Times and memory of all shapes, each in a process of its own."""
+    shapes: Sequence[tuple[int, int]] = SHAPES
+    bases, rank = list(BASES), RANK
+    if settings.quick:
+        shapes, bases, rank = [(96, 64)], ["bfloat16"], 8
     context = multiprocessing.get_context("spawn")
-    for shape in SHAPES:
-        for base in BASES:
+    for shape in shapes:
+        for base in bases:
+            arguments = (shape, rank, base, settings.times(7), settings.threads)
             with context.Pool(1) as process:
-                found = process.apply(measure, (shape, arguments.rank, base))
-            name = f"{shape[0]} × {shape[1]}"
-            results[f"{name} {base}"] = found
-            print(
-                f"| {name} | {base} | {found['shared_rank']} | {found['decompose']:.2f} s "
-                f"| {found['write']:.2f} s | {found['memory']:.1f} × |",
-                flush=True,
-            )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                found = process.apply(measure, arguments)
+            yield {"module": f"{shape[0]} × {shape[1]}", "base weight": base, **found}
+
+
+def section(settings: Settings) -> Section:
+    """All shapes."""
+    units = {
+        "module": "",
+        "base weight": "",
+        "shared rank": "count",
+        "decompose": "seconds",
+        "write": "seconds",
+        "memory": "times",
+    }
+    title = f"Rank {8 if settings.quick else RANK}, k = 2"
+    return Section("DoRA", TEXT, [Table(title, units, list(rows(settings)))])
 
 
 if __name__ == "__main__":
-    main()
+    print(render_section(section(Settings())))

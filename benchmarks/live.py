@@ -1,6 +1,6 @@
 """How long two adapters of a live Flux transformer take, beside what the hosts themselves need.
 
-    python -m benchmarks.live [--dtype float32|bfloat16] [--json FILE]
+    python -m benchmarks.live
 
 A FluxTransformer2DModel of the real widths holds two LoRAs of rank 16 in 494 modules, of which a
 quarter of the directions is shared nearly. `devec.decompose_adapters` splits them and adds the five
@@ -12,11 +12,7 @@ memory: no LoRA needs them.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,20 +21,35 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from benchmarks.speed import RANK, flux_shapes, pool
-from devec import __version__, decompose_adapters
+from benchmarks.pools import RANK, Shapes, flux_shapes, in_memory
+from benchmarks.results import Row, Section, Table, render_section
+from benchmarks.settings import Settings
+from devec import decompose_adapters
 
 NAMES = ("first", "second")
-REPEATS = 3
+HEAD = 128  # width of a head
+DTYPE = torch.bfloat16
+TEXT = """\
+A FluxTransformer2DModel of the real widths holds two LoRAs; `devec.decompose_adapters` splits them
+and adds the five parts. What PEFT's `inject_adapter_in_model` takes of it, which makes the layers,
+is the host's. Beside it, diffusers' own `load_lora_adapter` adds the same five adapters to a second
+model, from tensors in memory. Figures are those of the run whose own time is the median."""
 
 
-def hollow_flux(dtype: torch.dtype) -> FluxTransformer2DModel:
-    """A Flux transformer of real widths, whose weights are one zero each."""
+def hollow_flux(size: tuple[int, int, int]) -> FluxTransformer2DModel:
+    """A Flux transformer of this width and these numbers of layers; its weights are zeros."""
+    width, double, single = size
     with torch.device("meta"):
-        model = FluxTransformer2DModel(guidance_embeds=True)
+        model = FluxTransformer2DModel(
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=width // HEAD,
+            attention_head_dim=HEAD,
+            guidance_embeds=True,
+        )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros(1, dtype=dtype).expand(parameter.shape)
+            zeros = torch.zeros(1, dtype=DTYPE).expand(parameter.shape)
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     return model.eval()
 
@@ -54,10 +65,10 @@ def load(
     return time.perf_counter() - start
 
 
-def once(originals: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> dict[str, float]:
+def once(originals: dict[str, dict[str, Tensor]], size: tuple[int, int, int]) -> Row:
     """Seconds of devec for all of it, and of diffusers to add the same five adapters."""
-    live, own = hollow_flux(dtype), hollow_flux(dtype)
-    config = {"r": RANK, "lora_alpha": RANK, "target_modules": list(flux_shapes())}
+    live, own = hollow_flux(size), hollow_flux(size)
+    config = {"r": RANK, "lora_alpha": RANK, "target_modules": list(flux_shapes(*size))}
     for name, tensors in originals.items():
         for model in (live, own):
             load(model, name, tensors, config)
@@ -82,38 +93,38 @@ def once(originals: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> dict[st
     return {"total": total, "injection": injection, "own": total - injection, "diffusers": host}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure and print.
-
-    Args:
-        arguments: Command line, without the program's name; the process's own if None.
-    """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.live")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--json", type=Path, help="write the figures to a file, too")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(2)
-    dtype = getattr(torch, options.dtype)
-    adapters = pool(2, flux_shapes(), dtype)
-    originals = {
+def pool(shapes: Shapes) -> dict[str, dict[str, Tensor]]:
+    """Name → tensors of two adapters."""
+    return {
         name: {
             f"{module}.lora_{factor}.weight": getattr(delta, factor)
             for module, delta in adapter.modules.items()
             for factor in "AB"
         }
-        for name, adapter in zip(NAMES, adapters, strict=True)
+        for name, adapter in zip(NAMES, in_memory(2, shapes, DTYPE), strict=True)
     }
-    runs = sorted((once(originals, dtype) for _ in range(REPEATS)), key=lambda run: run["own"])
-    found = runs[len(runs) // 2]  # the median run as a whole, so that its figures add up
-    print(f"devec {__version__}, torch {torch.__version__}, {platform.machine()}, 2 threads")
-    print(f"{len(flux_shapes())} modules, rank {RANK}, {options.dtype}, two adapters")
-    print(f"devec.decompose_adapters, five parts added  {found['total']:.2f} s")
-    print(f"of which in PEFT's injection                {found['injection']:.2f} s")
-    print(f"and devec's own                             {found['own']:.2f} s")
-    print(f"diffusers adds the same five adapters       {found['diffusers']:.2f} s")
-    if options.json:
-        options.json.write_text(json.dumps({"dtype": options.dtype, **found}, indent=2) + "\n")
+
+
+def section(settings: Settings) -> Section:
+    """Two adapters of a live model; the median run as a whole, so that its figures add up."""
+    torch.set_num_threads(settings.threads)
+    size = (HEAD, 1, 1) if settings.quick else (3072, 19, 38)
+    shapes = flux_shapes(*size)
+    originals = pool(shapes)
+    runs = [once(originals, size) for _ in range(settings.times(3))]
+    found = sorted(runs, key=lambda run: float(run["own"]))[len(runs) // 2]
+    titles = {
+        "total": "`devec.decompose_adapters`, five parts added",
+        "injection": "of which in PEFT's injection of the layers",
+        "own": "and devec's own",
+        "diffusers": "diffusers adds the same five adapters",
+    }
+    rows = [{"": title, "time": found[name]} for name, title in titles.items()]
+    rows.append({"": "devec / diffusers", "ratio": found["total"] / found["diffusers"]})
+    title = f"Two adapters of rank {RANK} in {len(shapes)} modules, bfloat16"
+    units = {"": "", "time": "seconds", "ratio": "times"}
+    return Section("A live model", TEXT, [Table(title, units, rows)])
 
 
 if __name__ == "__main__":
-    main()
+    print(render_section(section(Settings())))

@@ -1,6 +1,6 @@
 """How fast products of low-rank matrices become one pair of factors, beside the dense method.
 
-    python -m benchmarks.products [--dense N] [--json FILE]
+    python -m benchmarks.products
 
 The products that LoHa and LoKr adapters hold, at the sizes of SDXL (1280) and Flux (3072). The
 dense method forms the product and takes its SVD in float32; at 3072 × 3072 it is run once.
@@ -8,19 +8,23 @@ dense method forms the product and takes its SVD in float32; at 3072 × 3072 it 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.speed import seconds
-from devec import __version__
+from benchmarks.results import Section, Table, render_section
+from benchmarks.settings import Settings
+from benchmarks.timing import seconds
 from devec.products import Factors, hadamard_product, kronecker_product
 
 MAX_RANK = 256
+
+TEXT = f"""\
+Products that LoHa and LoKr adapters hold, as one pair of factors of rank {MAX_RANK} at most, beside
+forming the product and taking its SVD, in float32. Random factors are the worst case of a
+truncation: their singular values hardly fall."""
 
 Row = tuple[str, int, float, float]
 
@@ -48,28 +52,47 @@ def dense_kronecker(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svd(torch.kron(left, right), full_matrices=False).S
 
 
-def measure(dense: int) -> Iterator[Row]:
+class Sizes(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        n: Size of the entrywise products.
+        ranks: Rank of their factors and how often to measure, each.
+        kronecker: Sizes of the two factors of Kronecker products, each.
+    """
+
+    n: int
+    ranks: Sequence[tuple[int, int]]
+    kronecker: Sequence[tuple[int, int]]
+
+
+def measure(settings: Settings) -> Iterator[Row]:
     """All measurements, one after the other.
 
     Args:
-        dense: Largest size for the dense method; 0 leaves it out.
+        settings: How to run.
 
     Yields:
-        What was measured, its rank and error, and the median in seconds; or the dense method's
-        time, with its rank and error 0.
+        What was measured, its rank and error, and the median in seconds; of the dense method, which
+        is exact, the rank is the size.
     """
-    for r, repeats in ((8, 201), (32, 11)):
-        factors = hadamard_factors(1280, r)
-        name = f"Hadamard, two of rank {r}, 1280 × 1280"
-        yield timed(name, lambda f=factors: hadamard_product(*f, max_rank=MAX_RANK), repeats)
-        if dense >= 1280:
-            yield f"{name}, dense", 1280, 0.0, seconds(lambda f=factors: dense_hadamard(*f), 3)
-    for small, large in ((8, 384), (48, 64)):
+    sizes = Sizes(1280, ((8, 201), (32, 11)), ((8, 384), (48, 64)))
+    if settings.quick:
+        sizes = Sizes(64, ((2, 1),), ((4, 8),))
+    for r, repeats in sizes.ranks:
+        B1, A1, B2, A2 = hadamard_factors(sizes.n, r)
+        name = f"Hadamard, two of rank {r}, {sizes.n} × {sizes.n}"
+        product = partial(hadamard_product, B1, A1, B2, A2, max_rank=MAX_RANK)
+        yield timed(name, product, settings.times(repeats))
+        dense = seconds(partial(dense_hadamard, B1, A1, B2, A2), settings.times(3))
+        yield f"{name}, dense", sizes.n, 0.0, dense
+    for small, large in sizes.kronecker:
         left, right = matrices((small, small), (large, large))
-        name = f"Kronecker, {small}² ⊗ {large}², 3072 × 3072"
-        yield timed(name, lambda a=left, b=right: kronecker_product(a, b, max_rank=MAX_RANK), 21)
-    if dense >= 3072:
-        yield f"{name}, dense", 3072, 0.0, seconds(lambda: dense_kronecker(left, right), 1)
+        n = small * large
+        name = f"Kronecker, {small}² ⊗ {large}², {n} × {n}"
+        product = partial(kronecker_product, left, right, max_rank=MAX_RANK)
+        yield timed(name, product, settings.times(21))
+    yield f"{name}, dense", n, 0.0, seconds(lambda: dense_kronecker(left, right), 1)
 
 
 def timed(name: str, call: Callable[[], Factors], repeats: int) -> Row:
@@ -78,26 +101,13 @@ def timed(name: str, call: Callable[[], Factors], repeats: int) -> Row:
     return name, result.B.shape[1], result.error, seconds(call, repeats)
 
 
-def main() -> None:
-    """Print the measurements as a table, and write them where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.products")
-    parser.add_argument(
-        "--dense", type=int, default=3072, help="largest size for the dense method, 0: none"
-    )
-    parser.add_argument("--json", type=Path, help="file to write the measurements to")
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"devec {__version__}, torch {torch.__version__}, {machine}, max_rank {MAX_RANK}\n")
-    print("| product | rank | relative error | median |")
-    print("|---|---:|---:|---:|")
-    results = {}
-    for name, rank, error, median in measure(arguments.dense):
-        results[name] = median
-        print(f"| {name} | {rank} | {error:.4f} | {1e3 * median:.1f} ms |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def section(settings: Settings) -> Section:
+    """All products."""
+    torch.set_num_threads(settings.threads)
+    units = {"product": "", "rank": "count", "relative error": "error", "time": "seconds"}
+    rows = [dict(zip(units, row, strict=True)) for row in measure(settings)]
+    return Section("Products: LoHa and LoKr", TEXT, [Table("To factors", units, rows)])
 
 
 if __name__ == "__main__":
-    main()
+    print(render_section(section(Settings())))

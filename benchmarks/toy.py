@@ -147,7 +147,7 @@ def leading_real_parts(bases: Sequence[Tensor], count: int) -> SharedSubspace:
     values, vectors = torch.linalg.eig(M @ bases[0])
     order = values.real.argsort(descending=True)
     Z = torch.linalg.qr(bases[0] @ vectors[:, order[:count]].real).Q
-    return SharedSubspace(Z, values.real[order])
+    return SharedSubspace(Z, values.real[order], torch.tensor(Z.shape[1]))
 
 
 ESTIMATORS: dict[str, Callable[[Sequence[Tensor], int], SharedSubspace]] = {
