@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 _CHUNK = 1 << 22
 
 _Version = tuple[int, int, int, int]  # device, inode, size, time of the last change
 _begun: dict[_Version, Future[str]] = {}
-_threads: list[ThreadPoolExecutor] = []
+_waiting: SimpleQueue[tuple[Path, Future[str]]] = SimpleQueue()
+_threads: list[Thread] = []
 
 
 def begin(path: Path) -> None:
@@ -23,10 +26,13 @@ def begin(path: Path) -> None:
     if not path.is_file():
         return
     version = _version(path)
-    if not _threads:
-        _threads.append(ThreadPoolExecutor(os.cpu_count(), "digest"))
-    if version not in _begun:
-        _begun[version] = _threads[0].submit(_digest, path)
+    if version in _begun:
+        return
+    _begun[version] = Future()
+    _waiting.put((path, _begun[version]))
+    if len(_threads) < (os.cpu_count() or 1):  # of an executor, threads would delay an exit
+        _threads.append(Thread(target=_work, name="devec-digest", daemon=True))
+        _threads[-1].start()
 
 
 def sha256(path: Path) -> str:
@@ -46,6 +52,16 @@ def _version(path: Path) -> _Version:
     """What is different once a file has changed."""
     known = path.stat()
     return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
+
+
+def _work() -> None:
+    """Digest one file after the other."""
+    while True:
+        path, future = _waiting.get()
+        try:
+            future.set_result(_digest(path))
+        except OSError as error:  # said to whom asks for it
+            future.set_exception(error)
 
 
 def _digest(path: Path) -> str:

@@ -6,8 +6,7 @@ what to do. Context (module, file) is added on the way up by `located`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 
 class DevecError(ValueError):
@@ -34,23 +33,29 @@ class DevecWarning(UserWarning):
     """Something the user should know, though the result is right."""
 
 
-@contextmanager
-def located(where: str) -> Iterator[None]:
+class located:  # noqa: N801  # a context that thousands of modules enter: no generator
     """Prefix any `DevecError` raised inside with the place it concerns.
 
     Args:
         where: The place, e.g. ``"module 'q_proj' of 'anime'"``.
 
-    Yields:
-        Nothing.
-
     Raises:
         DevecError: The error raised inside, of the same class, with `where` in front.
     """
-    try:
-        yield
-    except DevecError as error:
-        raise type(error)(f"{where}: {error}") from error
+
+    def __init__(self, where: str) -> None:
+        """Remember the place."""
+        self._where = where
+
+    def __enter__(self) -> None:
+        """Nothing is to be done yet."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Say the place if it is an error of devec's."""
+        if isinstance(error, DevecError):
+            raise type(error)(f"{self._where}: {error}") from error
 
 
 def listed(names: list[str], limit: int = 5) -> str:

@@ -108,7 +108,6 @@ class Stack:
     def deltas(self, name: str) -> list[Delta]:
         """The deltas of an adapter as they are read."""
         if self._read is None:
-            self._give_back()
             return [self._pool[name][module] for module in self.modules]
         if name not in self._read:
             self._read[name] = [self._pool[name][module] for module in self.modules]
@@ -188,14 +187,11 @@ class Stack:
         return self.dtype.itemsize * (8 * len(self.modules) * factor + 2 * whole)
 
     def release(self) -> None:
-        """Let go of all that was read and found."""
+        """Let go of all that was read and found, and of the memory if it was much."""
         self._measured.clear()
         if self._read is not None:
             self._read.clear()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Return free memory to the system, if the modules are large."""
+        # once for all adapters: what is returned has to be made anew, page by page
         if self.working_bytes > _LARGE * len(self.modules):
             return_memory()
 

@@ -103,7 +103,8 @@ class FileSlot:
 
 def anew(slot: FileSlot) -> FileSlot:
     """A slot for what is not just the file that was read, under keys that all hosts load."""
-    return dataclasses.replace(slot, magnitude=slot.magnitude.anew())
+    magnitude = slot.magnitude.anew()
+    return slot if magnitude is slot.magnitude else dataclasses.replace(slot, magnitude=magnitude)
 
 
 def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:

@@ -50,8 +50,9 @@ class MagnitudeSlot:
 
     def anew(self) -> MagnitudeSlot:
         """The same for a result: transformers, and so diffusers' text encoders, want an ending."""
-        key = f"{self.key}.weight" if self.key.endswith(MAGNITUDE_VECTOR) else self.key
-        return dataclasses.replace(self, key=key)
+        if not self.key.endswith(MAGNITUDE_VECTOR):
+            return self
+        return dataclasses.replace(self, key=f"{self.key}.weight")
 
     def under(self, key: str) -> MagnitudeSlot:
         """The same magnitudes under another key, in the shape that is usual there."""

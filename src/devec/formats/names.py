@@ -8,6 +8,7 @@ dots cannot be told.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from devec.formats.families import flat
 
@@ -92,6 +93,7 @@ class Name:
 _XLABS = ("double_blocks.", "single_blocks.")
 
 
+@lru_cache(maxsize=1 << 14)  # adapters of one pool have the same names
 def parse(module: str) -> Name:
     """Take the id of a module apart.
 

@@ -52,14 +52,18 @@ class TensorWriter:
         """Make the file, as large as it will be."""
         self._slots = _placed(known)
         header = _header(self._slots, strings)
-        self._header_size = len(header)
+        self._header_size, self._strings = len(header), strings
         end = max((slot.stop for slot in self._slots.values()), default=0)
         self._missing = set(self._slots)
         flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._file = os.open(path, flags, 0o666)
         if create:
-            os.ftruncate(self._file, len(header) + end)
-            self._write(header, 0)
+            try:
+                os.ftruncate(self._file, len(header) + end)
+                self._write(header, 0)
+            except OSError:
+                self.close()
+                raise
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Write a tensor.
@@ -103,10 +107,11 @@ class TensorWriter:
         """
         if self._missing:
             raise OutputError(f"tensors were not written: {listed(sorted(self._missing))}")
-        header = _header(self._slots, strings)
-        if len(header) != self._header_size:
-            raise OutputError("the header is not as long as was announced")
-        self._write(header, 0)
+        if strings != self._strings:
+            header = _header(self._slots, strings)
+            if len(header) != self._header_size:
+                raise OutputError("the header is not as long as was announced")
+            self._write(header, 0)
         self.close()
 
     def take(self, keys: set[str]) -> None:
