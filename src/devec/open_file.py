@@ -60,10 +60,11 @@ class OpenFile:
         Raises:
             FormatError: If the file cannot be read, or is not what it was.
         """
-        tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
-        if math.prod(place.shape):
-            self._fill(memoryview(bytes_of(tensor)), place.start)
-        return tensor
+        size = math.prod(place.shape) * place.dtype.itemsize
+        held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size:
+            self._fill(held.numpy().data, place.start)
+        return held.view(place.dtype).view(place.shape)
 
     def _fill(self, buffer: memoryview, start: int) -> None:
         """Fill a buffer with what stands in the file from a place on."""
@@ -86,5 +87,7 @@ class OpenFile:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
-    data: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return data
