@@ -110,6 +110,7 @@ class Timed:
         read: Bytes of tensors in the inputs.
         sizes: Bytes of tensors in every output.
         shared: Module → shared rank.
+        rates: What was found around each run of devec, the larger of before and after.
     """
 
     devec: Sequence[Run]
@@ -118,6 +119,7 @@ class Timed:
     read: int
     sizes: Sequence[int]
     shared: Mapping[str, int]
+    rates: Sequence[float] = ()
 
     def own(self) -> list[float]:
         """Seconds of devec less its start-up."""
@@ -158,7 +160,13 @@ def alone(floor: Run) -> float:
     return float(found["load"] + found["save"])
 
 
-def measure(job: Job, settings: Settings, start_up: float, repeats: int) -> Timed:
+def measure(
+    job: Job,
+    settings: Settings,
+    start_up: float,
+    repeats: int,
+    rate: Callable[[], float] | None = None,
+) -> Timed:
     """Run a job, and its floors beside it.
 
     Args:
@@ -166,6 +174,7 @@ def measure(job: Job, settings: Settings, start_up: float, repeats: int) -> Time
         settings: How to run.
         start_up: Median time to start.
         repeats: How often, after one run of devec that does not count.
+        rate: A rate of the machine, found before and after each run of devec.
 
     Returns:
         All runs.
@@ -180,6 +189,18 @@ def measure(job: Job, settings: Settings, start_up: float, repeats: int) -> Time
         sizes = [tensor_bytes(path) for path in tensor_files(files.out)]
         floors = {name: partial(files.floor, sizes, *options) for name, options in FLOORS.items()}
         calls: dict[str, Callable[[], Run]] = {"devec": files.devec, **floors}
+        rates: list[float] = []
+        if rate is not None:
+            calls["devec"] = partial(_rated, files, rate, rates)
         runs = in_turn(calls, repeats)
         read = sum(tensor_bytes(f) for source in files.sources for f in tensor_files(source))
-    return Timed(runs.pop("devec"), runs, start_up, read, sizes, shared)
+    return Timed(runs.pop("devec"), runs, start_up, read, sizes, shared, rates)
+
+
+def _rated(files: Files, rate: Callable[[], float], rates: list[float]) -> Run:
+    """A run of devec between two findings of a rate, of which the larger is added to others."""
+    files.clear()
+    before = rate()
+    run = files.devec()
+    rates.append(max(before, rate()))
+    return run
