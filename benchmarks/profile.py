@@ -16,8 +16,9 @@ from benchmarks.pools import flux_shapes, llama_shapes, write_pool
 from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 from devec import Adapter
+from devec.job import Job
 from devec.output import Staging
-from devec.stream import _Job, decompose_to
+from devec.stream import decompose_to
 
 TEXT = """\
 `decompose_to` in this process, libraries loaded and inputs in the page cache. Stages are those of a
@@ -52,9 +53,9 @@ def stages(sources: list[Path], out: Path) -> dict[str, float]:
     pool = [read(source, lazy=True) for source in sources]
     cpu = time.process_time()
     with (
-        patch.object(_Job, "begin", timed(times, "plan outputs", _Job.begin)),
-        patch.object(_Job, "share", timed(times, "read, split and write", _Job.share)),
-        patch.object(_Job, "complete", timed(times, "complete", _Job.complete)),
+        patch.object(Job, "begin", timed(times, "plan outputs", Job.begin)),
+        patch.object(Job, "share", timed(times, "read, split and write", Job.share)),
+        patch.object(Job, "complete", timed(times, "complete", Job.complete)),
         patch.object(Staging, "commit", timed(times, "flush and rename", Staging.commit)),
     ):
         decompose_to(out, pool)
@@ -66,7 +67,7 @@ def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
     """The functions with the most time of their own, in a run with one thread."""
     pool = [Adapter.from_pretrained(source, lazy=True) for source in sources]
     profile = cProfile.Profile()
-    with patch("devec.stream.in_parallel", lambda call, work, _: map(call, work)):
+    with patch("devec.job.in_parallel", lambda call, work, _: map(call, work)):
         profile.enable()
         decompose_to(out, pool)
         profile.disable()

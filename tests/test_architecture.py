@@ -13,7 +13,7 @@ ROOT = Path(devec.__file__).parent
 
 # From the ground up; a module may import what stands on a lower line, or beside it in its folder.
 LAYERS = [
-    {"digest", "errors", "lazy", "_version"},
+    {"digest", "errors", "lazy", "positions", "_version"},
     {"linalg", "open_file", "output", "sources"},
     {"bases", "change", "subspace", "weights", "layout", "products"},
     {"gain"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"combine", "compress", "overlap", "formats"},
     {"as_lora", "decompose", "plots", "report"},
     {"taking"},
+    {"job"},
     {"stream"},
     {"hosts"},
     {"demo"},
