@@ -81,6 +81,12 @@ def free_port():
 
 def start_team(directory, size, *arguments, before=None):
     """Start as many processes as a launcher would, in one job."""
+    return start_calls(directory, [arguments] * size, before=before)
+
+
+def start_calls(directory, calls, before=None):
+    """Start the processes of one job, each with arguments of its own."""
+    size = len(calls)
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [
         start(
@@ -91,7 +97,7 @@ def start_team(directory, size, *arguments, before=None):
             LOCAL_RANK=str(rank),
             **job,
         )
-        for rank in range(size)
+        for rank, arguments in enumerate(calls)
     ]
 
 

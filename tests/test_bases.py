@@ -276,7 +276,7 @@ def test_only_the_unsound_modules_are_looked_at_one_by_one():
 
 
 def test_what_the_caller_has_chosen_for_a_model_does_not_matter():
-    """Autocast, and a default device that is another."""
+    """Autocast would halve the precision."""
     generator = torch.Generator().manual_seed(0)
     adapters = [
         Adapter(

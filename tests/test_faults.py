@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from children import at_work, dawdle, die, little_memory, run, start
 from safetensors.torch import save_file
 from streamed import contents, from_files, from_files_to_files, tree
 
-from devec import Adapter, DevecError
+from devec import Adapter, DevecError, positions
 from devec.errors import FormatError, OutputError
+from devec.formats.tensor_writer import TensorWriter
 from devec.lazy import Lazy, outlines
 from devec.output import Staging
 from devec.stream import Form, decompose_to
@@ -275,6 +277,59 @@ def test_a_full_disk_leaves_nothing(tmp_path, plain, monkeypatch, call, after):
             decompose_to(tmp_path / "out", adapters)
     assert_nothing_but(tmp_path, "in")
     assert decompose_to(tmp_path / "out", adapters).written.keys() >= {"common"}
+
+
+def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkeypatch):
+    """Whoever flushes first hears of it, which is the thread that does so beside the work."""
+    original, told = os.fsync, []
+
+    def failing(file):
+        if not told:
+            told.append(threading.current_thread().name)
+            raise OSError(5, "Input/output error")
+        original(file)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
+        from_files_to_files(tmp_path / "out", plain)
+    assert told == ["devec-flush"]
+    assert_nothing_but(tmp_path, "in")
+
+
+def test_a_file_that_cannot_be_made_as_large_is_let_go_of(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", failing)
+    closed, close = [], os.close
+    monkeypatch.setattr(os, "close", lambda file: closed.append(file) or close(file))
+    with pytest.raises(OSError, match="No space left"):
+        TensorWriter(tmp_path / "x", {"w": torch.zeros(3, device="meta")}, {}, create=True)
+    assert len(closed) == 1
+
+
+def test_what_is_not_finite_is_not_written_in_any_type(tmp_path, plain):
+    """Half precision, in which nothing is computed, may have been made by anybody."""
+    original = Adapter.from_pretrained(plain[0])
+    module = module_of(original)
+    for value in (float("inf"), float("nan")):
+        A = original.modules[module].A.half()
+        A[0, 0] = value
+        spoiled = {**original.modules, module: dataclasses.replace(original.modules[module], A=A)}
+        adapter = dataclasses.replace(original, modules=spoiled)
+        with pytest.raises(OutputError, match="holds NaN or infinity in 1 of its values"):
+            adapter.save_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert_nothing_but(tmp_path, "in")
+
+
+def test_where_files_have_one_place_only_the_same_is_written(tmp_path, pool, monkeypatch):
+    """As on Windows, which has no calls that say where to read and write."""
+    from_files_to_files(tmp_path / "want", pool)
+    monkeypatch.setattr(positions, "_AT_ONCE", False)
+    for name in ("preadv", "pwrite"):
+        monkeypatch.delattr(os, name)
+    from_files_to_files(tmp_path / "out", pool)
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
 def test_outputs_that_were_there_stay_as_they_were(tmp_path, plain, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import make_base, save_kohya
-from children import at_work, die, fail, free_port, run, start_team
+from children import at_work, die, fail, free_port, run, start_calls, start_team
 from peft_doras import save_dora
 from safetensors.torch import save_file
 from streamed import contents, from_files_to_files, tree
@@ -151,6 +151,22 @@ def test_outputs_that_exist_are_refused_by_all(tmp_path, pool):
     assert [child.ends() for child in team] == [2, 2]
     assert "output exists" in team[0].printed
     assert (tmp_path / "out" / "common.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("other", ["threshold", "order", "file"])
+def test_processes_that_were_asked_different_things_are_refused(tmp_path, pool, other):
+    """By the one process that knows what all were asked."""
+    twin = save_kohya(tmp_path / "twin" / "c.safetensors", 7)
+    asked = {
+        "threshold": decompose(pool, tmp_path / "out", "--threshold", "0.6"),
+        "order": decompose([pool[1], pool[0], pool[2]], tmp_path / "out"),
+        "file": decompose([*pool[:2], twin], tmp_path / "out"),
+    }
+    calls = [decompose(pool, tmp_path / "out"), asked[other]]
+    team = start_calls(tmp_path / "logs", calls)
+    assert [child.ends() for child in team] == [2, 2]
+    assert "the processes were not given the same sources and options" in team[0].printed
+    assert not (tmp_path / "out").exists()
 
 
 # --- what is not divided ------------------------------------------------------------------------

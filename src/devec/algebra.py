@@ -17,7 +17,7 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, listed, located
 from devec.joint import resolved_together, weighted_sum
 from devec.layout import Layout
-from devec.lazy import outlines
+from devec.lazy import Lazy, outlines
 
 if TYPE_CHECKING:
     from devec.adapter import Adapter
@@ -97,7 +97,8 @@ def linear_combination(
             leave all of them out. None refuses if there are any, since full tensors do not add.
 
     Returns:
-        The combination, named and stored like the first adapter.
+        The combination, named and stored like the first adapter. Of LoRAs whose modules are read
+        when they are asked for (``lazy=True``) it is one of those, too.
 
     Raises:
         IncompatibleError: If the adapters do not fit together or carry tensors.
@@ -106,15 +107,7 @@ def linear_combination(
     for weight in weights:
         if not math.isfinite(weight):
             raise IncompatibleError(f"weights must be finite numbers, got {weight}")
-    sums: dict[str, Delta] = {}
-    for module in dict.fromkeys(m for adapter in adapters for m in adapter.modules):
-        terms = [
-            (adapter.modules[module], weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if module in adapter.modules
-        ]
-        with located(f"module {module!r}"):
-            sums[module] = weighted_sum(*zip(*terms, strict=True))
+    sums = _sums([adapter.modules for adapter in adapters], weights)
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
     if layout is not None and carrier is not None and carrier.layout is not None:
@@ -130,6 +123,27 @@ def linear_combination(
         source="",
         sha256="",
     )
+
+
+def _sums(pool: Sequence[Mapping[str, Delta]], weights: Sequence[float]) -> Mapping[str, Delta]:
+    """Weighted sums of modules; those of lazy LoRAs are made when they are asked for."""
+    known = [outlines(modules) for modules in pool]
+    order = dict.fromkeys(module for modules in known for module in modules)
+    gained = any(delta.gain is not None for modules in known for delta in modules.values())
+    lazy = any(isinstance(modules, Lazy) for modules in pool)
+
+    def total(module: str, *, outlined: bool = False) -> Delta:
+        terms = [
+            (outlines(modules)[module].outline if outlined else modules[module], weight)
+            for modules, weight in zip(pool, weights, strict=True)
+            if module in modules
+        ]
+        with located(f"module {module!r}"):
+            return weighted_sum(*zip(*terms, strict=True))
+
+    if lazy and not gained:  # what a sum with a DoRA is like shows when its base weight is read
+        return Lazy({module: total(module, outlined=True) for module in order}, total)
+    return {module: total(module) for module in order}
 
 
 def on_common_modules(adapters: Sequence[Adapter]) -> Sequence[Adapter]:

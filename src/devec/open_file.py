@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from devec.errors import FormatError
+from devec.positions import read_at
 
 
 class Place(NamedTuple):
@@ -69,7 +70,7 @@ class OpenFile:
     def _fill(self, buffer: memoryview, start: int) -> None:
         """Fill a buffer with what stands in the file from a place on."""
         try:
-            while buffer and (count := os.preadv(self._file.fileno(), [buffer], start)):
+            while buffer and (count := read_at(self._file.fileno(), buffer, start)):
                 buffer, start = buffer[count:], start + count
             unchanged = self._state() == self._opened
         except OSError as error:

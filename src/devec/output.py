@@ -88,10 +88,10 @@ class Staging:
 
     def _clear(self) -> None:
         """Take away all that was made here."""
+        for lock in self._locks:  # first, since Windows removes no open files
+            lock.close()
         for directory in self._places.values():
             shutil.rmtree(directory, ignore_errors=True)
-        for lock in self._locks:
-            lock.close()
 
     def place(self, target: Path) -> Path:
         """Where an output is made."""
@@ -223,5 +223,5 @@ def _flush(path: Path) -> None:
     """Make sure an output is on the disk before it gets its name."""
     for file in [path, *path.rglob("*")]:
         if file.is_file():
-            with file.open("rb") as handle:
+            with file.open("r+b") as handle:  # which Windows asks for
                 os.fsync(handle.fileno())

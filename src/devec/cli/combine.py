@@ -20,7 +20,7 @@ from devec.cli.common import (
     Overwrite,
     Sources,
     in_format,
-    read_source,
+    read_sources,
     require_new,
     said_norm,
     save,
@@ -58,7 +58,7 @@ def combine(
             f"--weights are numbers separated by commas, e.g. 1.0,-0.4, got {weights!r}"
         ) from None
     storage = storage_dtype(dtype)
-    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
+    adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     write_sum(adapters, numbers, out, carried_from, as_lora, format, storage, overwrite=overwrite)
 
 

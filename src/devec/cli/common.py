@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from devec.errors import IncompatibleError, OutputError
+from devec.lazy import outlines
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def read_sources(
     *,
     allow_pickle: bool = False,
 ) -> list[Adapter]:
-    """Read several sources, whose tensors are read when they are asked for.
+    """Read several sources, as `read_source` does one.
 
     Args:
         sources: As on the command line.
@@ -121,10 +122,7 @@ def read_sources(
     Returns:
         The adapters, in order.
     """
-    return [
-        read_source(source, base, max_rank, allow_pickle=allow_pickle, lazy=True)
-        for source in sources
-    ]
+    return [read_source(source, base, max_rank, allow_pickle=allow_pickle) for source in sources]
 
 
 def read_source(
@@ -133,9 +131,8 @@ def read_source(
     max_rank: int | None = None,
     *,
     allow_pickle: bool = False,
-    lazy: bool = False,
 ) -> Adapter:
-    """Read ``PATH`` or ``NAME=PATH``.
+    """Read ``PATH`` or ``NAME=PATH``, whose tensors are read when they are asked for.
 
     Args:
         source: As on the command line.
@@ -143,7 +140,6 @@ def read_source(
             is a path and there is another on record.
         max_rank: Largest rank that a LoHa or LoKr is rewritten to.
         allow_pickle: Whether pickled files are read.
-        lazy: Whether tensors are read when they are asked for.
 
     Returns:
         The adapter, under its name.
@@ -164,7 +160,7 @@ def read_source(
         max_rank=MAX_RANK if max_rank is None else max_rank,
         allow_pickle=allow_pickle,
         base=base,
-        lazy=lazy,
+        lazy=True,
     )
     if base is None or adapter.layout is None:
         return adapter
@@ -205,7 +201,7 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
     from devec import as_lora
     from devec.as_lora import recorded
 
-    if rank is None or all(delta.gain is None for delta in adapter.modules.values()):
+    if rank is None or all(delta.gain is None for delta in outlines(adapter.modules).values()):
         return adapter
     result = as_lora(adapter, rank)
     print_nearest(adapter.name, adapter, result)
@@ -235,12 +231,12 @@ def print_errors(adapter: Adapter, result: Compression) -> None:
     kinds: dict[str, list[str]] = {}
     for module in adapter.modules:
         kinds.setdefault(module_type(module), []).append(module)
-    kept = result.adapter.modules
+    before, kept = outlines(adapter.modules), outlines(result.adapter.modules)
     for kind, modules in kinds.items():
         table.add_row(
             kind,
             str(len(modules)),
-            ranged([adapter.modules[m].rank for m in modules]),
+            ranged([before[m].rank for m in modules]),
             ranged([kept[m].rank if m in kept else 0 for m in modules]),
             f"{max(result.errors[m] for m in modules):.3g}",
         )
@@ -257,7 +253,8 @@ def said_norm(adapter: Adapter) -> str:
     """
     from devec.gain import Magnitude
 
-    passed_on = any(isinstance(delta.gain, Magnitude) for delta in adapter.modules.values())
+    known = outlines(adapter.modules).values()
+    passed_on = any(isinstance(delta.gain, Magnitude) for delta in known)
     return "" if passed_on else f", norm {adapter.norm():.4g}"
 
 

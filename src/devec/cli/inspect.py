@@ -22,6 +22,7 @@ from devec.cli.common import (
     require_new,
     show,
 )
+from devec.lazy import outlines
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
                 "dora": delta.gain is not None,
                 "norm": norms[module],
             }
-            for module, delta in adapter.modules.items()
+            for module, delta in outlines(adapter.modules).items()
         ],
     }
 
@@ -94,7 +95,7 @@ def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
 def _type(adapter: Adapter, module: str) -> torch.dtype:
     """The type that a module is stored in."""
     if adapter.layout is None:
-        return adapter.modules[module].B.dtype
+        return outlines(adapter.modules)[module].B.dtype
     return adapter.layout.stored_type(module)
 
 

@@ -17,7 +17,7 @@ from devec.cli.common import (
     json_writer,
     module_type,
     new_table,
-    read_source,
+    read_sources,
     require_new,
     show,
 )
@@ -40,7 +40,7 @@ def overlap(
     from devec.output import write_all
 
     require_new([json] if json else [], overwrite=overwrite)
-    adapters = [read_source(s, base, max_rank, allow_pickle=allow_pickle) for s in sources]
+    adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
     found = measure(adapters)

@@ -25,6 +25,7 @@ from devec.formats.families import Family
 from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.names import CLIP_L, DENOISER_2, parse
 from devec.formats.tables import TABLES
+from devec.lazy import only, outlines
 
 Components = frozenset[str]
 
@@ -134,7 +135,9 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
 
 def _require_outputs(adapter: Adapter) -> None:
     """Refuse DoRAs with magnitudes of inputs, before a base weight is asked for."""
-    turned = [module for module, delta in adapter.modules.items() if "in" in axes_of(delta)]
+    turned = [
+        module for module, delta in outlines(adapter.modules).items() if "in" in axes_of(delta)
+    ]
     if turned:
         raise UnsupportedError(f"module {turned[0]!r} of {adapter.label}: {of_outputs_only()}")
 
@@ -150,16 +153,9 @@ def _component(name: str) -> str:
 
 def _only(adapter: Adapter, component: str) -> Adapter:
     """The part of an adapter that changes one model."""
-    held = {
-        module: delta
-        for module, delta in adapter.modules.items()
-        if parse(module).component == component
-    }
-    carried = {
-        key: tensor
-        for key, tensor in adapter.carried.items()
-        if parse(key.rpartition(".")[0]).component == component
-    }
+    held = only(adapter.modules, {m for m in adapter.modules if parse(m).component == component})
+    keys = {k for k in adapter.carried if parse(k.rpartition(".")[0]).component == component}
+    carried = only(adapter.carried, keys)
     if not held:
         raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
     return dataclasses.replace(adapter, modules=held, carried=carried)

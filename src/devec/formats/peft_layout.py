@@ -375,7 +375,7 @@ def plain_layout(
         The layout.
     """
     layout: Any = adapter.layout
-    ranks = {(delta.rank, delta.scaling) for delta in adapter.modules.values()}
+    ranks = {(delta.rank, delta.scaling) for delta in outlines(adapter.modules).values()}
     rank, scaling = next(iter(ranks)) if len(ranks) == 1 else (0, 1.0)
     uniform = config is None and rank > 0 and (rank * scaling) / rank == scaling
     new = peft_written.new_config(

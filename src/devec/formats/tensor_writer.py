@@ -20,6 +20,7 @@ from torch import Tensor
 from devec.errors import OutputError, listed
 from devec.formats.tensors import SAFETENSORS_TYPES
 from devec.open_file import bytes_of
+from devec.positions import BINARY, read_at, write_at
 
 _CHUNK = 1 << 22
 
@@ -55,7 +56,7 @@ class TensorWriter:
         self._header_size, self._strings = len(header), strings
         end = max((slot.stop for slot in self._slots.values()), default=0)
         self._missing = set(self._slots)
-        flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
+        flags = BINARY | os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._file = os.open(path, flags, 0o666)
         if create:
             try:
@@ -91,9 +92,10 @@ class TensorWriter:
     def data_sha256(self) -> str:
         """Digest of the data after the header, all of which has been written."""
         digest, place = hashlib.sha256(), self._header_size
-        while chunk := os.pread(self._file, _CHUNK, place):
-            digest.update(chunk)
-            place += len(chunk)
+        chunk = memoryview(bytearray(_CHUNK))
+        while count := read_at(self._file, chunk, place):
+            digest.update(chunk[:count])
+            place += count
         return digest.hexdigest()
 
     def finish(self, strings: Mapping[str, str]) -> None:
@@ -128,7 +130,7 @@ class TensorWriter:
         """Write bytes at a place."""
         view = memoryview(data)
         while view:
-            count = os.pwrite(self._file, view, place)
+            count = write_at(self._file, view, place)
             view, place = view[count:], place + count
 
 

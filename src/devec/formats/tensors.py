@@ -291,13 +291,16 @@ def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         A contiguous tensor, where the other lies; the same one if it is stored as it is.
 
     Raises:
-        OutputError: If a value is too large for the storage type.
+        OutputError: If it holds NaN or infinity, or a value too large for the storage type.
     """
     if tensor.is_meta:
         return torch.empty(tensor.shape, dtype=dtype, device="meta")
     result = tensor.to(dtype).contiguous()
-    as_read = tensor.dtype == dtype in (torch.float16, torch.bfloat16)  # none are computed in these
-    if not as_read and _not_finite(result):
+    if _not_finite(result):
+        if bad := _not_finite(tensor):
+            raise OutputError(
+                f"tensor {key!r} holds NaN or infinity in {bad} of its values, so it is not written"
+            )
         raise OutputError(
             f"tensor {key!r} has values up to {float(tensor.abs().max()):.3g}, more than {dtype} "
             "can hold; choose a wider type (--dtype float32)"
