@@ -24,6 +24,7 @@ from benchmarks.settings import Settings
 SECTIONS = {
     "decompose-files": "decompose",
     "decompose-llama": "llama",
+    "decompose-gpu": "gpu",
     "decompose-dense": "dense",
     "profile": "profile",
     "combine": "combine",

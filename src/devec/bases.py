@@ -26,6 +26,9 @@ _BLOCK = 512
 _BLOCK_OF_WIDE = 2048
 _WIDE = 64
 
+# XᵀX is symmetric: of wide X only what is on and above strips of so many rows is computed.
+_STRIP = 64
+
 # A·Aᵀ has one pass, and norms are read off it: its loss is theirs.
 _LARGEST_LOSS_OF_NORMS = 1e-5
 
@@ -135,7 +138,7 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     44, Theorem 3.3.
     """
     dtype = B.dtype
-    gram = small(A @ A.mT)
+    gram = _mirrored(small(_upper(A.mT)))
     del A  # as large as a basis, and not needed any more; neither is B below
     first = _triangle(_gram(B), dtype)
     right = _triangle(gram, dtype)
@@ -190,13 +193,31 @@ def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     longest = _BLOCK if r < _WIDE else _BLOCK_OF_WIDE
     rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
     if X.dtype == torch.float64 or m <= longest:
-        return small(X.mT @ X)
+        return _mirrored(small(_upper(X)))
     if rows < longest // 8:  # no number of blocks divides the rows
-        X = small(X)
-        return X.mT @ X
+        return _mirrored(_upper(small(X)))
     blocks = X.reshape(batch * (m // rows), rows, r)
-    products = (blocks.mT @ blocks).reshape(batch, m // rows, r, r)
-    return small(products).sum(dim=1)
+    products = _upper(blocks).reshape(batch, m // rows, r, r)
+    return _mirrored(small(products).sum(dim=1))
+
+
+def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+    """XᵀX; of wide X the upper triangle, and what is below it means nothing."""
+    r = X.shape[-1]
+    if r <= _STRIP:
+        return X.mT @ X
+    result = X.new_zeros(len(X), r, r)
+    for start in range(0, r, _STRIP):
+        strip = X[..., start : start + _STRIP]
+        result[:, start : start + _STRIP, start:] = strip.mT @ X[..., start:]
+    return result
+
+
+def _mirrored(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
+    """The whole matrices of which `_upper` made at least the upper triangles."""
+    if upper.shape[-1] <= _STRIP:
+        return upper
+    return upper.triu() + upper.triu(1).mT
 
 
 def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:

@@ -11,7 +11,7 @@ from numbers import Real
 import pytest
 import torch
 from benchmarks import __main__ as program
-from benchmarks import decompose, floor, jobs, llama, startup, timing
+from benchmarks import decompose, floor, gpu, jobs, llama, startup, timing
 from benchmarks.settings import Settings
 from benchmarks.timing import Run
 
@@ -20,7 +20,17 @@ from devec.cli import app
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "error::devec.DevecWarning")
 
 ELSEWHERE = ("decompose-files",)  # in processes of their own
-HERE = ("decompose-dense", "profile", "combine", "compress", "memory", "products", "dora", "live")
+HERE = (
+    "decompose-gpu",  # on the CPU where there is no GPU
+    "decompose-dense",
+    "profile",
+    "combine",
+    "compress",
+    "memory",
+    "products",
+    "dora",
+    "live",
+)
 STAND_IN = ("decompose-llama", "scaling", "startup")
 
 
@@ -129,7 +139,7 @@ def test_the_page_states_commands_ratios_and_bars(results):
     assert page.count("Tiny sizes: these figures mean nothing.") == len(program.SECTIONS)
     assert "devec / floor, fsync" in page
     bars = [line for line in page.splitlines() if line.startswith(("- **met**", "- **not met**"))]
-    assert len(bars) == 2 + 2 + 2 * 3 + 3
+    assert len(bars) == 2 + 2 + 1 + 2 * 3 + 3
     assert all(", bar " in line for line in bars)
     assert "extrapolated" in page
 
@@ -139,6 +149,12 @@ def test_too_small_a_disk_is_no_silence(monkeypatch, tmp_path):
     run(tmp_path, ["decompose-llama"])
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert "Left out: it needs 0 GB of disk, 0 GB are free." in page
+
+
+def test_without_a_gpu_it_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (table,) = gpu.section(Settings()).tables
+    assert table.notes == ["Left out: the machine has no GPU that torch can use."]
 
 
 def test_a_quick_run_writes_nothing_unasked(monkeypatch, tmp_path, capsys):

@@ -1,0 +1,92 @@
+"""How long `devec.decompose` takes on a GPU, beside moving the same factors there and back."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.pools import BLOCK, NOISE, Shapes, llama_shapes
+from benchmarks.results import Bar, Section, Table
+from benchmarks.settings import Settings
+from benchmarks.timing import clocked, in_turn
+from devec import Adapter, Delta, decompose
+
+TITLE = "LLaMA-2-7B, r = 256, k = 8"
+TEXT = """\
+`devec.decompose(adapters, device=…)` of adapters in bfloat16 in pinned memory of the host, its parts
+in the host's memory again; and the same factors moved to the GPU, and as many numbers as there are
+in the factors B of all unique and shared parts, in float32, moved back, and nothing else. Both in
+turn, after one run of each that does not count."""
+LIMIT = 5.0
+
+
+def pinned_pool(k: int, shapes: Shapes, rank: int, *, pinned: bool) -> list[Adapter]:
+    """Adapters that share a quarter of their directions, in memory that a GPU can copy from.
+
+    Args:
+        k: Number of adapters.
+        shapes: Module → (out, in).
+        rank: Rank of every module.
+        pinned: Whether the memory is pinned, which takes a GPU.
+
+    Returns:
+        The adapters.
+    """
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def drawn(start: int, rows: int, columns: int) -> Tensor:
+        held = torch.empty(rows, columns, dtype=torch.bfloat16, pin_memory=pinned)
+        start %= BLOCK - rows * columns
+        return held.copy_(block[start : start + rows * columns].view(rows, columns))
+
+    adapters = []
+    for i in range(k):
+        deltas = {}
+        for index, (module, (rows, columns)) in enumerate(shapes.items()):
+            B = drawn(7919 * (k * index + i + 1), rows, rank)
+            common = drawn(104_729 * (index + 1), rows, rank // 4)
+            B[:, : rank // 4] = common + NOISE * B[:, : rank // 4]
+            A = drawn(15_485_863 * (k * index + i + 1), rank, columns)
+            deltas[module] = Delta(B, A, scaling=0.5)
+        adapters.append(Adapter(f"adapter{i}", deltas))
+    return adapters
+
+
+def moved(adapters: list[Adapter], device: torch.device) -> Callable[[], None]:
+    """The call that moves all factors to a device, and results of their sizes back."""
+    factors = [f for a in adapters for d in a.modules.values() for f in (d.B, d.A)]
+    sizes = [d.B.shape for a in adapters for d in a.modules.values()]
+
+    def move() -> None:
+        for factor in factors:
+            factor.to(device, non_blocking=True)
+        for size in sizes:
+            for _ in ("unique", "shared"):
+                torch.empty(size, device=device).cpu()
+
+    return move
+
+
+def section(settings: Settings) -> Section:
+    """Eight adapters of all linear layers of LLaMA-2-7B, rank 256."""
+    title = "Decompose on a GPU"
+    if not (torch.cuda.is_available() or settings.quick):
+        reason = "Left out: the machine has no GPU that torch can use."
+        return Section(title, TEXT, [Table(TITLE, {}, [], notes=[reason])])
+    shapes, rank = (llama_shapes(1, 64, 96), 8) if settings.quick else (llama_shapes(), 256)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapters = pinned_pool(8, shapes, rank, pinned=device.type == "cuda")
+    calls = {
+        "devec": clocked(lambda: decompose(adapters, device=device)),
+        "transfers": clocked(moved(adapters, device)),
+    }
+    in_turn(calls, 1)
+    times = {name: statistics.median(t) for name, t in in_turn(calls, settings.times(5)).items()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    row = {"device": name, **times, "transfers / devec": times["transfers"] / times["devec"]}
+    units = {"device": "", **dict.fromkeys(times, "seconds"), "transfers / devec": "times"}
+    bars = [Bar(f"{TITLE}, from pinned memory", times["devec"], LIMIT, "seconds")]
+    return Section(title, TEXT, [Table(TITLE, units, [row], bars)])
