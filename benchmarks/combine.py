@@ -29,11 +29,12 @@ TEXT = """\
 Σ w_i·ΔW_i of adapters in memory, float32, cut to a lower rank, in one module. Errors are those
 against the sum formed densely in float64, ‖Σ w_i·ΔW_i - ΔW‖/‖Σ w_i·ΔW_i‖; the optimal one is
 Eckart's and Young's. devec is `devec.compress(devec.combine(adapters, weights), rank=…)`; PEFT is
-`add_weighted_adapter(combination_type="svd")` with its defaults, a full SVD of the dense sum, run
-by itself; Core Space (Panariello et al. 2025) and QR with an SVD of the core are written plainly
-on `torch.linalg`, in float64 and in float32."""
+`add_weighted_adapter(combination_type="svd")` with its defaults, a full SVD of the dense sum, and
+with `svd_full_matrices=False`, run by itself; Core Space (Panariello et al. 2025) and QR with an
+SVD of the core are written plainly on `torch.linalg`, in float64 and in float32."""
 WEIGHTS = (1.0, 0.7, -0.4)
-DEVEC, QR, CORE, PEFT = "devec", "QR + SVD of the core", "Core Space, float64", "PEFT svd"
+DEVEC, QR, CORE = "devec", "QR + SVD of the core", "Core Space, float64"
+PEFT, THIN = "PEFT svd", "PEFT svd, thin"
 FASTER, PARITY, EQUAL = 1000.0, 1.0, 1 + 1e-6  # equal: to rounding of float32
 CHEAP = 10.0
 UNITS = {"method": "", "time": "seconds", "time / devec": "times", "error": "error"}
@@ -58,6 +59,7 @@ def factor_rows(
 
 
 def dense_row(
+    method: str,
     call: Callable[[], Factors],
     errors: Callable[[Factors], float],
     fast: float,
@@ -71,7 +73,7 @@ def dense_row(
         times.append(time.perf_counter() - start)
     median = statistics.median(times)
     return {
-        "method": PEFT,
+        "method": method,
         "time": median,
         "time / devec": median / fast,
         "error": errors(factors),
@@ -109,7 +111,9 @@ def table(shape: tuple[int, int], rank: int, settings: Settings) -> Table:
     calls = {name: partial(way, adapters, WEIGHTS, rank) for name, way in ways.items()}
     rows = factor_rows(calls, errors, settings.times(201))
     fast = rows[0]["time"]
-    rows.append(dense_row(lambda: peft(peft.names, WEIGHTS, rank), errors, fast, settings))
+    for method, full in ((PEFT, True), (THIN, False)):
+        call = partial(peft, peft.names, WEIGHTS, rank, full=full)
+        rows.append(dense_row(method, call, errors, fast, settings))
     return Table(
         f"{shape[0]} × {shape[1]}, k = {len(adapters)}, rank 16 each, to rank {rank}",
         UNITS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.combine import DEVEC, QR, UNITS, dense_row, factor_rows
+from benchmarks.combine import DEVEC, PEFT, QR, UNITS, dense_row, factor_rows
 from benchmarks.merges import (
     MODULE,
     ByPeft,
@@ -40,7 +40,9 @@ def section(settings: Settings) -> Section:
     }
     rows = factor_rows(calls, errors, settings.times(201))
     twice = 2 * peft.names
-    rows.append(dense_row(lambda: peft(twice, [0.5, 0.5], rank), errors, rows[0]["time"], settings))
+    rows.append(
+        dense_row(PEFT, lambda: peft(twice, [0.5, 0.5], rank), errors, rows[0]["time"], settings)
+    )
     optimal = {"method": "optimal", "error": optimal_error([adapter], [1.0], rank)}
     title = f"{n} × {n}, rank {full} to {rank}"
     return Section("Compress", TEXT, [Table(title, UNITS, [*rows, optimal])])

@@ -16,10 +16,10 @@ from devec import Adapter, Delta, decompose
 
 TITLE = "LLaMA-2-7B, r = 256, k = 8"
 TEXT = """\
-`devec.decompose(adapters, device=…)` of adapters in bfloat16 in pinned memory of the host, its parts
-in the host's memory again; and the same factors moved to the GPU, and as many numbers as there are
-in the factors B of all unique and shared parts, in float32, moved back, and nothing else. Both in
-turn, after one run of each that does not count."""
+`devec.decompose(adapters, device=…)` of adapters in bfloat16 in pinned memory of the host, its
+parts in the host's memory again; and the same factors moved to the GPU, and as many numbers as
+there are in the factors B of all unique and shared parts, in float32, moved back, and nothing else.
+Both in turn, after one run of each that does not count."""
 LIMIT = 5.0
 
 

@@ -31,6 +31,7 @@ class Job:
         k: Number of adapters.
         rank: Rank of every module.
         peft: Whether the adapters are PEFT's directories; single files of diffusers otherwise.
+        condition: About the condition number of factors; 1 for those of random matrices.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Job:
     k: int
     rank: int = RANK
     peft: bool = False
+    condition: float = 1.0
 
     def factor_bytes(self, module: str) -> int:
         """Size of the factors of one module of one adapter, in bfloat16."""
@@ -95,7 +97,9 @@ def written(job: Job, settings: Settings) -> Iterator[Files]:
     """The adapters of a job as files, as long as the context lasts."""
     with settings.scratch() as folder:
         pool = Path(folder, "pool")
-        sources = write_pool(pool, job.k, job.shapes, job.rank, peft=job.peft)
+        sources = write_pool(
+            pool, job.k, job.shapes, job.rank, peft=job.peft, condition=job.condition
+        )
         yield Files(sources, Path(folder, "out"), settings.threads)
 
 

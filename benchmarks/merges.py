@@ -92,7 +92,7 @@ class Host(nn.Module):
 
 
 class ByPeft:
-    """PEFT's ``add_weighted_adapter(combination_type="svd")``, with its defaults."""
+    """PEFT's ``add_weighted_adapter(combination_type="svd")``."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         """Load the adapters, each under its name."""
@@ -100,11 +100,18 @@ class ByPeft:
         self.model = _loaded(adapters)
         self._numbers = count()
 
-    def __call__(self, names: Sequence[str], weights: Sequence[float], rank: int) -> Factors:
-        """Merge the adapters of these names."""
+    def __call__(
+        self, names: Sequence[str], weights: Sequence[float], rank: int, *, full: bool = True
+    ) -> Factors:
+        """Merge the adapters of these names; by a full SVD, as by default, or a thin one."""
         name = f"merged{next(self._numbers)}"
         self.model.add_weighted_adapter(
-            list(names), list(weights), name, combination_type="svd", svd_rank=rank
+            list(names),
+            list(weights),
+            name,
+            combination_type="svd",
+            svd_rank=rank,
+            svd_full_matrices=full,
         )
         layer: Any = self.model.base_model.model.module
         B, A = layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach()

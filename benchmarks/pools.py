@@ -7,6 +7,7 @@ convolutions (out, in, height, width).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -155,7 +156,9 @@ def in_memory(
     return adapters
 
 
-def file_tensors(index: int, shapes: Shapes, rank: int, block: Tensor) -> dict[str, Tensor]:
+def file_tensors(
+    index: int, shapes: Shapes, rank: int, block: Tensor, condition: float = 1.0
+) -> dict[str, Tensor]:
     """The tensors of one adapter, under the names of PEFT and diffusers, in bfloat16.
 
     Args:
@@ -163,11 +166,13 @@ def file_tensors(index: int, shapes: Shapes, rank: int, block: Tensor) -> dict[s
         shapes: Module → shape.
         rank: Rank of every module.
         block: Random numbers to take from, which is faster than to draw new ones.
+        condition: About the condition number of B and A; 1 for those of random matrices.
 
     Returns:
         Key → tensor.
     """
     tensors = {}
+    mixed = _mixing(rank, condition)
     shared = max(1, rank // 4)
     for number, (module, (rows, columns, *kernel)) in enumerate(shapes.items()):
         common = torch.Generator().manual_seed(number)
@@ -175,9 +180,20 @@ def file_tensors(index: int, shapes: Shapes, rank: int, block: Tensor) -> dict[s
         B = _drawn((rows, rank), block, own)
         B[:, :shared] = _drawn((rows, shared), block, common) + NOISE * B[:, :shared]
         A = _drawn((rank, columns, *kernel), block, own) / columns**0.5
+        if condition != 1:
+            B, A = B @ mixed, (mixed @ A.flatten(1)).view(A.shape)
         tensors[f"{module}.lora_A.weight"] = A.bfloat16()
         tensors[f"{module}.lora_B.weight"] = B.view(rows, rank, *(1 for _ in kernel)).bfloat16()
     return tensors
+
+
+def _mixing(rank: int, condition: float) -> Tensor:
+    """A square matrix of a condition number that no scaling of rows or columns improves."""
+    first, second = (
+        torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed))).Q
+        for seed in (0, 1)
+    )
+    return first * torch.logspace(0, -math.log10(condition), rank) @ second
 
 
 def _drawn(shape: tuple[int, ...], block: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,7 +204,13 @@ def _drawn(shape: tuple[int, ...], block: Tensor, generator: torch.Generator) ->
 
 
 def write_pool(
-    folder: Path, k: int, shapes: Shapes, rank: int = RANK, *, peft: bool = False
+    folder: Path,
+    k: int,
+    shapes: Shapes,
+    rank: int = RANK,
+    *,
+    peft: bool = False,
+    condition: float = 1.0,
 ) -> list[Path]:
     """Write a pool, adapter by adapter.
 
@@ -198,6 +220,7 @@ def write_pool(
         shapes: Module → shape; names are those of the files.
         rank: Rank of every module.
         peft: Whether to write PEFT's directories; single files otherwise.
+        condition: As in `file_tensors`.
 
     Returns:
         The files or directories.
@@ -206,7 +229,7 @@ def write_pool(
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
     sources = []
     for index in range(k):
-        tensors = file_tensors(index, shapes, rank, block)
+        tensors = file_tensors(index, shapes, rank, block, condition)
         if peft:
             source = folder / f"adapter{index}"
             source.mkdir()

@@ -253,10 +253,34 @@ def test_modules_are_split_together_as_they_are_alone(options):
                 ):
                     assert relative_error(got, want) < 1e-5
         got, want = (
-            [(s.group, s.ranks, s.shared_rank, s.threshold) for s in p.splits if s.module == module]
+            [
+                (s.group, s.ranks, s.shared_rank, s.threshold, len(s.spectrum))
+                for s in p.splits
+                if s.module == module
+            ]
             for p in (together, alone)
         )
         assert got == want
+
+
+def test_parts_do_not_keep_the_memory_of_other_modules():
+    parts = decompose(mixed_pool(), threshold=0.6)
+    for adapter in (*parts.unique.values(), *parts.shared.values(), parts.common):
+        for delta in adapter.modules.values():
+            assert delta.B.untyped_storage().nbytes() == delta.B.nbytes
+
+
+def test_bases_that_all_pairs_need_are_computed_once(monkeypatch):
+    computed = []
+
+    def counted(B, A):
+        computed.append(B)
+        return column_bases(B, A)
+
+    monkeypatch.setattr("devec.stack.column_bases", counted)
+    adapters = [ill(name, torch.float32, 10, "B", i, modules=2) for i, name in enumerate("abcd")]
+    decompose(adapters, scope="pairwise")
+    assert len(computed) == 4
 
 
 def _of(adapter, module):
@@ -289,6 +313,38 @@ def test_what_the_caller_has_chosen_for_a_model_does_not_matter():
         got = decompose(adapters, threshold=0.01)
     assert want.splits[0].shared_rank > 0
     for name in "ab":
-        torch.testing.assert_close(
+        assert_close(
             got.unique[name].modules["q"].B, want.unique[name].modules["q"].B, rtol=0, atol=0
         )
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_float32_is_not_multiplied_in_less(allowed):
+    """TF32, or bfloat16, that a caller allows for a model is not for bases, and stays allowed."""
+    before = torch.get_float32_matmul_precision()
+    adapters = [ill(name, torch.float32, 10, "B", i) for i, name in enumerate("ab")]
+    seen = []
+
+    def look(_):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        decompose(adapters, progress=look)
+        assert torch.get_float32_matmul_precision() == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert not any(seen)
+
+
+def test_rows_of_any_condition_are_sound():
+    """Norms and ranks are right where A·Aᵀ has to be computed in float64."""
+    B, A = normal(1, 200, 12).float(), normal(1, 12, 150, seed=1).float()
+    A[0, 1] = A[0, 0] + 1e-4 * A[0, 1]
+    found = column_bases(B, A)
+    assert found.sound.all()
+    B, A = B.double(), A.double()
+    assert_close(found.norms, torch.linalg.matrix_norm(B @ A), rtol=1e-6, atol=0)
+    assert_close(found.gram, A @ A.mT, rtol=1e-12, atol=1e-12)

@@ -73,7 +73,7 @@ def replaced(path):
 @pytest.mark.parametrize("change", [rewritten, appended, replaced])
 def test_after_a_change_it_is_not_used(file, counted, change):
     digest.begin(file)
-    before = digest._begun[digest._version(file)].result()
+    before = digest._begun[digest.version(file)].result()
     change(file)
     assert digest.sha256(file) == truth(file) != before
     assert counted == [file, file]
@@ -93,3 +93,14 @@ def test_a_file_that_vanishes_meanwhile_is_an_error_of_the_reader_alone(file, co
     with pytest.raises(FileNotFoundError):
         digest.sha256(file)
     assert counted == [file]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), OSError(5, "Input/output error")])
+def test_whatever_goes_wrong_in_the_background_is_told(file, monkeypatch, error):
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr(digest, "_digest", failing)
+    digest.begin(file)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        digest.sha256(file)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from children import at_work, dawdle, die, little_memory, run, start
 from safetensors.torch import save_file
 from streamed import contents, from_files, from_files_to_files, tree
 
-from devec import Adapter, DevecError, positions
+from devec import Adapter, DevecError, parallel, positions
+from devec.digest import sha256
 from devec.errors import FormatError, OutputError
 from devec.formats.tensor_writer import TensorWriter
 from devec.lazy import Lazy, outlines
@@ -133,6 +135,17 @@ def test_a_file_that_is_replaced_or_deleted_is_read_as_it_was(pool, change):
     change(weights(pool[0]))
     for module, delta in adapter.modules.items():
         assert delta.same_as(want.modules[module])
+
+
+@pytest.mark.parametrize("change", [later, replaced])
+def test_a_digest_is_not_that_of_another_file(pool, monkeypatch, change):
+    def meanwhile(path):
+        change(path)
+        return sha256(path)
+
+    monkeypatch.setattr("devec.formats.tensors.sha256", meanwhile)
+    with pytest.raises(FormatError, match="was replaced while it was being opened; run again"):
+        Adapter.from_pretrained(pool[0], lazy=True)
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
@@ -290,8 +303,11 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
         original(file)
 
     monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(parallel, "_PAUSE", 0)
+    first, second = from_files(plain)
+    slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
-        from_files_to_files(tmp_path / "out", plain)
+        decompose_to(tmp_path / "out", [first, slow])
     assert told == ["devec-flush"]
     assert_nothing_but(tmp_path, "in")
 
@@ -491,7 +507,7 @@ def test_a_limit_of_memory_below_that_of_one_module_is_said(tmp_path):
         before=partial(little_memory, 25_000_000),
     )
     assert code == 2, printed
-    assert "error: too little memory for 'lora_unet_large', which need about 102 MB" in printed
+    assert "error: too little memory for 'lora_unet_large', which need about 115 MB" in printed
     assert "Traceback" not in printed
     assert_nothing_but(tmp_path, "in", "log")
 

@@ -11,9 +11,10 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
 from devec.lazy import outlines
-from devec.linalg import leading_rows, orthonormal, product_svd
+from devec.linalg import leading_rows, orthonormal, product_svd, whole_products
 
 
+@whole_products()
 def as_lora(adapter: Adapter, rank: int) -> Compression:
     """The best approximation of an adapter by a plain LoRA, module by module.
 

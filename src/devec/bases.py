@@ -29,7 +29,8 @@ _WIDE = 64
 # XᵀX is symmetric: of wide X only what is on and above strips of so many rows is computed.
 _STRIP = 64
 
-# A·Aᵀ has one pass, and norms are read off it: its loss is theirs.
+# A·Aᵀ has one pass, and norms are read off it: its loss is theirs. Where it would be larger the
+# product is computed in float64, which takes twice as long.
 _LARGEST_LOSS_OF_NORMS = 1e-5
 
 # Of a decomposition by Gram matrices: what rounding of its result to float32 costs at most.
@@ -128,8 +129,8 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     Returns:
         The bases, orthonormal to 1e-6 in every entry of UᵀU (float32; to rounding in float64), and
         the norms. A product is sound if B, its columns scaled to one length, has a condition number
-        of up to some hundreds (float32; 1e6 in float64), A, from which norms are told, one of a
-        few, the fewer the larger its rank, and no singular value of the product is below
+        of up to a hundred or more (float32; 1e6 in float64), A, its rows scaled likewise, one of up
+        to some 1e5 (the lower the rank, the higher), and no singular value of the product is below
         `RANK_RTOL` times the largest.
 
     Cost: O((m + n) r²) per product, all of it in matrix products.
@@ -139,9 +140,12 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     """
     dtype = B.dtype
     gram = _mirrored(small(_upper(A.mT)))
+    right = _triangle(gram, dtype)
+    if dtype == torch.float32 and bool((right.loss >= _LARGEST_LOSS_OF_NORMS).any()):
+        gram = _mirrored(_upper(small(A).mT))
+        right = _triangle(gram, gram.dtype)
     del A  # as large as a basis, and not needed any more; neither is B below
     first = _triangle(_gram(B), dtype)
-    right = _triangle(gram, dtype)
     sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
     U = B @ first.inverse.to(B)
     del B

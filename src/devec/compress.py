@@ -17,7 +17,7 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.gain import Gain
 from devec.joint import resolved_together
-from devec.linalg import rank_for_energy
+from devec.linalg import rank_for_energy, whole_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,7 @@ def compress(
     )
 
 
+@whole_products()
 def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
     """Cut every module at the rank chosen from its name, singular values and norm.
 

@@ -18,6 +18,7 @@ from devec.compress import truncate
 from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed
 from devec.layout import Layout
+from devec.linalg import whole_products
 from devec.pool import require_distinct_names, warn_of_strangers
 from devec.split import (
     SCOPES,
@@ -111,6 +112,7 @@ class Decomposition:
         return {split.module: math.hypot(*split.norms) for split in pair}
 
 
+@whole_products()
 def decompose(
     adapters: Sequence[Adapter],
     *,
@@ -165,10 +167,17 @@ def decompose(
     pool = {a.name: a.modules for a in adapters}
     for stack in stacks(pool, device, together=scope != "iterative"):
         for part in split(question, stack, found):
-            parts.setdefault((part.kind, part.name), {}).update(part.deltas)
+            owned = {m: None if d is None else _owned(d) for m, d in part.deltas.items()}
+            parts.setdefault((part.kind, part.name), {}).update(owned)
         for module in stack.modules if progress is not None else ():
             progress(module)  # type: ignore[misc]
     return _decomposition(question, adapters, layout, parts, found)
+
+
+def _owned(delta: Delta) -> Delta:
+    """A delta whose B does not keep those of a whole stack in memory."""
+    kept = delta.B.untyped_storage().nbytes() == delta.B.nbytes
+    return delta if kept else dataclasses.replace(delta, B=delta.B.clone())
 
 
 def asked(

@@ -11,8 +11,8 @@ from threading import Thread
 
 _CHUNK = 1 << 22
 
-_Version = tuple[int, int, int, int]  # device, inode, size, time of the last change
-_begun: dict[_Version, Future[str]] = {}
+Version = tuple[int, int, int, int]
+_begun: dict[Version, Future[str]] = {}
 _waiting: SimpleQueue[tuple[Path, Future[str]]] = SimpleQueue()
 _threads: list[Thread] = []
 
@@ -25,11 +25,11 @@ def begin(path: Path) -> None:
     """
     if not path.is_file():
         return
-    version = _version(path)
-    if version in _begun:
+    here = version(path)
+    if here in _begun:
         return
-    _begun[version] = Future()
-    _waiting.put((path, _begun[version]))
+    _begun[here] = Future()
+    _waiting.put((path, _begun[here]))
     if len(_threads) < (os.cpu_count() or 1):  # of an executor, threads would delay an exit
         _threads.append(Thread(target=_work, name="devec-digest", daemon=True))
         _threads[-1].start()
@@ -44,12 +44,19 @@ def sha256(path: Path) -> str:
     Returns:
         The digest.
     """
-    begun = _begun.pop(_version(path), None)
+    begun = _begun.pop(version(path), None)
     return _digest(path) if begun is None else begun.result()
 
 
-def _version(path: Path) -> _Version:
-    """What is different once a file has changed."""
+def version(path: Path) -> Version:
+    """What is different once a file has changed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Device, inode, size and time of the last change.
+    """
     known = path.stat()
     return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
 
@@ -60,7 +67,7 @@ def _work() -> None:
         path, future = _waiting.get()
         try:
             future.set_result(_digest(path))
-        except OSError as error:  # said to whom asks for it
+        except BaseException as error:  # told to whom asks for it, whatever it is
             future.set_exception(error)
 
 

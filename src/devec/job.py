@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -39,7 +39,8 @@ from devec.formats.convert import convert
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
 from devec.lazy import outlines
-from devec.output import Staging, Writer
+from devec.linalg import whole_products
+from devec.output import Staging, Writer, explained
 from devec.parallel import flushing, in_parallel, memory_for, threads
 from devec.processes import Team
 from devec.split import Findings, Kind, ModuleSplit, Question, split
@@ -205,9 +206,14 @@ class Job:
             )
         return [*paths, report]
 
-    def sameness(self) -> str:
-        """What is the same in all processes that share this job."""
-        return repr((self.record, self.form, self.order, sorted(self.keys.values())))
+    def sameness(self, device: str | torch.device | None) -> str:
+        """What is the same in all processes that share this job; the kind of device makes stacks.
+
+        Returns:
+            Its text.
+        """
+        kind = None if device is None else torch.device(device).type
+        return repr((self.record, self.form, self.order, sorted(self.keys.values()), kind))
 
     def target(self, label: str) -> Path:
         """Where an output is written."""
@@ -227,6 +233,7 @@ class Job:
         self._open(places, closing, team)
         return places
 
+    @whole_products()
     def share(
         self,
         team: Team,
@@ -236,11 +243,14 @@ class Job:
         progress: Callable[[str], None] | None,
     ) -> Share:
         """Split this process's share of the modules and take up their parts."""
-        if not team.is_first:
-            self._open(places, closing, team)
         found, device = Findings(), team.device(device)
         work = stacks(self.pool, device, together=self.question.scope != "iterative")
-        with flushing([part for part in self.parts.values() if isinstance(part, Direct)]):
+        with ExitStack() as within:
+            if not team.is_first:  # where there is no staging that would do so
+                within.enter_context(explained([self.target(label) for label in places]))
+                self._open(places, closing, team)
+            direct = [part for part in self.parts.values() if isinstance(part, Direct)]
+            within.enter_context(flushing(direct))
             for one, modules in in_parallel(self._split, team.share(list(work)), device):
                 found.add(one)
                 for module in modules if progress is not None else ():
@@ -285,7 +295,8 @@ class Job:
 
     def finish(self, shares: Sequence[Share], team: Team, report: Report | None) -> Written:
         """Complete all outputs, and the report, and give them their names."""
-        with threads(1):  # what is left is reading and writing
+        # what is left of parts that were written directly is done in many small steps
+        with threads(1) if self.form.as_read else nullcontext():
             written = self.complete(self.gather(shares), self.staging, team)
         kept = list(written.written.values())
         if report is not None:

@@ -10,7 +10,9 @@ these bases. `devec.bases` is for many well-conditioned factors at once.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -61,6 +63,33 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def basis_dtype(device: torch.device) -> torch.dtype:
     """The precision bases are computed in: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Multiply matrices of float32 in float32, whatever the caller allows for a model (TF32).
+
+    Yields:
+        Nothing.
+    """
+    homes = (torch.backends.cuda, torch.backends.mkldnn)
+    backends: list[Any] = [getattr(home, "matmul", None) for home in homes]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # before torch 2.9
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def small(matrix: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from devec.errors import FormatError
-from devec.positions import read_at
+from devec.positions import BINARY, read_at
 
 
 class Place(NamedTuple):
@@ -36,18 +37,9 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         """Open the file."""
         self._path = path
-        self._file = path.open("rb", buffering=0)  # closed with the object
+        self._file = os.open(path, os.O_RDONLY | BINARY)
+        weakref.finalize(self, os.close, self._file)
         self._opened = self._state()
-
-    def require_same(self) -> None:
-        """Check that what is at the path is still this file.
-
-        Raises:
-            FormatError: If it was replaced.
-        """
-        here, opened = self._path.stat(), os.fstat(self._file.fileno())
-        if (here.st_dev, here.st_ino) != (opened.st_dev, opened.st_ino):
-            raise FormatError(f"{self._path} was replaced while it was being opened; run again")
 
     def read(self, place: Place) -> Tensor:
         """A tensor, in memory of its own.
@@ -70,7 +62,7 @@ class OpenFile:
     def _fill(self, buffer: memoryview, start: int) -> None:
         """Fill a buffer with what stands in the file from a place on."""
         try:
-            while buffer and (count := read_at(self._file.fileno(), buffer, start)):
+            while buffer and (count := read_at(self._file, buffer, start)):
                 buffer, start = buffer[count:], start + count
             unchanged = self._state() == self._opened
         except OSError as error:
@@ -82,7 +74,7 @@ class OpenFile:
 
     def _state(self) -> tuple[int, int]:
         """What changes when a file is written to."""
-        known = os.fstat(self._file.fileno())
+        known = os.fstat(self._file)
         return known.st_size, known.st_mtime_ns
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -114,14 +114,28 @@ class Staging:
             _require_replaceable([*outputs, *obsolete], self._overwrite)  # much may have happened
             _commit(outputs, obsolete, self._places)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors of the system as errors of devec."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            target = listed([str(path) for path in self._targets], 1)
-            raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self._targets)
+
+
+@contextmanager
+def explained(targets: Sequence[Path]) -> Iterator[None]:
+    """Errors of the system as errors of devec.
+
+    Args:
+        targets: What is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: If the system raised an error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        target = listed([str(path) for path in targets], 1)
+        raise OutputError(f"cannot write {target}: {error}; nothing was changed") from error
 
 
 def _commit(

@@ -22,6 +22,9 @@ _WORKING_BYTES = 1 << 28
 # How many stacks at a time on devices with memory of their own.
 _WORKERS = {"cuda": 2, "mps": 1}
 
+# What torch says where it has no error of its own for it: the CPU on Linux and Windows, and MPS.
+_LACKING = ("allocate memory", "not enough memory", "out of memory")
+
 # Seconds between one file and the next that is brought to the disk.
 _PAUSE = 0.02
 
@@ -63,7 +66,7 @@ def memory_for(what: str) -> Iterator[None]:
 
     Raises:
         DevecError: If there was too little.
-        MemoryError: Never; it is that.
+        MemoryError: Never.
         RuntimeError: What else torch has raised.
     """
     try:
@@ -71,7 +74,7 @@ def memory_for(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         # torch has an error of its own for GPUs, and none for the memory of the CPU
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not lacking and "allocate memory" not in str(error):
+        if not lacking and not any(said in str(error) for said in _LACKING):
             raise
         reason = (str(error).strip().splitlines() or ["no more to be had"])[0]
         raise DevecError(
@@ -136,6 +139,8 @@ def in_parallel(
     workers = _WORKERS.get(kind, min(cores, _WORKING_BYTES // largest))
     workers = max(1, min(workers, len(work)))
     outer = torch.cuda.current_stream(device) if kind == "cuda" else None
+    if outer is not None:  # torch loads its solvers at their first call, which threads must not do
+        torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
     def begin() -> None:
         torch.set_num_threads(max(1, cores // workers))

@@ -1,6 +1,6 @@
 """Reading and writing at places of open files, from several threads at once.
 
-Windows has no calls for it; there a file's own place is moved, one thread at a time.
+Where the system has no calls for it, as Windows, a file's own place is moved, one thread at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from threading import Lock
 
 # Of `os.open`: bytes as they are, which Windows alone has to be told.
 BINARY: int = getattr(os, "O_BINARY", 0)
+
+_MOST = 1 << 30  # no system takes less in one call
 
 _AT_ONCE = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _moving = Lock()
@@ -26,6 +28,7 @@ def read_at(file: int, buffer: memoryview, start: int) -> int:
     Returns:
         How many bytes were read: fewer than there is room for, and 0 at the end of the file.
     """
+    buffer = buffer[:_MOST]
     if _AT_ONCE:
         return os.preadv(file, [buffer], start)
     with _moving:
@@ -46,6 +49,7 @@ def write_at(file: int, data: memoryview, start: int) -> int:
     Returns:
         How many bytes were written, which may be fewer than there are.
     """
+    data = data[:_MOST]
     if _AT_ONCE:
         return os.pwrite(file, data, start)
     with _moving:

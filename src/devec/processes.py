@@ -90,11 +90,12 @@ class Team:
             return self._device  # type: ignore[no-any-return]
         return wanted
 
-    def gather(self, call: Callable[[], V]) -> list[V]:
+    def gather(self, call: Callable[[], V], state: str = "nothing was written") -> list[V]:
         """The results of a call in all processes, in every one of them.
 
         Args:
             call: The call. Whatever error it ends with here, the others do not wait for it.
+            state: What is said of the outputs if another process is gone.
 
         Returns:
             All results, by rank.
@@ -109,9 +110,9 @@ class Team:
             value: V | Failure = call()
         except Exception as error:
             with suppress(DevecError):
-                self._exchanged(Failure(type(error).__name__, str(error)))
+                self._exchanged(Failure(type(error).__name__, str(error)), state)
             raise
-        values = self._exchanged(value)
+        values = self._exchanged(value, state)
         for rank, other in enumerate(values):
             if isinstance(other, Failure):
                 raise DevecError(
@@ -119,7 +120,7 @@ class Team:
                 )
         return values
 
-    def _exchanged(self, value: Any) -> list[Any]:  # noqa: ANN401
+    def _exchanged(self, value: Any, state: str) -> list[Any]:  # noqa: ANN401
         """What all processes give."""
         import torch
 
@@ -129,7 +130,7 @@ class Team:
         except (RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DevecError(
-                f"another of the {self.size} processes ended before its work was done, nothing was "
-                f"written ({reason})"
+                f"another of the {self.size} processes ended before its work was done, {state} "
+                f"({reason})"
             ) from error
         return values

@@ -187,7 +187,7 @@ class _Group:
         """The shared and the unique parts of an adapter, which the common vector takes up."""
         if not any(self.counts):
             self.shared_norms.append([0.0] * len(self.counts))
-            return [None] * len(self.counts), self.stack.deltas(name)
+            return [None] * len(self.counts), self.stack.unchanged(name)
         made = self.stack.projected(name, self.found.basis, self.counts)
         self.shared_norms.append(made.norms)
         weighted = made.coordinates.new_tensor(made.norms)[:, None, None] * made.coordinates
@@ -258,11 +258,11 @@ def _chance_of_one(n: int, rank: int) -> float:
 
 def _at(found: SharedSubspace, index: int) -> SharedSubspace:
     """What was found in one module of a stack."""
-    count = found.counts[index]
+    count, spectrum = found.counts[index], found.spectrum[index]
     return dataclasses.replace(
         found,
         basis=found.basis[index, :, : int(count)],
-        spectrum=found.spectrum[index],
+        spectrum=spectrum[spectrum != 0] if found.padded else spectrum,
         counts=count,
     )
 
@@ -331,7 +331,7 @@ def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Par
         if group is not None:
             shared, unique = group.parts(name)
         found.add_norms(name, stack)
-        yield Part("unique", name, stack.named(unique or stack.deltas(name)))
+        yield Part("unique", name, stack.named(unique or stack.unchanged(name)))
         unique = []  # nothing is held that is not needed any more
         yield Part("shared", name, stack.named(shared))
         shared = []
@@ -342,8 +342,7 @@ def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Par
 
 def split_pairs(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     """Scope ``pairwise``: a common vector for every pair (Eq. 8-14 with k = 2)."""
-    for name in stack.names:
-        stack.basis(name)  # so that nothing is done twice if one is unsound
+    stack.keep_bases()  # of which each is needed once for every other adapter
     for pair in combinations(question.names, 2):
         if all(name in stack.names for name in pair):
             group = _Group(question, stack, pair)
@@ -385,7 +384,7 @@ def split_target(question: Question, stack: Stack, found: Findings) -> Iterator[
         left -= step.rank
     Z = torch.cat([U[:, :0], *(step.basis for step in steps)], dim=1)
     shared: Sequence[Delta | None] = [None]
-    unique: Sequence[Delta] = stack.deltas(target)
+    unique: Sequence[Delta] = stack.unchanged(target)
     if Z.shape[1]:
         shared, unique, *_ = stack.projected(target, Z[None], [Z.shape[1]])
     yield Part("unique", target, stack.named(unique))

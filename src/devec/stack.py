@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +24,6 @@ from devec.errors import located
 from devec.joint import base_of, resolved_together
 from devec.lazy import outlines
 from devec.linalg import basis_dtype, column_space, small, working_dtype
-from devec.weights import BaseWeight
 
 V = TypeVar("V")
 
@@ -33,7 +31,7 @@ Pool = Mapping[str, Mapping[str, Delta]]  # adapter → module → delta
 
 # A stacked factor of this many bytes stays in a core's cache from one product to the next; a GPU
 # wants enough work in every call. Factors of a whole pool that fit are read once.
-_STACKED_BYTES = {"cpu": 1 << 21}
+_STACKED_BYTES = 1 << 21
 _STACKED_BYTES_ELSEWHERE = 1 << 27
 _HELD_BYTES = 1 << 24
 _MOST_MODULES = 64
@@ -103,7 +101,9 @@ class Stack:
         self.device = torch.device(device) if device is not None else self._home
         self._measured: dict[str, _Measured] = {}
         held = len(self.modules) * sum(_stored_bytes(delta) for delta in known)
-        self._read: dict[str, list[Delta]] | None = {} if held <= _HELD_BYTES else None
+        self._held_bytes = held if held <= _HELD_BYTES else 0
+        self._read: dict[str, list[Delta]] | None = {} if self._held_bytes else None
+        self._bases: dict[str, Tensor] | None = None
 
     def deltas(self, name: str) -> list[Delta]:
         """The deltas of an adapter as they are read."""
@@ -112,6 +112,14 @@ class Stack:
         if name not in self._read:
             self._read[name] = [self._pool[name][module] for module in self.modules]
         return self._read[name]
+
+    def keep_bases(self) -> None:
+        """Compute the bases of all adapters and hold them, where each is asked for many times."""
+        self._bases = {name: self._basis(name) for name in self.names}
+
+    def unchanged(self, name: str) -> list[Delta]:
+        """The deltas of an adapter as they are read, where results are."""
+        return [Stack.released(self, delta) for delta in self.deltas(name)]
 
     def basis(self, name: str) -> Float[Tensor, "batch out rank"]:
         """Orthonormal bases of the column spaces of an adapter.
@@ -125,6 +133,10 @@ class Stack:
         Raises:
             UnsoundError: If some of the modules have to be looked at one by one.
         """
+        return self._basis(name) if self._bases is None else self._bases[name]
+
+    def _basis(self, name: str) -> Float[Tensor, "batch out rank"]:
+        """The bases, computed."""
         deltas = self.deltas(name)
         found = column_bases(self._stacked(deltas, "B"), self._stacked(deltas, "A"))
         sound = found.sound.tolist()
@@ -173,22 +185,29 @@ class Stack:
             beside = None if bias is None or along is None else bias - along
             made = counts[index] > 0
             shared.append(self._part(delta, part, along) if made else None)
-            unique.append(self._part(delta, rest, beside) if made else delta)
+            unique.append(self._part(delta, rest, beside) if made else self.released(delta))
         return Projected(
             shared, unique, (scalings * C) @ self._stacked(deltas, "A"), norms.tolist()
         )
 
     @property
     def working_bytes(self) -> int:
-        """About how much memory is needed at a time, beyond what is read."""
+        """About how much memory is needed at a time."""
         known = [outlines(self._pool[name])[self.modules[0]] for name in self.names]
         factor = max(max(delta.shape) * delta.rank for delta in known)
         whole = math.prod(known[0].shape) if any(d.gain is not None for d in known) else 0
-        return self.dtype.itemsize * (8 * len(self.modules) * factor + 2 * whole)
+        needed = self._itemsize * (8 * len(self.modules) * factor + 2 * whole)
+        return needed + self._held_bytes
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a number in what is computed."""
+        return self.dtype.itemsize
 
     def release(self) -> None:
         """Let go of all that was read and found, and of the memory if it was much."""
         self._measured.clear()
+        self._bases = None
         if self._read is not None:
             self._read.clear()
         # once for all adapters: what is returned has to be made anew, page by page
@@ -211,21 +230,24 @@ class Stack:
 
     def released(self, delta: Delta) -> Delta:
         """A result where the first adapter's factors are."""
-        return delta.to(self._home)
+        return delta if delta.B.device == delta.A.device == self._home else delta.to(self._home)
 
     def _part(self, original: Delta, B: Tensor, bias: Tensor | None) -> Delta:
         """A delta with another B, the rest as it was read."""
-        bias = None if bias is None else bias.to(self._home)
-        return dataclasses.replace(original, B=B, bias=bias)
+        return self.released(dataclasses.replace(original, B=B, bias=bias))
 
     def _stacked(self, deltas: Sequence[Delta], factor: str) -> Float[Tensor, "batch _ _"]:
         """Factors in the working precision where it is computed; always a copy."""
         held = [getattr(delta, factor) for delta in deltas]
+        if self.device.type == "cuda":
+            stacked = held[0].new_empty((len(held), *held[0].shape), device=self.device)
+            for place, one in zip(stacked, held, strict=True):
+                # of pinned memory alone, copies go on while something else is computed
+                pinned = one if one.is_cuda or one.is_pinned() else one.pin_memory()
+                place.copy_(pinned, non_blocking=True)
+            return torch.as_tensor(stacked, dtype=self.dtype)
         stacked = held[0][None] if len(held) == 1 else torch.stack(held)
-        if self.device.type == "cuda" and stacked.device.type == "cpu" and not stacked.is_pinned():
-            stacked = stacked.pin_memory()  # so that it is copied while something else is computed
-        # pageable memory may be freed before it has been copied
-        moved: Tensor = stacked.to(self.device, non_blocking=stacked.is_pinned()).to(self.dtype)
+        moved: Tensor = stacked.to(self.device).to(self.dtype)
         return moved.clone() if moved is stacked and len(held) == 1 else moved
 
 
@@ -234,23 +256,29 @@ class ExactStack(Stack):
 
     Of DoRAs all that is needed is held, the base weight too, which is read once. Parts no longer
     hold it.
+
+    Args:
+        modules: Name of the module.
+        pool: The adapters that have it.
+        device: Where to compute; the CPU in the place of devices without float64.
     """
 
-    @cached_property
-    def _base(self) -> BaseWeight | None:
-        """The base weight, not yet read; None for LoRAs."""
-        known = (outlines(self._pool[name])[self.modules[0]] for name in self.names)
-        return base_of(known)
+    def __init__(
+        self, modules: Sequence[str], pool: Pool, device: torch.device | str | None
+    ) -> None:
+        """Remember where the factors are."""
+        super().__init__(modules, pool, device)
+        if self.device.type == "mps":
+            self.device = torch.device("cpu")
+        known = (outlines(pool[name])[self.modules[0]] for name in self.names)
+        self._base = base_of(known)
+        self._resolved: dict[str, Delta] = {}
 
-    @cached_property
-    def _resolved(self) -> dict[str, Delta]:
-        """All deltas, as they can be computed with, of DoRAs."""
-        if self._base is None:
-            return {}
-        self._read = {}
-        return resolved_together({n: self.deltas(n)[0].to(self.device) for n in self.names})
+    @property
+    def _itemsize(self) -> int:
+        return 8
 
-    def basis(self, name: str) -> Float[Tensor, "batch out rank"]:
+    def _basis(self, name: str) -> Float[Tensor, "batch out rank"]:
         """An orthonormal basis of the column space of an adapter's low-rank part."""
         delta = self._delta(name)
         A = delta.A.to(basis_dtype(delta.A.device))
@@ -289,11 +317,17 @@ class ExactStack(Stack):
     def release(self) -> None:
         """Let go of all that was read and found."""
         super().release()
-        self.__dict__.pop("_resolved", None)
+        self._resolved.clear()
 
     def _delta(self, name: str) -> Delta:
-        """What is computed with."""
-        return self._resolved.get(name) or self.deltas(name)[0].to(self.device)
+        """What is computed with; DoRAs all together, so that their base weight is read once."""
+        if self._base is None:
+            return self.deltas(name)[0].to(self.device)
+        if not self._resolved:
+            self._read = {}
+            held = {n: self.deltas(n)[0].to(self.device) for n in self.names}
+            self._resolved.update(resolved_together(held))
+        return self._resolved[name]
 
 
 def return_memory() -> None:
@@ -326,7 +360,7 @@ def stacks(pool: Pool, device: torch.device | str | None, *, together: bool) -> 
             yield ExactStack(modules, holders, device)
             continue
         deltas = [known[name][modules[0]] for name in holders]
-        size = _stack_size(deltas, torch.device(device or "cpu")) if together else 1
+        size = _stack_size(deltas, torch.device(device or deltas[0].B.device)) if together else 1
         for start in range(0, len(modules), size):
             yield Stack(modules[start : start + size], holders, device)
 
@@ -344,7 +378,7 @@ def _likeness(module: str, held: Mapping[str, Delta]) -> object:
 def _stack_size(deltas: Sequence[Delta], device: torch.device) -> int:
     """How many modules are split together."""
     factor = max(4 * delta.rank * max(delta.shape) for delta in deltas)
-    limit = _STACKED_BYTES.get(device.type, _STACKED_BYTES_ELSEWHERE)
+    limit = _STACKED_BYTES if device.type in ("cpu", "meta") else _STACKED_BYTES_ELSEWHERE
     return max(1, min(_MOST_MODULES, limit // max(factor, 1)))
 
 

@@ -88,7 +88,7 @@ def decompose_to(
             jobs.append(job)
             targets = job.targets(report[0] if report else None)
             places = job.begin(team, Staging(targets, overwrite=overwrite), closing)
-            return job.sameness(), places
+            return job.sameness(device), places
 
         def end() -> None:
             if team.is_first:
@@ -98,7 +98,7 @@ def decompose_to(
         _require_same([sameness for sameness, _ in begun])
         (job,), (_, places) = jobs, begun[0]
         shares = team.gather(lambda: job.share(team, places, closing, device, progress))
-        team.gather(end)
+        team.gather(end, "the outputs were written, or all of them were not")
     return done[0] if done else None
 
 

@@ -59,12 +59,14 @@ class SharedSubspace:
             cosines: see the method.
         counts: ρ_shared, of each subspace of a stack.
         quantity: What the values of the spectrum are.
+        padded: Whether zeros in the spectrum stand for no value, which a stack needs.
     """
 
     basis: Float[Tensor, "*batch n shared"]
     spectrum: Float[Tensor, "*batch k"]
     counts: Int[Tensor, "*batch"]
     quantity: str = "cos²"
+    padded: bool = False
 
     @property
     def rank(self) -> int:
@@ -189,8 +191,8 @@ def mean(bases: Bases, threshold: Level) -> SharedSubspace:
 
     Returns:
         The shared subspace; its spectrum holds the squared cosines of all eigenvalues above 1/k
-        (an eigenvalue of 1/k is a direction that one subspace has alone), of a stack as many as
-        the one with the most of them has.
+        (an eigenvalue of 1/k is a direction that one subspace has alone). In a stack there are
+        zeros for the others.
 
     Cost: O(n (Σ ρ_i)² + (Σ ρ_i)³), with all bases at once.
     """
@@ -203,8 +205,9 @@ def mean(bases: Bases, threshold: Level) -> SharedSubspace:
     Y = _leading(Y, counts)
     lengths = values[..., None, : Y.shape[-1]].clamp(min=_ALONE).sqrt()
     Z = stacked @ (Y / lengths).to(stacked)
-    most = int((spectrum > _ALONE).sum(-1).max()) if spectrum.numel() else 0
-    return SharedSubspace(Z, spectrum[..., :most], counts)
+    spectrum = torch.where(spectrum > _ALONE, spectrum, 0)
+    most = int(spectrum.count_nonzero(-1).max()) if spectrum.numel() else 0
+    return SharedSubspace(Z, spectrum[..., :most], counts, padded=True)
 
 
 def deflate(

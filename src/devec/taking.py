@@ -46,6 +46,7 @@ class Direct:
         self._pieces = {piece.modules[0]: piece for piece in plan.pieces}
         self.done: set[str] = set()
         self.zeros: set[str] = set()
+        self._flushed = 0  # how many modules had been written when it was flushed last
 
     def take(self, deltas: Mapping[str, Delta | None]) -> None:
         """Write some modules; zeros are left until it is known that there is anything else."""
@@ -56,8 +57,10 @@ class Direct:
                 self._write(module, delta)
 
     def flush(self) -> None:
-        """Bring what has been written to the disk."""
-        self._output.flush()
+        """Bring what has been written to the disk, if it has not been yet."""
+        if len(self.done) > self._flushed:
+            self._flushed = len(self.done)
+            self._output.flush()
 
     def taken(self) -> Taken:
         """What this process has done."""

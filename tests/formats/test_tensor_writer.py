@@ -159,6 +159,17 @@ def test_a_further_writer_needs_the_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "strings", [{**STRINGS, "more": "x"}, dict.fromkeys(STRINGS, "?")], ids=len
+)
+def test_a_further_writer_that_plans_another_file_is_refused(tmp_path, strings):
+    TensorWriter(tmp_path / "file", outlines(TENSORS), STRINGS, create=True).close()
+    before = (tmp_path / "file").read_bytes()
+    with pytest.raises(OutputError, match="another process plans this output otherwise"):
+        TensorWriter(tmp_path / "file", outlines(TENSORS), strings, create=False)
+    assert (tmp_path / "file").read_bytes() == before
+
+
 def test_threads_may_write_at_the_same_time(tmp_path):
     tensors = {f"t{i}": torch.full((50,), float(i)) for i in range(80)}
     writer = TensorWriter(tmp_path / "file", outlines(tensors), STRINGS, create=True)

@@ -91,6 +91,7 @@ def write_sum(
     total = to_plain(total, as_lora)
     result = in_format(total, format)
     require_new([result.output_path(out)], overwrite=overwrite)
+    norm = said_norm(result)  # before inputs may be replaced
     path = save(result, out, dtype, overwrite=overwrite)
     terms = " ".join(f"{w:+g}·{a.name}" for a, w in zip(adapters, weights, strict=True))
-    typer.echo(f"Written: {path} = {terms}{said_norm(result)}")
+    typer.echo(f"Written: {path} = {terms}{norm}")

@@ -14,6 +14,7 @@ import typer
 
 from devec.errors import IncompatibleError, OutputError
 from devec.lazy import outlines
+from devec.processes import is_first
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,10 @@ def begin_reading(sources: Sequence[str]) -> None:
     for source in sources:
         path = Path(_name_and_path(source)[1])
         with suppress(OSError, ValueError):  # what is wrong with a path is said when it is read
-            for file in path.glob("*.safetensors") if path.is_dir() else (path,):
-                begin(file)
+            usual = path / "adapter_model.safetensors"
+            files = [usual] if usual.is_file() else sorted(path.glob("*.safetensors"))
+            if len(files) == 1 or not path.is_dir():  # of several the user has to choose
+                begin(files[0] if files else path)
 
 
 def read_sources(
@@ -399,7 +402,8 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    unseen = not (console.is_terminal and is_first())
+    with Progress(console=console, transient=True, disable=unseen) as progress:
         task = progress.add_task(what, total=total)
         yield lambda *_: progress.advance(task)
 

@@ -49,5 +49,6 @@ def convert(
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     result = rewrite(to_plain(adapter, as_lora), format, component=component)
     require_new([result.output_path(out)], overwrite=overwrite)
+    norm = said_norm(result)  # before the input may be replaced
     path = save(result, out, storage, overwrite=overwrite)
-    typer.echo(f"Written: {path}{said_norm(result)}")
+    typer.echo(f"Written: {path}{norm}")

@@ -72,7 +72,7 @@ def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
         "norm": math.hypot(*known) if len(known) == len(norms) else None,
         "carried": {
             key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-            for key, tensor in sorted(adapter.carried.items())
+            for key, tensor in sorted(outlines(adapter.carried).items())
         },
         "provenance": adapter.provenance,
         "modules": [

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.digest import sha256
 from devec.errors import DevecWarning, FormatError, listed, located
 from devec.formats import magnitudes
 from devec.formats import metadata as header
@@ -81,7 +80,7 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     with located(str(path)):
         file = read_tensors(path, allow_pickle=options.allow_pickle)
     adapter = parsed(file, name, options, str(path))
-    return dataclasses.replace(adapter, source=str(path), sha256=sha256(path))
+    return dataclasses.replace(adapter, source=str(path), sha256=file.sha256)
 
 
 def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:

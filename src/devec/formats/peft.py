@@ -14,7 +14,6 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.digest import sha256
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
 from devec.formats import card, peft_config, peft_dora
 from devec.formats.base_model import base_model
@@ -58,13 +57,13 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     if not weights.is_file():
         raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
-        tensors = read_tensors(weights, allow_pickle=options.allow_pickle).tensors
-    adapter = parsed(config, tensors, name, options, str(weights))
+        file = read_tensors(weights, allow_pickle=options.allow_pickle)
+    adapter = parsed(config, file.tensors, name, options, str(weights))
     return dataclasses.replace(
         adapter,
         provenance=card.read_record(directory),
         source=str(directory),
-        sha256=sha256(weights),
+        sha256=file.sha256,
     )
 
 

@@ -45,6 +45,9 @@ class TensorWriter:
         known: Key → outline of the tensor: its type and shape.
         strings: The header's strings.
         create: Whether the file is made; otherwise another writer has made it.
+
+    Raises:
+        OutputError: If what another writer has made is another file.
     """
 
     def __init__(
@@ -58,13 +61,26 @@ class TensorWriter:
         self._missing = set(self._slots)
         flags = BINARY | os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._file = os.open(path, flags, 0o666)
-        if create:
-            try:
+        try:
+            if create:
                 os.ftruncate(self._file, len(header) + end)
                 self._write(header, 0)
-            except OSError:
-                self.close()
-                raise
+            else:
+                self._require_same(header, len(header) + end)
+        except (OSError, OutputError):
+            self.close()
+            raise
+
+    def _require_same(self, header: bytes, size: int) -> None:
+        """Refuse to write to a file whose tensors have other places."""
+        found = memoryview(bytearray(len(header)))
+        if os.fstat(self._file).st_size != size or read_at(self._file, found, 0) < len(header):
+            found = found[:0]
+        if found != header:
+            raise OutputError(
+                "another process plans this output otherwise; give all processes the same options, "
+                "base models and libraries"
+            )
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Write a tensor.

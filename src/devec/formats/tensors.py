@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from devec.digest import sha256, version
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
 from devec.lazy import Lazy, mapped, outlines
 from devec.open_file import OpenFile, Place
@@ -77,11 +78,19 @@ _TYPES = {
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: tensors, the strings of its header, and the types of widened tensors."""
+    """What a file holds.
+
+    Attributes:
+        tensors: Key → tensor.
+        metadata: The strings of its header.
+        narrow: Key → type, of tensors that were widened.
+        sha256: Digest of the file; empty for what only would stand in one.
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
     narrow: dict[str, torch.dtype]
+    sha256: str = ""
 
 
 def is_tensor_file(path: Path) -> bool:
@@ -97,15 +106,17 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         allow_pickle: Whether a pickle may be read. Nothing but tensors is unpickled from it.
 
     Returns:
-        Key → tensor as stored, types of eight bits widened to bfloat16; the header's strings; and
-        the types of what was widened.
+        Key → tensor as stored, types of eight bits widened to bfloat16; the header's strings; the
+        types of what was widened; and the digest of the file.
 
     Raises:
-        FormatError: If the file cannot be read, is truncated or corrupt, or is empty.
+        FormatError: If the file cannot be read, is truncated or corrupt, or is empty, or is another
+            one in the end.
         UnsupportedError: If a tensor is of a type that adapters have not.
     """
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str] = {}
+    opened = version(path)
     if path.suffix.lower() in _PICKLES:
         tensors = _read_pickle(path, allowed=allow_pickle)
     else:
@@ -129,7 +140,10 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
             )
     if narrow:
         tensors = mapped(tensors, lambda _, t: t.to(torch.bfloat16) if t.dtype in _WIDENED else t)
-    return TensorFile(tensors, metadata, narrow)
+    digest = sha256(path)
+    if version(path) != opened:  # of which the tensors are not those of the digest
+        raise FormatError("it was replaced while it was being opened; run again")
+    return TensorFile(tensors, metadata, narrow, digest)
 
 
 def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
@@ -139,7 +153,6 @@ def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]
         header, start = _read_header(path)
         with safe_open(path, framework="pt") as file:  # checks offsets and types against the size
             metadata, order = file.metadata() or {}, list(file.keys())
-        held.require_same()
         places = {key: _place(header[key], start) for key in order}
         known = {
             key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in places.items()
