@@ -211,7 +211,7 @@ class Stack:
         if self._read is not None:
             self._read.clear()
         # once for all adapters: what is returned has to be made anew, page by page
-        if self.working_bytes > _LARGE * len(self.modules):
+        if self.working_bytes - self._held_bytes > _LARGE * len(self.modules):
             return_memory()
 
     def named(self, values: Sequence[V]) -> dict[str, V]:

@@ -111,7 +111,7 @@ def test_every_number_is_finite(results, section):
 def test_every_merge_has_the_optimal_error(results, table):
     *methods, optimal = rows(results, "combine", table)
     assert methods[0]["method"] == "devec"
-    assert len(methods) == 4
+    assert len(methods) == 5
     assert [row["error"] for row in methods] == pytest.approx(5 * [optimal["error"]], rel=1e-5)
     assert optimal["error"] > 0.01
 
@@ -166,7 +166,7 @@ def test_a_quick_run_writes_nothing_unasked(monkeypatch, tmp_path, capsys):
 
 def test_groups_and_names():
     assert program.chosen(None) == list(program.SECTIONS)
-    of_group = ["decompose-files", "decompose-llama", "decompose-dense"]
+    of_group = ["decompose-files", "decompose-llama", "decompose-gpu", "decompose-dense"]
     assert program.chosen(["decompose"]) == of_group
     assert program.chosen(["scaling", "combine"]) == ["combine", "scaling"]
     with pytest.raises(SystemExit):
