@@ -88,5 +88,7 @@ def section(settings: Settings) -> Section:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     row = {"device": name, **times, "transfers / devec": times["transfers"] / times["devec"]}
     units = {"device": "", **dict.fromkeys(times, "seconds"), "transfers / devec": "times"}
+    if settings.quick:
+        return Section(title, TEXT, [Table("Tiny", units, [row])])
     bars = [Bar(f"{TITLE}, from pinned memory", times["devec"], LIMIT, "seconds")]
     return Section(title, TEXT, [Table(TITLE, units, [row], bars)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("devec", "torch", "peft", "safetensors", "transformers", "diffusers", "accelerate")
@@ -21,8 +22,12 @@ def machine(threads: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of all packages that are measured."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Versions of Python and of all packages that are measured, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _field(path: str, name: str) -> str:

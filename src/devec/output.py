@@ -69,8 +69,8 @@ class Staging:
 
     def __enter__(self) -> Staging:
         try:
-            with self._explained():
-                for parent in {path.parent for path in self._targets}:
+            for parent in {path.parent for path in self._targets}:
+                with explained([path for path in self._targets if path.parent == parent]):
                     home = _existing(parent)
                     _remove_abandoned(home)
                     self._places[parent], lock = _made_in(home)
@@ -191,7 +191,10 @@ def _require_same_kind(staged: Path, target: Path) -> None:
 def _made_in(home: Path) -> tuple[Path, IO[bytes]]:
     """A new hidden directory, and a lock in it that lasts as long as the process."""
     while True:
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
+        try:
+            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
+        except OSError as error:  # which names what the user never asked for
+            raise OSError(error.errno, error.strerror, str(home)) from error
         lock = (directory / _LOCK).open("wb")
         if sys.platform != "win32":  # where nothing that was abandoned is taken away
             import fcntl

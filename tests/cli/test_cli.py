@@ -728,6 +728,26 @@ def test_a_report_never_replaces_an_adapter(here, run, command):
     assert snapshot(here) == before
 
 
+@pytest.mark.parametrize("command", REPORTING)
+@pytest.mark.parametrize("place", ["a.safetensors", "./a.safetensors", "link", "a"])
+def test_a_report_never_replaces_a_source(here, run, command, place):
+    """Not even where outputs may be replaced."""
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(3, 1)}, "a.safetensors")
+    Path("link").symlink_to("a.safetensors")
+    before = snapshot(here)
+    source = "a" if place == "a" else "a=a.safetensors"
+    arguments = [source if word == "a" else word for word in REPORTING[command]]
+    run(*arguments, "--json", place, "--overwrite").refused(place.removeprefix("./"), "--json")
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("command", REPORTING)
+def test_a_report_is_not_written_to_a_file_called_after_standard_output(here, run, command):
+    before = snapshot(here)
+    run(*REPORTING[command], "--json", "-").refused("--json", "standard output")
+    assert snapshot(here) == before
+
+
 def test_a_file_is_never_replaced_by_an_adapter(here, run):
     Path("thesis.tex").write_text("mine")
     before = snapshot(here)

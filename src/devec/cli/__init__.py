@@ -64,6 +64,7 @@ def main() -> None:
     """Run the command line; exit with 2 and one message on any error a user can cause."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "²" is no reason to stop
@@ -74,10 +75,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int, _: object) -> None:
     """End as an error does, so that what was begun is taken away."""
-    typer.echo("error: terminated; outputs that were not complete were not written", err=True)
-    sys.exit(128 + signal.SIGTERM)
+    what = "interrupted" if number == signal.SIGINT else "terminated"
+    typer.echo(f"error: {what}; outputs that were not complete were not written", err=True)
+    sys.exit(128 + number)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

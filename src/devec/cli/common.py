@@ -352,6 +352,28 @@ def require_new(paths: Sequence[Path], *, overwrite: bool) -> None:
         raise OutputError(f"output exists: {', '.join(existing[:5])}; allow it with --overwrite")
 
 
+def require_report(json: Path | None, sources: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse a report that cannot be written or would take the place of an input.
+
+    Args:
+        json: As on the command line.
+        sources: As on the command line.
+        overwrite: Whether a report that exists may be replaced.
+
+    Raises:
+        IncompatibleError: If it is a source, or no path.
+        OutputError: If it exists and may not be replaced.
+    """
+    if json is None:
+        return
+    if str(json) == "-":
+        raise IncompatibleError("--json writes a file, not to standard output; name one")
+    paths = [Path(_name_and_path(source)[1]) for source in sources]
+    if any(json.resolve() in (path.resolve(), *path.resolve().parents) for path in paths):
+        raise IncompatibleError(f"the report {json} (--json) is a source; choose another path")
+    require_new([json], overwrite=overwrite)
+
+
 def module_type(module: str) -> str:
     """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``.
 

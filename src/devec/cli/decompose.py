@@ -30,6 +30,7 @@ from devec.cli.common import (
     progress_bar,
     ranged,
     read_sources,
+    require_report,
     show,
     storage_dtype,
 )
@@ -81,6 +82,7 @@ def decompose(
     iterative: DIR/TARGET-unique and DIR/TARGET-shared), directories for PEFT and .safetensors files
     otherwise. Parts that are zero are not written.
     """
+    require_report(json, sources, overwrite=overwrite)
     begin_reading(sources)
     from devec.processes import Team, launched
     from devec.stream import Form, decompose_to

@@ -19,7 +19,7 @@ from devec.cli.common import (
     new_table,
     ranged,
     read_source,
-    require_new,
+    require_report,
     show,
 )
 from devec.lazy import outlines
@@ -47,7 +47,7 @@ def inspect(
     """
     from devec.output import write_all
 
-    require_new([json] if json else [], overwrite=overwrite)
+    require_report(json, [source], overwrite=overwrite)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
     report = _report(adapter, with_base=base is not None)
     if json:

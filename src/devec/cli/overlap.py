@@ -18,7 +18,7 @@ from devec.cli.common import (
     module_type,
     new_table,
     read_sources,
-    require_new,
+    require_report,
     show,
 )
 
@@ -39,7 +39,7 @@ def overlap(
     from devec import overlap as measure
     from devec.output import write_all
 
-    require_new([json] if json else [], overwrite=overwrite)
+    require_report(json, sources, overwrite=overwrite)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
