@@ -18,8 +18,8 @@ process that loads every input with safetensors' `load_file` and saves as many t
 files of the same sizes with `save_file`, with and without an `fsync` of each, which devec does
 before it renames its outputs. Outputs of the last run are removed and the disk is synced before
 each run; inputs are in the page cache as far as it holds them. Adapters are bfloat16 and share a
-quarter of their directions. Factors are random, of condition numbers near 1; where they are of a
-condition number of 1000, bases are computed in float64, one module after the other."""
+quarter of their directions. Factors are random, of condition numbers near 1; where that of B is
+1000, bases are computed in float64."""
 OWN = """\
 Without start-up: of devec, whole processes less the median of `python -c 'import devec;
 devec.decompose'`; of the floor, the time of loading and saving, taken inside of it."""
@@ -62,7 +62,7 @@ def wanted(settings: Settings) -> list[Wanted]:
     sd15 = Job("Stable Diffusion 1.5, UNet and text encoder, k = 2", sd15_shapes(), k=2)
     sdxl = Job("SDXL, UNet, k = 2", sdxl_shapes(), k=2)
     flux = Job("Flux, k = 8", flux_shapes(), k=8)
-    hard = Job("Flux, k = 8, factors of condition 1000", flux_shapes(), k=8, condition=1000.0)
+    hard = Job("Flux, k = 8, B of condition 1000", flux_shapes(), k=8, condition=1000.0)
     return [
         Wanted(sd15, lambda _: []),
         Wanted(sdxl, second_bars(sdxl.title, 4.0)),

@@ -31,7 +31,7 @@ class Job:
         k: Number of adapters.
         rank: Rank of every module.
         peft: Whether the adapters are PEFT's directories; single files of diffusers otherwise.
-        condition: About the condition number of factors; 1 for those of random matrices.
+        condition: About the condition number of B; 1 for that of random matrices.
     """
 
     title: str

@@ -166,7 +166,8 @@ def file_tensors(
         shapes: Module → shape.
         rank: Rank of every module.
         block: Random numbers to take from, which is faster than to draw new ones.
-        condition: About the condition number of B and A; 1 for those of random matrices.
+        condition: About the condition number of B; 1 for that of a random matrix. A, which training
+            hardly changes, is random.
 
     Returns:
         Key → tensor.
@@ -181,7 +182,7 @@ def file_tensors(
         B[:, :shared] = _drawn((rows, shared), block, common) + NOISE * B[:, :shared]
         A = _drawn((rank, columns, *kernel), block, own) / columns**0.5
         if condition != 1:
-            B, A = B @ mixed, (mixed @ A.flatten(1)).view(A.shape)
+            B = B @ mixed
         tensors[f"{module}.lora_A.weight"] = A.bfloat16()
         tensors[f"{module}.lora_B.weight"] = B.view(rows, rank, *(1 for _ in kernel)).bfloat16()
     return tensors

@@ -318,25 +318,46 @@ def test_what_the_caller_has_chosen_for_a_model_does_not_matter():
         )
 
 
+def precisions():
+    """In what float32 may be multiplied: said for all, by CUDA, and of each backend."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        *(backend.fp32_precision for backend in backends),
+    )
+
+
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
 def test_float32_is_not_multiplied_in_less(allowed):
     """TF32, or bfloat16, that a caller allows for a model is not for bases, and stays allowed."""
-    before = torch.get_float32_matmul_precision()
+    default = torch.get_float32_matmul_precision()
     adapters = [ill(name, torch.float32, 10, "B", i) for i, name in enumerate("ab")]
     seen = []
-
-    def look(_):
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
-
     try:
         torch.set_float32_matmul_precision(allowed)
-        decompose(adapters, progress=look)
-        assert torch.get_float32_matmul_precision() == allowed
-        assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
+        before = precisions()
+        decompose(adapters, progress=lambda _: seen.append(precisions()))
+        assert precisions() == before
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(default)
     assert seen
-    assert not any(seen)
+    for for_all, tf32, *backends in seen:
+        assert (for_all, tf32) == ("highest", False)
+        assert not {"tf32", "bf16"} & set(backends)
+
+
+def test_settings_of_one_backend_are_heeded_too():
+    backend, seen = torch.backends.cuda.matmul, []
+    default = backend.fp32_precision
+    adapters = [ill(name, torch.float32, 10, "B", i) for i, name in enumerate("ab")]
+    try:
+        backend.fp32_precision = "tf32"
+        decompose(adapters, progress=lambda _: seen.append(backend.fp32_precision))
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = default
+    assert set(seen) == {"ieee"}
 
 
 def test_rows_of_any_condition_are_sound():

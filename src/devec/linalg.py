@@ -74,21 +74,22 @@ def whole_products() -> Iterator[None]:
     """
     homes = (torch.backends.cuda, torch.backends.mkldnn)
     backends: list[Any] = [getattr(home, "matmul", None) for home in homes]
-    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # before torch 2.9
-        allowed = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(allowed)
-        return
-    before = [backend.fp32_precision for backend in backends]
+    before = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        allowed: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by backend; torch refuses a mixture of this and the setting for all
+        allowed = None
+    try:
+        if allowed is None:
+            for backend, _ in before:
+                backend.fp32_precision = "ieee"
+        elif allowed != "highest":
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        if allowed not in (None, "highest"):
+            torch.set_float32_matmul_precision(allowed)
+        for backend, precision in before:
             backend.fp32_precision = precision
 
 
