@@ -139,7 +139,7 @@ def test_the_page_states_commands_ratios_and_bars(results):
     assert page.count("Tiny sizes: these figures mean nothing.") == len(program.SECTIONS)
     assert "devec / floor, fsync" in page
     bars = [line for line in page.splitlines() if line.startswith(("- **met**", "- **not met**"))]
-    assert len(bars) == 2 + 2 + 1 + 2 * 3 + 3
+    assert len(bars) == 2 + 2 + 2 * 3 + 3
     assert all(", bar " in line for line in bars)
     assert "extrapolated" in page
 
