@@ -20,9 +20,9 @@ before it renames its outputs. Outputs of the last run are removed and the disk 
 each run; inputs are in the page cache as far as it holds them. Adapters are bfloat16 and share a
 quarter of their directions. Factors are random, of condition numbers near 1; where that of B is
 1000, bases are computed in float64. How long the floor takes depends on how fast the disk takes
-what is written, on a shared machine more so than how long devec takes, which computes meanwhile:
-over a day the floor of Flux took from 3.0 to 5.2 s, devec from 7.2 to 9.1 s, and the ratio of both
-was between 1.4 and 2.5."""
+what is written, more so than how long devec takes, which computes meanwhile: where the disk drifts,
+as that of a shared machine does, so does the ratio, and a bar met in one run may be missed in
+another."""
 OWN = """\
 Without start-up: of devec, whole processes less the median of `python -c 'import devec;
 devec.decompose'`; of the floor, the time of loading and saving, taken inside of it."""

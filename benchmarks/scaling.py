@@ -21,12 +21,12 @@ TEXT = """\
 bfloat16. The runs of one table are made in turn. Without start-up: less the median of `python -c
 'import devec; devec.decompose'`.
 
-Libraries take 250 MB. Of what grows with the number of adapters, half a megabyte for each of 100
-modules is what is known of it: names, shapes, places in files (measured by hand). The rest comes
-with the first adapters: factors of up to 16 MB for each of two threads, which are read once, and
-what the allocator of the C library keeps of what threads have freed, which differs from run to
-run. Tried by hand and not kept: returning it after every stack, 18 % apart between 2 and 32 in one
-run; one arena for all threads, 15 to 29 %."""
+Most of the memory is that of libraries (see Start-up). What grows with the number of adapters is
+what is known of each (names, shapes, places in files), then the factors that are read once, up to
+16 MB for each thread, and what the allocator of the C library keeps of what threads have freed,
+which differs from run to run. Tried by hand and not kept: returning that after every stack, and one
+arena for all threads, neither of which met the bar; and returning large blocks at once, which came
+nearest and took longer."""
 LINEAR, FLAT = 0.15, 0.10
 UNITS = {"time": "seconds", "without start-up": "seconds", "memory": "bytes"}
 

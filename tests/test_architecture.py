@@ -25,7 +25,7 @@ LAYERS = [
     {"pool", "processes"},
     {"combine", "compress", "overlap", "formats"},
     {"as_lora", "decompose", "plots", "report"},
-    {"taking"},
+    {"form", "taking"},
     {"job"},
     {"stream"},
     {"hosts"},

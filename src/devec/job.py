@@ -35,7 +35,7 @@ from devec.decompose import (
 )
 from devec.delta import Delta
 from devec.errors import DevecWarning, IncompatibleError, listed
-from devec.formats.convert import convert
+from devec.form import Form
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
 from devec.lazy import outlines
@@ -43,6 +43,7 @@ from devec.linalg import whole_products
 from devec.output import Staging, Writer, explained
 from devec.parallel import flushing, in_parallel, memory_for, threads
 from devec.processes import Team
+from devec.report import planned_outputs
 from devec.split import Findings, Kind, ModuleSplit, Question, split
 from devec.stack import Pool, Stack, return_memory, stacks
 from devec.taking import Direct, PutBy, Taken
@@ -51,45 +52,6 @@ from devec.taking import Direct, PutBy, Taken
 _SURE = 1e-5
 
 Key = tuple[Kind, str]
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form in which parts are written.
-
-    Attributes:
-        dtype: Storage type; by default that of the inputs.
-        compact: Whether parts are cut to their true ranks.
-        as_lora: Rank of the nearest plain LoRAs that DoRAs are written as, if they are to be.
-        format: A key of `devec.formats.convert.FORMATS`; by default that of the first input.
-    """
-
-    dtype: torch.dtype | None = None
-    compact: bool = False
-    as_lora: int | None = None
-    format: str | None = None
-
-    @property
-    def as_read(self) -> bool:
-        """Whether parts are written in the form of their originals."""
-        return not self.compact and self.as_lora is None and self.format is None
-
-    def suffix(self, adapters: Sequence[Adapter]) -> str:
-        """What the paths of outputs end with, known before anything is computed."""
-        first = adapters[0]
-        if self.as_lora is not None:
-            known = {
-                m: dataclasses.replace(d, gain=None) for m, d in outlines(first.modules).items()
-            }
-            first = dataclasses.replace(first, modules=known)
-        layout = self.converted(first).layout
-        return layout.suffix if layout is not None else ""
-
-    def converted(self, adapter: Adapter) -> Adapter:
-        """A part in the format asked for, under the record of the operation that made it."""
-        if self.format is None:
-            return adapter
-        return dataclasses.replace(convert(adapter, self.format), provenance=adapter.provenance)
 
 
 @dataclass(frozen=True)
@@ -170,19 +132,9 @@ class Job:
         self.originals = {a.name: a for a in adapters}
         self.pool: Pool = {a.name: a.modules for a in adapters}
         self.order = list(dict.fromkeys(m for modules in self.pool.values() for m in modules))
+        self.keys = planned_outputs(question.names, question.scope, question.target)
         self.parts: dict[Key, Direct | PutBy] = {}
         self.staging: Staging
-
-    @property
-    def keys(self) -> dict[Key, str]:
-        """Kind and name of every part → name of its output."""
-        if self.question.scope == "pairwise":
-            pairs = ["+".join(pair) for pair in combinations(self.question.names, 2)]
-            return {("shared", pair): f"{pair}-shared" for pair in pairs}
-        kinds: tuple[Kind, Kind] = ("unique", "shared")
-        names = names_of_split(self.question)
-        parts: dict[Key, str] = {(k, name): f"{name}-{k}" for name in names for k in kinds}
-        return parts | ({("common", ""): "common"} if self.question.scope == "all" else {})
 
     def targets(self, report: Path | None) -> list[Path]:
         """All that may be written.

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-from devec.split import ModuleSplit, Threshold
+from devec.split import Kind, ModuleSplit, Threshold
 
 
-def planned_outputs(names: Sequence[str], scope: str, target: str | None) -> list[str]:
+def planned_outputs(
+    names: Sequence[str], scope: str, target: str | None
+) -> dict[tuple[Kind, str], str]:
     """Names of all the outputs that a decomposition can have.
 
     Args:
@@ -18,13 +20,16 @@ def planned_outputs(names: Sequence[str], scope: str, target: str | None) -> lis
         target: The adapter to split, for scope ``"iterative"``.
 
     Returns:
-        The names; which of them hold anything shows when it is done.
+        Kind of part, and the adapter or pair that it is of → name; which of them hold anything
+        shows when it is done.
     """
     if scope == "pairwise":
-        return [f"{a}+{b}-shared" for a, b in combinations(names, 2)]
-    split = names if scope == "all" else [target]
-    parts = [f"{name}-{part}" for name in split for part in ("unique", "shared")]
-    return [*parts, "common"] if scope == "all" else parts
+        pairs = ["+".join(pair) for pair in combinations(names, 2)]
+        return {("shared", pair): f"{pair}-shared" for pair in pairs}
+    kinds: tuple[Kind, Kind] = ("unique", "shared")
+    split = names if scope == "all" else [str(target)]
+    parts: dict[tuple[Kind, str], str] = {(k, n): f"{n}-{k}" for n in split for k in kinds}
+    return parts | ({("common", ""): "common"} if scope == "all" else {})
 
 
 def nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:

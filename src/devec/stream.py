@@ -12,7 +12,8 @@ from devec.adapter import Adapter
 from devec.decompose import asked
 from devec.delta import require_device
 from devec.errors import IncompatibleError
-from devec.job import Form, Job, Report, Written
+from devec.form import Form
+from devec.job import Job, Report, Written
 from devec.output import Staging
 from devec.processes import Team
 from devec.split import Threshold

@@ -80,7 +80,7 @@ def decompose_adapters(
         name, _, kind = part.rpartition("-")
         return f"{prefix}{name}{ends[kind]}" if name else f"{prefix}{common_name}"
 
-    planned = planned_outputs(list(adapters), scope, target)
+    planned = planned_outputs(list(adapters), scope, target).values()
     require_names([called(part) for part in planned], live.models.values(), live.names)
     _require_common_modules(pool)
     parts = decompose(pool, threshold=threshold, method=method, scope=scope, target=target)
