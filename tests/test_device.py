@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from streamed import from_files, from_files_to_files, stored, tree
 
 from devec import Adapter, Delta, decompose
+from devec.bases import column_bases
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -124,6 +125,39 @@ def test_adapters_that_lie_on_a_device_stay_there(files, device):
     got, want = decompose(adapters), decompose(from_files(files["kohya"], lazy=False))
     assert {d.B.device.type for d in got.unique["a"].modules.values()} == {device}
     assert_close_adapters(got.common.to("cpu"), want.common)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [4096, 11008])
+def test_wide_factors_are_sound_and_their_bases_orthonormal(device, n):
+    B, A = (torch.randn(3, *shape, device=device) for shape in ((n, 256), (256, 4096)))
+    found = column_bases(B, A)
+    assert found.sound.all()
+    U = found.U.cpu().double()
+    assert (U.mT @ U - torch.eye(256)).abs().max() < 1e-6
+    norms = torch.linalg.matrix_norm(torch.linalg.qr(B.cpu().double()).R @ A.cpu().double())
+    torch.testing.assert_close(found.norms.cpu().double(), norms, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not AVAILABLE["cuda"], reason="there is no cuda")
+def test_parts_on_the_host_are_in_memory_of_their_own_that_is_not_pinned():
+    got = decompose(pool(), device="cuda")
+    for part in (*got.unique.values(), *got.shared.values(), got.common):
+        for delta in part.modules.values():
+            assert not delta.B.is_pinned()
+            assert delta.B.untyped_storage().nbytes() == delta.B.nbytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_on_a_device_are_complete_when_they_are_given(device):
+    adapters = [adapter.to(device) for adapter in pool(n=3000, rank=64, modules=40)]
+    for _ in range(3):
+        got = decompose(adapters)
+        for adapter in adapters:
+            for module, delta in adapter.modules.items():
+                parts = (got.unique[adapter.name], got.shared[adapter.name])
+                total = sum(effect(part.modules[module]) for part in parts)
+                assert relative_error(total, effect(delta)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -21,7 +21,8 @@ _LARGEST_LOSS = 1e-2
 _ORTHONORMAL = {torch.float32: 9e-7, torch.float64: 1e-12}
 
 # Float32 sums of so many products lose no more than the last digit or two; what is summed in
-# blocks of as many rows is added up in float64. Kernels for wide factors sum in blocks themselves.
+# blocks of as many rows is added up in float64. A CPU's kernels for wide factors sum in blocks
+# themselves.
 _BLOCK = 512
 _BLOCK_OF_WIDE = 2048
 _WIDE = 64
@@ -188,13 +189,18 @@ def _well_conditioned(X: Float[Tensor, "m r"]) -> _Side | None:
 
 def _off(gram: Tensor) -> Tensor:
     """How far the entries of Gram matrices are from those of the identity."""
-    return (gram - torch.eye(gram.shape[-1]).to(gram)).abs().amax(dim=(-2, -1))
+    return (gram - _identity(gram)).abs().amax(dim=(-2, -1))
+
+
+def _identity(like: Tensor) -> Tensor:
+    """The identity of the size of square matrices."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     """XᵀX in float64, from sums over blocks of rows."""
     batch, m, r = X.shape
-    longest = _BLOCK if r < _WIDE else _BLOCK_OF_WIDE
+    longest = _BLOCK_OF_WIDE if r >= _WIDE and X.device.type == "cpu" else _BLOCK
     rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
     if X.dtype == torch.float64 or m <= longest:
         return _mirrored(small(_upper(X)))
@@ -228,8 +234,7 @@ def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
     """The Cholesky factor of Gram matrices that were computed in a precision."""
     scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()
     R, info = torch.linalg.cholesky_ex(scale[..., None] * gram * scale[..., None, :], upper=True)
-    identity = torch.eye(gram.shape[-1]).to(gram)
-    inverse = torch.linalg.solve_triangular(R, identity.expand_as(R), upper=True)
+    inverse = torch.linalg.solve_triangular(R, _identity(R).expand_as(R), upper=True)
     # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
     sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
     loss = torch.finfo(dtype).eps * sums[0] * sums[1]

@@ -19,18 +19,20 @@ from devec.delta import Delta, require_device
 from devec.errors import IncompatibleError, listed
 from devec.layout import Layout
 from devec.linalg import whole_products
+from devec.parallel import in_parallel
 from devec.pool import require_distinct_names, warn_of_strangers
 from devec.split import (
     SCOPES,
     Findings,
     Kind,
     ModuleSplit,
+    Part,
     Question,
     Threshold,
     nothing_of,
     split,
 )
-from devec.stack import stacks
+from devec.stack import Stack, stacks
 from devec.subspace import METHODS
 
 # A part below this fraction of its original is rounding: nothing is left of it.
@@ -165,19 +167,32 @@ def decompose(
     found = Findings()
     parts: dict[tuple[str, str], dict[str, Delta | None]] = {}
     pool = {a.name: a.modules for a in adapters}
-    for stack in stacks(pool, device, together=scope != "iterative"):
-        for part in split(question, stack, found):
-            owned = {m: None if d is None else _owned(d) for m, d in part.deltas.items()}
-            parts.setdefault((part.kind, part.name), {}).update(owned)
-        for module in stack.modules if progress is not None else ():
+
+    def parts_of(stack: Stack) -> tuple[Findings, list[Part], Sequence[str]]:
+        one = Findings()
+        return one, [_owned(part) for part in split(question, stack, one)], stack.modules
+
+    work = list(stacks(pool, device, together=scope != "iterative"))
+    for one, made, modules in in_parallel(parts_of, work):
+        found.add(one)
+        for part in made:
+            parts.setdefault((part.kind, part.name), {}).update(part.deltas)
+        for module in modules if progress is not None else ():
             progress(module)  # type: ignore[misc]
     return _decomposition(question, adapters, layout, parts, found)
 
 
-def _owned(delta: Delta) -> Delta:
-    """A delta whose B does not keep those of a whole stack in memory."""
-    kept = delta.B.untyped_storage().nbytes() == delta.B.nbytes
-    return delta if kept else dataclasses.replace(delta, B=delta.B.clone())
+def _owned(part: Part) -> Part:
+    """A part whose B do not keep those of a whole stack in memory, nor memory that is pinned."""
+
+    def owned(delta: Delta) -> Delta:
+        B = delta.B
+        kept = B.untyped_storage().nbytes() == B.nbytes and not B.is_pinned()
+        return delta if kept else dataclasses.replace(delta, B=B.clone())
+
+    return part._replace(
+        deltas={m: None if delta is None else owned(delta) for m, delta in part.deltas.items()}
+    )
 
 
 def asked(

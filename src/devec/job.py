@@ -203,7 +203,7 @@ class Job:
                 self._open(places, closing, team)
             direct = [part for part in self.parts.values() if isinstance(part, Direct)]
             within.enter_context(flushing(direct))
-            for one, modules in in_parallel(self._split, team.share(list(work)), device):
+            for one, modules in in_parallel(self._split, team.share(list(work))):
                 found.add(one)
                 for module in modules if progress is not None else ():
                     progress(module)  # type: ignore[misc]

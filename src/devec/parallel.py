@@ -119,39 +119,45 @@ def flushing(parts: Sequence[Flushed]) -> Iterator[None]:
         raise failed[0]
 
 
-def in_parallel(
-    call: Callable[[Stack], V], work: Sequence[Stack], device: str | torch.device | None
-) -> Iterator[V]:
+def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
     """The results of a call for all stacks, in order.
 
     Args:
         call: The call.
         work: The stacks.
-        device: Where the call computes.
 
     Yields:
         The results.
     """
     # As many stacks at a time as there are cores and memory for; the cores are divided among them.
-    # On a GPU two, each with a stream of its own, so that one is copied while the other computes.
-    cores, kind = torch.get_num_threads(), torch.device(device or "cpu").type
+    # On a GPU several, each with a stream of its own, so that some are copied while one computes.
+    devices = {stack.device for stack in work}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
     largest = max((stack.working_bytes for stack in work), default=1)
-    workers = _WORKERS.get(kind, min(cores, _WORKING_BYTES // largest))
+    workers = _WORKERS.get(device.type, min(cores, _WORKING_BYTES // largest))
     workers = max(1, min(workers, len(work)))
-    outer = torch.cuda.current_stream(device) if kind == "cuda" else None
+    outer = torch.cuda.current_stream(device) if device.type == "cuda" else None
     if outer is not None:  # torch loads its solvers at their first call, which threads must not do
         torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
     def begin() -> None:
         torch.set_num_threads(max(1, cores // workers))
+        torch.set_grad_enabled(grad)
         if outer is not None:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(outer)  # what is given may be computed there
             torch.cuda.set_stream(stream)
 
+    def complete(stack: Stack) -> V:
+        result = call(stack)
+        if outer is not None:
+            torch.cuda.current_stream(device).synchronize()
+        return result
+
     executor = ThreadPoolExecutor(workers, "devec", begin)
     try:
-        futures = [executor.submit(call, stack) for stack in work]
+        futures = [executor.submit(complete, stack) for stack in work]
         for future in futures:  # in order, so that the same error is told each time
             yield future.result()
     finally:

@@ -178,7 +178,7 @@ class Stack:
         norms = scalings.flatten().abs().to(squares) * squares.clamp(min=0).sqrt()
         shared: list[Delta | None] = []
         unique: list[Delta] = []
-        rest_B, shared_B = (B.sub_(shared_B).to(self._home), shared_B.to(self._home))
+        rest_B, shared_B = self._returned(B.sub_(shared_B), shared_B)
         for index, (delta, part, rest) in enumerate(zip(deltas, shared_B, rest_B, strict=True)):
             bias = None if delta.bias is None else delta.bias.to(Z)
             along = None if bias is None else Z[index] @ (Z[index].mT @ bias)
@@ -235,6 +235,17 @@ class Stack:
     def _part(self, original: Delta, B: Tensor, bias: Tensor | None) -> Delta:
         """A delta with another B, the rest as it was read."""
         return self.released(dataclasses.replace(original, B=B, bias=bias))
+
+    def _returned(self, *results: Tensor) -> Sequence[Tensor]:
+        """Results where the first adapter's factors are, from a GPU in pinned memory."""
+        if self.device.type != "cuda" or self._home.type != "cpu":
+            return [result.to(self._home) for result in results]
+        # copies to memory that is not pinned, the more so if it is new, take many times as long
+        staged = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in results]
+        for place, result in zip(staged, results, strict=True):
+            place.copy_(result, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return staged
 
     def _stacked(self, deltas: Sequence[Delta], factor: str) -> Float[Tensor, "batch _ _"]:
         """Factors in the working precision where it is computed; always a copy."""

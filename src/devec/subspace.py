@@ -21,7 +21,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from devec.errors import IncompatibleError
-from devec.linalg import small
+from devec.linalg import eig, small
 
 # Exactly shared directions come out as 1 - O(1e-15) in float64, 1 - O(1e-6) in float32; without
 # this allowance τ = 1, the value of the paper's Proposition 3.1, would select nothing.
@@ -155,7 +155,7 @@ def chain(bases: Bases, threshold: Level) -> SharedSubspace:
         M = M.to(overlap := small(left.mT @ right)) @ overlap
         left = right
     M = M @ small(left.mT @ first)
-    values, vectors = torch.linalg.eig(M.cpu())  # which not all devices have
+    values, vectors = eig(M.cpu())  # which not all devices have
     order = values.real.argsort(descending=True)
     spectrum = values.real.gather(-1, order)
     counts = _shared_count(spectrum, threshold, first.dtype)
