@@ -13,7 +13,7 @@ ROOT = Path(devec.__file__).parent
 
 # From the ground up; a module may import what stands on a lower line, or beside it in its folder.
 LAYERS = [
-    {"digest", "errors", "lazy", "positions", "_version"},
+    {"digest", "errors", "lazy", "positions", "reuse", "_version"},
     {"linalg", "open_file", "output", "sources"},
     {"bases", "change", "subspace", "weights", "layout", "products"},
     {"gain"},

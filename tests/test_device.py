@@ -157,7 +157,7 @@ def test_parts_on_a_device_are_complete_when_they_are_given(device):
             for module, delta in adapter.modules.items():
                 parts = (got.unique[adapter.name], got.shared[adapter.name])
                 total = sum(effect(part.modules[module]) for part in parts)
-                assert relative_error(total, effect(delta)) < TOLERANCE
+                assert relative_error(total.cpu(), effect(delta).cpu()) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", OPTIONS)

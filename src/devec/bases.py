@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from devec.linalg import RANK_RTOL, basis_dtype, small, working_dtype
+from devec.reuse import empty, product
 
 # How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
 # far entries of UᵀU may be from those of the identity before there is a second pass at all.
@@ -148,14 +149,14 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     del A  # as large as a basis, and not needed any more; neither is B below
     first = _triangle(_gram(B), dtype)
     sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
-    U = B @ first.inverse.to(B)
+    U = product(B, first.inverse.to(B))
     del B
     second = _gram(U)
     off = _off(second)
     R, inverse = first.R, first.inverse
     if bool((sound & (off > _ORTHONORMAL[dtype])).any()):
         again = _triangle(second, dtype)
-        U = U @ again.inverse.to(U)
+        U = product(U, again.inverse.to(U))
         # what is still off is beyond this arithmetic, or that is coarser than it says (TF32)
         sound &= _off(_gram(U)) <= _ORTHONORMAL[dtype]
         R, inverse = again.R @ R, inverse @ again.inverse
@@ -208,7 +209,8 @@ def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
         return _mirrored(_upper(small(X)))
     blocks = X.reshape(batch * (m // rows), rows, r)
     products = _upper(blocks).reshape(batch, m // rows, r, r)
-    return _mirrored(small(products).sum(dim=1))
+    here = products.cpu() if products.device.type == "mps" else products
+    return _mirrored(here.sum(dim=1, dtype=torch.float64))
 
 
 def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
@@ -216,7 +218,7 @@ def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     r = X.shape[-1]
     if r <= _STRIP:
         return X.mT @ X
-    result = X.new_zeros(len(X), r, r)
+    result = empty((len(X), r, r), X.dtype, X.device)
     for start in range(0, r, _STRIP):
         strip = X[..., start : start + _STRIP]
         result[:, start : start + _STRIP, start:] = strip.mT @ X[..., start:]

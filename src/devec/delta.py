@@ -34,7 +34,7 @@ from devec.linalg import CANCELLED, basis_dtype, working_dtype
 from devec.weights import BaseWeight
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Delta:
     """The change an adapter makes to one module, ΔW and Δb = scaling · b.
 

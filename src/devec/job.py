@@ -44,6 +44,7 @@ from devec.output import Staging, Writer, explained
 from devec.parallel import flushing, in_parallel, memory_for, threads
 from devec.processes import Team
 from devec.report import planned_outputs
+from devec.reuse import reused
 from devec.split import Findings, Kind, ModuleSplit, Question, split
 from devec.stack import Pool, Stack, return_memory, stacks
 from devec.taking import Direct, PutBy, Taken
@@ -238,7 +239,8 @@ class Job:
         """Split a stack and take up its parts."""
         found = Findings()
         modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
-        with memory_for(f"{modules}, which need about {size:.0f} MB beside all else"):
+        what = f"{modules}, which need about {size:.0f} MB beside all else"
+        with memory_for(what), reused():
             for part in split(self.question, stack, found):
                 self.parts[part.kind, part.name].take(part.deltas)
                 del part  # before the next one is made

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from devec.errors import FormatError
 from devec.positions import BINARY, read_at
+from devec.reuse import empty
 
 
 class Place(NamedTuple):
@@ -54,7 +55,7 @@ class OpenFile:
             FormatError: If the file cannot be read, or is not what it was.
         """
         size = math.prod(place.shape) * place.dtype.itemsize
-        held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        held = empty((size,), torch.uint8)
         if size:
             self._fill(held.numpy().data, place.start)
         return held.view(place.dtype).view(place.shape)

@@ -20,7 +20,7 @@ V = TypeVar("V")
 _WORKING_BYTES = 1 << 28
 
 # How many stacks at a time on devices with memory of their own.
-_WORKERS = {"cuda": 2, "mps": 1}
+_WORKERS = {"cuda": 4, "mps": 1}
 
 # What torch says where it has no error of its own for it: the CPU on Linux and Windows, and MPS.
 _LACKING = ("allocate memory", "not enough memory", "out of memory")
@@ -131,7 +131,7 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
     """
     # As many stacks at a time as there are cores and memory for; the cores are divided among them.
     # On a GPU several, each with a stream of its own, so that some are copied while one computes.
-    devices = {stack.device for stack in work}
+    devices = {stack.device for stack in work if stack.device.type != "cpu"}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
     largest = max((stack.working_bytes for stack in work), default=1)

@@ -55,3 +55,15 @@ def write_at(file: int, data: memoryview, start: int) -> int:
     with _moving:
         os.lseek(file, start, os.SEEK_SET)
         return os.write(file, data)
+
+
+def uncache(file: int, start: int, size: int) -> None:
+    """Let go of the system's cache of a stretch of a file, where there is a call for it.
+
+    Args:
+        file: Descriptor of the file; what of the stretch is not on the disk yet stays.
+        start: Where it begins.
+        size: How many bytes it has.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)

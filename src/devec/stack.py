@@ -24,6 +24,7 @@ from devec.errors import located
 from devec.joint import base_of, resolved_together
 from devec.lazy import outlines
 from devec.linalg import basis_dtype, column_space, small, working_dtype
+from devec.reuse import empty, product
 
 V = TypeVar("V")
 
@@ -33,11 +34,8 @@ Pool = Mapping[str, Mapping[str, Delta]]  # adapter → module → delta
 # wants enough work in every call. Factors of a whole pool that fit are read once.
 _STACKED_BYTES = 1 << 21
 _STACKED_BYTES_ELSEWHERE = 1 << 27
-_HELD_BYTES = 1 << 24
+_HELD_BYTES = 1 << 23
 _MOST_MODULES = 64
-
-# Blocks of many sizes, as large modules take and free them, leave gaps that no later one fits in.
-_LARGE = 1 << 24
 
 
 class UnsoundError(Exception):
@@ -173,7 +171,7 @@ class Stack:
         B, Z = self._stacked(deltas, "B"), Z.to(self.dtype)
         scalings = Z.new_tensor([delta.scaling for delta in deltas])[:, None, None]
         C = Z.mT @ B
-        shared_B = Z @ C
+        shared_B = product(Z, C)
         squares = (small(C) @ self._measured[name].gram * small(C)).sum(dim=(-2, -1))
         norms = scalings.flatten().abs().to(squares) * squares.clamp(min=0).sqrt()
         shared: list[Delta | None] = []
@@ -205,14 +203,11 @@ class Stack:
         return self.dtype.itemsize
 
     def release(self) -> None:
-        """Let go of all that was read and found, and of the memory if it was much."""
+        """Let go of all that was read and found."""
         self._measured.clear()
         self._bases = None
         if self._read is not None:
             self._read.clear()
-        # once for all adapters: what is returned has to be made anew, page by page
-        if self.working_bytes - self._held_bytes > _LARGE * len(self.modules):
-            return_memory()
 
     def named(self, values: Sequence[V]) -> dict[str, V]:
         """Values in the order of the modules, by their names."""
@@ -250,16 +245,14 @@ class Stack:
     def _stacked(self, deltas: Sequence[Delta], factor: str) -> Float[Tensor, "batch _ _"]:
         """Factors in the working precision where it is computed; always a copy."""
         held = [getattr(delta, factor) for delta in deltas]
-        if self.device.type == "cuda":
-            stacked = held[0].new_empty((len(held), *held[0].shape), device=self.device)
-            for place, one in zip(stacked, held, strict=True):
-                # of pinned memory alone, copies go on while something else is computed
-                pinned = one if one.is_cuda or one.is_pinned() else one.pin_memory()
-                place.copy_(pinned, non_blocking=True)
-            return torch.as_tensor(stacked, dtype=self.dtype)
-        stacked = held[0][None] if len(held) == 1 else torch.stack(held)
-        moved: Tensor = stacked.to(self.device).to(self.dtype)
-        return moved.clone() if moved is stacked and len(held) == 1 else moved
+        # elsewhere fewer bytes are moved if they become longer there
+        dtype = self.dtype if self.device.type == "cpu" else held[0].dtype
+        stacked = empty((len(held), *held[0].shape), dtype, self.device)
+        for place, one in zip(stacked, held, strict=True):
+            if self.device.type == "cuda" and not (one.is_cuda or one.is_pinned()):
+                one = one.pin_memory()  # of such memory alone, copies go on beside other work
+            place.copy_(one, non_blocking=self.device.type == "cuda")
+        return torch.as_tensor(stacked, dtype=self.dtype)
 
 
 class ExactStack(Stack):

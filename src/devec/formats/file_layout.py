@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -233,21 +233,22 @@ class FileLayout:
         if any(delta.gain is not None for delta in held.values()):
             require_representable(adapter.modules)
         doras = dora_forms(held, self._slot_of, self.weight, unchanged=unchanged)
-        forms: dict[str, list[Form]] = {
-            module: [*([doras[module]] if module in doras else []), _at_least_one]
-            for module in held
-        }
+        usual: tuple[Form, ...] = (_at_least_one,)
+        forms = {m: (doras[m], *usual) if m in doras else usual for m in held}
         written = {module: _formed(delta, forms[module]) for module, delta in held.items()}
         by_metadata = self._metadata_holds(written)
         if not by_metadata:
             for express in (self._expressible, self._of_one_alpha(written)):
                 for module, form in express(written).items():
-                    forms[module].append(form)
+                    forms[module] = (*forms[module], form)
                     written[module] = form(written[module])
         slots = [s if unchanged else anew(s) for s in self.slots if s.id in held]
         return FilePlan(
             modules=adapter.modules,
-            pieces=[_piece(slot, forms[slot.id], dtype) for slot in slots],
+            pieces=[
+                Piece(slot.id, (slot.id,), partial(_tensors, slot, forms[slot.id], dtype))
+                for slot in slots
+            ],
             whole=adapter.carried,
             strings=lambda digest: self._strings(adapter, written, digest, by_metadata=by_metadata),
             hashed=bool({"sshs_model_hash", "modelspec.hash_sha256"} & self.metadata.keys()),
@@ -313,13 +314,11 @@ def _formed(delta: Delta, forms: Sequence[Form]) -> Delta:
     return delta
 
 
-def _piece(slot: FileSlot, forms: Sequence[Form], dtype: torch.dtype | None) -> Piece:
+def _tensors(
+    slot: FileSlot, forms: Sequence[Form], dtype: torch.dtype | None, deltas: Mapping[str, Delta]
+) -> dict[str, Tensor]:
     """What is stored of a module."""
-
-    def tensors(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
-        return slot.write(_formed(deltas[slot.id], forms), dtype)
-
-    return Piece(slot.id, (slot.id,), tensors)
+    return slot.write(_formed(deltas[slot.id], forms), dtype)
 
 
 def _at_least_one(delta: Delta) -> Delta:

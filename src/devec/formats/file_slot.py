@@ -19,7 +19,7 @@ from devec.formats.tensors import storable
 from devec.gain import Axis, Magnitude
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSlot:
     """Where the factors of one module are stored.
 

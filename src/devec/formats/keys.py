@@ -7,6 +7,7 @@ known suffix is taken away.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -66,7 +67,7 @@ _EMBEDDING_KEYS = {"emb_params", "clip_l", "clip_g", "t5xxl", "string_to_param"}
 _SHOWN = 20
 
 
-@dataclass
+@dataclass(slots=True)
 class ModuleKeys:
     """The keys of one module: part → key."""
 
@@ -123,7 +124,8 @@ def _place(keys: FileKeys, key: str) -> None:
     elif match is None:
         keys.unknown.append(key)
     else:
-        module = keys.modules.setdefault(match["id"], ModuleKeys(match["id"]))
+        id = sys.intern(match["id"])  # adapters of a pool have the same ones
+        module = keys.modules.setdefault(id, ModuleKeys(id))
         if part in module.parts:
             raise FormatError(
                 f"two tensors for the same part of module {match['id']!r}: "

@@ -29,7 +29,7 @@ MAGNITUDE_VECTOR = ".lora_magnitude_vector"
 PARTS = ("dora_scale", "magnitude")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MagnitudeSlot:
     """Where the magnitudes of one module are stored, if it has any.
 

@@ -39,7 +39,7 @@ _MOST_GROWTH = 1000
 _ANY_MODULE = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredModule:
     """What the tensors of a module say.
 

@@ -16,7 +16,7 @@ from devec.lazy import outlines
 _NO_DIGEST = "0" * 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Modules of an adapter that are stored together.
 
@@ -59,31 +59,33 @@ class FilePlan:
     file: str = ""
     beside: Callable[[Path], None] | None = None
 
-    def known(self) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-        """Outlines of all tensors, and the keys of each piece.
+    def known(self) -> dict[str, Tensor]:
+        """Outlines of all tensors.
 
         Returns:
-            Key → outline, and name of a piece → keys.
+            Key → outline.
 
         Raises:
             IncompatibleError: If two pieces have a key in common.
             OutputError: If there is nothing to write.
         """
         known: dict[str, Tensor] = {}
-        keys: dict[str, list[str]] = {}
-        modules = {name: delta.outline for name, delta in outlines(self.modules).items()}
         for piece in self.pieces:
-            stored = piece.stored(modules)
+            stored = self.outlines_of(piece)
             if stored.keys() & known.keys():
                 raise IncompatibleError(
                     f"module {piece.name!r}: another module is written under the same keys"
                 )
             known |= stored
-            keys[piece.name] = list(stored)
         known |= outlines(self.whole)
         if not known:
             raise OutputError("the adapter changes no module; there is nothing to write")
-        return known, keys
+        return known
+
+    def outlines_of(self, piece: Piece) -> dict[str, Tensor]:
+        """Outlines of the tensors of a piece, by key."""
+        known = outlines(self.modules)
+        return piece.stored({name: known[name].outline for name in piece.modules if name in known})
 
     def open(self, path: Path, *, create: bool = True) -> Output:
         """The output in the making.
@@ -125,7 +127,7 @@ class Output:
     def __init__(self, plan: FilePlan, path: Path, *, create: bool) -> None:
         """Make the file as large as it will be."""
         self.plan, self._path = plan, path
-        known, self._keys = plan.known()
+        known = plan.known()
         if plan.file and create:
             path.mkdir()
         file = path / plan.file if plan.file else path
@@ -147,7 +149,7 @@ class Output:
 
     def written_elsewhere(self, piece: Piece) -> None:
         """Take note that another process has written a piece."""
-        self._writer.take(set(self._keys[piece.name]))
+        self._writer.take(self.plan.outlines_of(piece).keys())
 
     def finish(self) -> None:
         """Write what is stored as it is, the digest, and what stands beside the file."""

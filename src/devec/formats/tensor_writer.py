@@ -10,19 +10,19 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from devec.errors import OutputError, listed
 from devec.formats.tensors import SAFETENSORS_TYPES
 from devec.open_file import bytes_of
-from devec.positions import BINARY, read_at, write_at
+from devec.positions import BINARY, read_at, uncache, write_at
 
 _CHUNK = 1 << 22
+_LARGE = 1 << 20
 
 
 class _Slot(NamedTuple):
@@ -30,8 +30,7 @@ class _Slot(NamedTuple):
 
     start: int
     stop: int
-    dtype: torch.dtype
-    shape: torch.Size
+    outline: Tensor
 
 
 class TensorWriter:
@@ -59,6 +58,7 @@ class TensorWriter:
         self._header_size, self._strings = len(header), strings
         end = max((slot.stop for slot in self._slots.values()), default=0)
         self._missing = set(self._slots)
+        self._cached: list[_Slot] = []  # large ones that lie in the system's cache
         flags = BINARY | os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._file = os.open(path, flags, 0o666)
         try:
@@ -93,17 +93,27 @@ class TensorWriter:
             OutputError: If it is not of the type and shape that were announced.
         """
         slot = self._slots[key]
-        if (tensor.dtype, tensor.shape) != (slot.dtype, slot.shape):
+        dtype, shape = slot.outline.dtype, slot.outline.shape
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
             raise OutputError(
                 f"tensor {key!r} is {tensor.dtype} {tuple(tensor.shape)}, announced was "
-                f"{slot.dtype} {tuple(slot.shape)}"
+                f"{dtype} {tuple(shape)}"
             )
         self._write(bytes_of(tensor), self._header_size + slot.start)
         self._missing.discard(key)
+        if slot.stop - slot.start >= _LARGE:
+            self._cached.append(slot)
 
     def flush(self) -> None:
-        """Bring what has been written to the disk."""
+        """Bring what has been written to the disk.
+
+        Of large tensors the system's cache is then let go, or it would give up the inputs for them,
+        which are read twice. Small ones share pages with their neighbours, yet to be written.
+        """
+        flushed = [self._cached.pop() for _ in range(len(self._cached))]
         os.fsync(self._file)
+        for slot in flushed:
+            uncache(self._file, self._header_size + slot.start, slot.stop - slot.start)
 
     def data_sha256(self) -> str:
         """Digest of the data after the header, all of which has been written."""
@@ -132,7 +142,7 @@ class TensorWriter:
             self._write(header, 0)
         self.close()
 
-    def take(self, keys: set[str]) -> None:
+    def take(self, keys: Set[str]) -> None:
         """Leave tensors to other writers of the same file, who have written them."""
         self._missing -= keys
 
@@ -157,7 +167,7 @@ def _placed(known: Mapping[str, Tensor]) -> dict[str, _Slot]:
     for key in sorted(known, key=lambda key: (-known[key].element_size(), key)):
         tensor = known[key]
         end = offset + tensor.numel() * tensor.element_size()
-        slots[key] = _Slot(offset, end, tensor.dtype, tensor.shape)
+        slots[key] = _Slot(offset, end, tensor)
         offset = end
     return slots
 
@@ -167,8 +177,8 @@ def _header(slots: Mapping[str, _Slot], strings: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
     for key, slot in slots.items():
         header[key] = {
-            "dtype": SAFETENSORS_TYPES[slot.dtype],
-            "shape": list(slot.shape),
+            "dtype": SAFETENSORS_TYPES[slot.outline.dtype],
+            "shape": list(slot.outline.shape),
             "data_offsets": [slot.start, slot.stop],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from devec.digest import sha256, version
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
-from devec.lazy import Lazy, mapped, outlines
+from devec.lazy import Lazy, mapped, outline, outlines
 from devec.open_file import OpenFile, Place
+from devec.reuse import empty
 
 STORAGE_DTYPES = {
     "float64": torch.float64,
@@ -152,11 +154,9 @@ def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]
         held = OpenFile(path)
         header, start = _read_header(path)
         with safe_open(path, framework="pt") as file:  # checks offsets and types against the size
-            metadata, order = file.metadata() or {}, list(file.keys())
+            metadata, order = file.metadata() or {}, [*map(sys.intern, file.keys())]
         places = {key: _place(header[key], start) for key in order}
-        known = {
-            key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in places.items()
-        }
+        known = {key: outline(place.shape, place.dtype) for key, place in places.items()}
     # safetensors meets sizes that torch cannot address with errors of torch's own
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if isinstance(error, FormatError | UnsupportedError):
@@ -307,8 +307,9 @@ def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         OutputError: If it holds NaN or infinity, or a value too large for the storage type.
     """
     if tensor.is_meta:
-        return torch.empty(tensor.shape, dtype=dtype, device="meta")
-    result = tensor.to(dtype).contiguous()
+        return outline(tuple(tensor.shape), dtype)
+    as_it_is = tensor.dtype == dtype and tensor.is_contiguous()
+    result = tensor if as_it_is else empty(tensor.shape, dtype, tensor.device).copy_(tensor)
     if _not_finite(result):
         if bad := _not_finite(tensor):
             raise OutputError(
