@@ -34,7 +34,7 @@ Pool = Mapping[str, Mapping[str, Delta]]  # adapter → module → delta
 # wants enough work in every call. Factors of a whole pool that fit are read once.
 _STACKED_BYTES = 1 << 21
 _STACKED_BYTES_ELSEWHERE = 1 << 27
-_HELD_BYTES = 1 << 23
+_HELD_BYTES = 1 << 24
 _MOST_MODULES = 64
 
 
