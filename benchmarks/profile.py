@@ -27,13 +27,15 @@ them itself, so that what threads cost one another (the interpreter's lock, memo
 
 What was tried, compared by hand, and kept: stacks of modules that stay in the cache; tall products
 in float32; digests while libraries load; flushing beside the work; factors of a pool read once
-while they take less than 16 MB; free memory returned once for a stack of large modules and not
-whenever they are read; sums in 16 bits to find what is
-not finite. Not kept, as they made no difference or cost memory: larger or smaller stacks, huge
+while they take less than 16 MB; memory of large tensors used again, since new memory is made page
+by page; what has been written of large tensors let go from the system's cache, which otherwise
+takes new memory, too; sums in 16 bits to find what is not finite; two stacks at a time, however
+many cores there are. Not kept, as they made no difference or cost memory: larger stacks, huge
 pages, one arena of the allocator, other switch intervals of the interpreter, holding all factors.
-Slower: one worker with all threads inside of BLAS, where small operations wait for each other.
-Faster, as the interpreter's lock is not shared: a process for each core instead of a thread; but
-forking a process that has threads is not sound, and starting one takes longer than that gains."""
+Slower: smaller stacks; one worker with all threads inside of BLAS, where small operations wait for
+each other. Faster, as the interpreter's lock is not shared: a process for each core instead of a
+thread; but forking a process that has threads is not sound, and starting one takes longer than that
+gains."""
 LONGEST = 12
 
 

@@ -22,11 +22,9 @@ bfloat16. The runs of one table are made in turn. Without start-up: less the med
 'import devec; devec.decompose'`.
 
 Most of the memory is that of libraries (see Start-up). What grows with the number of adapters is
-what is known of each (names, shapes, places in files), then the factors that are read once, up to
-16 MB for each thread, and what the allocator of the C library keeps of what threads have freed,
-which differs from run to run. Tried by hand and not kept: returning that after every stack, and one
-arena for all threads, neither of which met the bar; and returning large blocks at once, which came
-nearest and took longer."""
+what is known of each (names, shapes, places in files), and the factors that are read once, up to
+16 MB for each thread, which the most adapters exceed. Large tensors take memory that earlier ones
+have left, so that little is lost to gaps in that of the allocator."""
 LINEAR, FLAT = 0.15, 0.10
 UNITS = {"time": "seconds", "without start-up": "seconds", "memory": "bytes"}
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 T = TypeVar("T")
 
@@ -39,12 +35,6 @@ class Lazy(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self.outlines)
-
-
-@lru_cache(maxsize=1 << 12)
-def outline(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What is known of a tensor; of all that are alike the same, of which there are very many."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def outlines(values: Mapping[str, T]) -> Mapping[str, T]:

@@ -19,8 +19,9 @@ V = TypeVar("V")
 # What stacks that are worked on at the same time may take together.
 _WORKING_BYTES = 1 << 28
 
-# How many stacks at a time on devices with memory of their own.
-_WORKERS = {"cuda": 4, "mps": 1}
+# How many stacks at a time, at most. On a CPU of 16 cores two were fastest, as more of them wait
+# for the interpreter's lock; on a GPU four, some of which copy while one computes.
+_WORKERS = {"cpu": 2, "cuda": 4, "mps": 1}
 
 # What torch says where it has no error of its own for it: the CPU on Linux and Windows, and MPS.
 _LACKING = ("allocate memory", "not enough memory", "out of memory")
@@ -129,20 +130,20 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
     Yields:
         The results.
     """
-    # As many stacks at a time as there are cores and memory for; the cores are divided among them.
-    # On a GPU several, each with a stream of its own, so that some are copied while one computes.
+    # Each stack has a share of the cores, and on a GPU a stream of its own.
     devices = {stack.device for stack in work if stack.device.type != "cpu"}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
     largest = max((stack.working_bytes for stack in work), default=1)
-    workers = _WORKERS.get(device.type, min(cores, _WORKING_BYTES // largest))
-    workers = max(1, min(workers, len(work)))
+    workers = min(_WORKERS.get(device.type, 1), len(work))
+    if device.type == "cpu":
+        workers = min(workers, cores, _WORKING_BYTES // largest)
+    workers = max(1, workers)
     outer = torch.cuda.current_stream(device) if device.type == "cuda" else None
     if outer is not None:  # torch loads its solvers at their first call, which threads must not do
         torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
     def begin() -> None:
-        torch.set_num_threads(max(1, cores // workers))
         torch.set_grad_enabled(grad)
         if outer is not None:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -150,6 +151,9 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
             torch.cuda.set_stream(stream)
 
     def complete(stack: Stack) -> V:
+        # products of stacks of small modules are over before other threads have begun
+        small = device.type == "cpu" and len(stack.modules) > 1
+        torch.set_num_threads(1 if small else max(1, cores // workers))
         result = call(stack)
         if outer is not None:
             torch.cuda.current_stream(device).synchronize()

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from devec.digest import sha256, version
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
-from devec.lazy import Lazy, mapped, outline, outlines
+from devec.lazy import Lazy, mapped, outlines
 from devec.open_file import OpenFile, Place
 from devec.reuse import empty
 
@@ -146,6 +147,12 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
     if version(path) != opened:  # of which the tensors are not those of the digest
         raise FormatError("it was replaced while it was being opened; run again")
     return TensorFile(tensors, metadata, narrow, digest)
+
+
+@lru_cache(maxsize=1 << 12)
+def outline(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What is known of a tensor; of all that are alike the same, as there are very many."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
