@@ -1,6 +1,7 @@
 """Decompositions of a pool: the dense truth, the laws, the scopes."""
 
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, DevecWarning, decompose
+from devec.stack import stacks
 
 NAMES = "abcde"
 
@@ -226,6 +228,50 @@ def test_every_module_is_reported_as_it_is_done():
     done = []
     decompose(pool(2), progress=done.append)
     assert done == ["q", "v"]
+
+
+def test_parts_of_modules_that_are_split_together_have_memory_of_their_own():
+    shared = torch.randn(30, 2)
+
+    def delta():
+        return Delta(torch.cat([shared, torch.randn(30, 2)], dim=1), torch.randn(4, 20))
+
+    before = torch.get_num_threads()
+    got = decompose([Adapter(name, {f"m{i}": delta() for i in range(9)}) for name in "ab"])
+    assert torch.get_num_threads() == before
+    held = [
+        d.B for part in (*got.unique.values(), *got.shared.values()) for d in part.modules.values()
+    ]
+    assert len({B.untyped_storage().data_ptr() for B in held}) == len(held) == 4 * 9
+    assert all(B.untyped_storage().nbytes() == B.nbytes for B in held)
+
+
+@pytest.mark.parametrize("scope", ["all", "pairwise"])
+def test_nothing_is_held_of_modules_that_are_done(monkeypatch, scope):
+    module = importlib.import_module("devec.decompose")
+    held = []
+
+    def kept(*arguments, **options):
+        held.extend(stacks(*arguments, **options))
+        return held
+
+    monkeypatch.setattr(module, "stacks", kept)
+    adapters = [
+        Adapter(n, {f"m{i}": Delta(torch.randn(9 + i, 2), torch.randn(2, 8)) for i in range(5)})
+        for n in "abc"
+    ]
+    decompose(adapters, scope=scope)
+    assert len(held) == 5
+    assert not any(stack._measured or stack._bases or stack._read for stack in held)
+
+
+def test_parameters_are_split_and_results_are_not_tracked():
+    B = torch.nn.Parameter(torch.randn(9, 2))
+    other = Delta(torch.randn(9, 2), torch.randn(2, 8))
+    got = decompose(
+        [Adapter("a", {"m": Delta(B, other.A)}), Adapter("b", {"m": other})], threshold=1e-6
+    )
+    assert not any(d.B.requires_grad for d in got.shared["a"].modules.values())
 
 
 def test_another_device_gives_the_same():

@@ -141,3 +141,17 @@ def test_an_ill_conditioned_gauge_does_not_matter(condition):
     assert_close(S1, S2, rtol=1e-8, atol=0)
     assert_close(U1 @ U1.mT, U2 @ U2.mT, rtol=0, atol=1e-7)
     assert_close(U2.mT @ U2, torch.eye(5, dtype=U2.dtype), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 5, 5), (3, 80, 80)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_eigenvalues_are_found_matrix_by_matrix_and_threads_are_left_as_they_were(shape, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        M = torch.randn(shape, dtype=torch.float64)
+        values, V = linalg.eig(M)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert_close(M.to(V) @ V, V * values[..., None, :])

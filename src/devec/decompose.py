@@ -157,7 +157,7 @@ def decompose(
         IncompatibleError: If the adapters do not fit together or an argument is out of range.
 
     Cost: O(Σ_i (out + in)·r_i²) per module; linear in the number of adapters for ``"chain"``. With
-    DoRAs O(out·in·Σ_i r_i) and one base weight at a time.
+    DoRAs O(out·in·Σ_i r_i) and the base weights of the modules that are worked on at a time.
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """
@@ -169,8 +169,12 @@ def decompose(
     pool = {a.name: a.modules for a in adapters}
 
     def parts_of(stack: Stack) -> tuple[Findings, list[Part], Sequence[str]]:
-        one = Findings()
-        return one, [_owned(part) for part in split(question, stack, one)], stack.modules
+        one, staged = Findings(), stack.device.type == "cuda"
+        try:
+            made = [_owned(part, staged=staged) for part in split(question, stack, one)]
+        finally:
+            stack.release()  # what stays is found, and the parts
+        return one, made, stack.modules
 
     work = list(stacks(pool, device, together=scope != "iterative"))
     for one, made, modules in in_parallel(parts_of, work):
@@ -182,12 +186,20 @@ def decompose(
     return _decomposition(question, adapters, layout, parts, found)
 
 
-def _owned(part: Part) -> Part:
-    """A part whose B do not keep those of a whole stack in memory, nor memory that is pinned."""
+def _owned(part: Part, *, staged: bool) -> Part:
+    """A part whose B do not keep those of a whole stack in memory, nor memory that is pinned.
+
+    Args:
+        part: The part.
+        staged: Whether it may lie in pinned memory, as what comes from a GPU.
+
+    Returns:
+        The part.
+    """
 
     def owned(delta: Delta) -> Delta:
         B = delta.B
-        kept = B.untyped_storage().nbytes() == B.nbytes and not B.is_pinned()
+        kept = B.untyped_storage().nbytes() == B.nbytes and not (staged and B.is_pinned())
         return delta if kept else dataclasses.replace(delta, B=B.clone())
 
     return part._replace(

@@ -120,9 +120,11 @@ def eig(
         values, vectors = torch.linalg.eig(matrices)
         return values, vectors
     # the threads of one such decomposition wait for each other longer than they compute
-    with ThreadPoolExecutor(threads, "devec-eig", torch.set_num_threads, (1,)) as executor:
-        found = list(executor.map(torch.linalg.eig, matrices))
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(threads, "devec-eig", torch.set_num_threads, (1,)) as executor:
+            found = list(executor.map(torch.linalg.eig, matrices))
+    finally:
+        torch.set_num_threads(threads)
     return torch.stack([values for values, _ in found]), torch.stack([V for _, V in found])
 
 

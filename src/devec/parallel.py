@@ -1,4 +1,4 @@
-"""Work on stacks in threads: as many as there are cores and memory for."""
+"""Work on stacks in threads: two on a CPU, more on a GPU, as far as there is memory for them."""
 
 from __future__ import annotations
 
@@ -120,6 +120,18 @@ def flushing(parts: Sequence[Flushed]) -> Iterator[None]:
         raise failed[0]
 
 
+def _workers(work: Sequence[Stack], device: torch.device) -> int:
+    """How many stacks are worked on at a time."""
+    largest = max((stack.working_bytes for stack in work), default=1)
+    most, room = min(_WORKERS.get(device.type, 1), len(work)), _WORKING_BYTES
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = torch.cuda.mem_get_info(device)[0] + cached
+    elif device.type == "cpu":
+        most = min(most, torch.get_num_threads())
+    return max(1, min(most, room // largest))
+
+
 def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
     """The results of a call for all stacks, in order.
 
@@ -132,19 +144,22 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
     """
     # Each stack has a share of the cores, and on a GPU a stream of its own.
     devices = {stack.device for stack in work if stack.device.type != "cpu"}
-    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-    cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
-    largest = max((stack.working_bytes for stack in work), default=1)
-    workers = min(_WORKERS.get(device.type, 1), len(work))
-    if device.type == "cpu":
-        workers = min(workers, cores, _WORKING_BYTES // largest)
-    workers = max(1, workers)
+    if len(devices) > 1:  # each of which has streams of its own
+        for stack in work:
+            with torch.no_grad():
+                result = call(stack)
+            yield result
+        return
+    device = devices.pop() if devices else torch.device("cpu")
+    cores = torch.get_num_threads()
     outer = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    device = device if outer is None else outer.device  # threads choose GPUs for themselves
+    workers = _workers(work, device)
     if outer is not None:  # torch loads its solvers at their first call, which threads must not do
         torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
     def begin() -> None:
-        torch.set_grad_enabled(grad)
+        torch.set_grad_enabled(False)
         if outer is not None:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(outer)  # what is given may be computed there

@@ -7,7 +7,6 @@ few sizes again and again.
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
 import threading
@@ -108,7 +107,5 @@ def _block(size: int) -> mmap.mmap:
     """A new block of memory."""
     try:
         return mmap.mmap(-1, size, **_PRIVATE)
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
+    except OSError as error:  # of which the number is not the same on all systems
         raise MemoryError(f"can't allocate {size} bytes") from error

@@ -69,10 +69,10 @@ def decompose_to(
 
     Cost: time that of `decompose`, and reading and writing the files. Memory: for method
     ``"chain"`` and scopes ``"all"`` and ``"iterative"`` some factors of a module for each of the
-    stacks that are worked on at a time, of which there are as many as fit in 256 MB; for the
-    others the bases of all adapters in a module. With DoRAs one base weight for each. What was
-    rewritten when it was read, LoHas and LoKrs, and pickles are held; results that are compact, or
-    plain LoRAs for DoRAs, one adapter at a time.
+    stacks that are worked on at a time, of which there are two on a CPU if they fit in 256 MB, and
+    up to four on a GPU; for the others the bases of all adapters in a module. With DoRAs one base
+    weight for each. What was rewritten when it was read, LoHas and LoKrs, and pickles are held;
+    results that are compact, or plain LoRAs for DoRAs, one adapter at a time.
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
     """

@@ -1,6 +1,7 @@
 """Files of tensors written one tensor at a time are files like any other."""
 
 import json
+import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devec.errors import OutputError
+from devec.formats import tensor_writer
 from devec.formats.tensor_writer import TensorWriter
 
 TENSORS = {
@@ -177,6 +179,36 @@ def test_threads_may_write_at_the_same_time(tmp_path):
         list(threads.map(lambda item: writer.put(*item), tensors.items()))
     writer.finish(STRINGS)
     assert_holds(tmp_path / "file", tensors)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_what_has_left_the_cache_is_on_the_disk(tmp_path, monkeypatch, supported):
+    """Large tensors leave it, whatever stands beside them and has not been written yet."""
+    if not supported:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    tensors = {f"t{i}": torch.randn(size) for i, size in enumerate((5, 1 << 19, 7, 1 << 18, 3))}
+    writer = TensorWriter(tmp_path / "file", outlines(tensors), STRINGS, create=True)
+    for key in ("t1", "t0", "t3", "t4", "t2"):
+        writer.put(key, tensors[key])
+        writer.flush()
+    writer.finish(STRINGS)
+    assert_holds(tmp_path / "file", tensors)
+
+
+def test_large_tensors_leave_the_cache_once(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(tensor_writer, "uncache", lambda _, start, size: left.append((start, size)))
+    tensors = {"a": torch.randn(1 << 18), "b": torch.randn(1 << 10), "c": torch.randn(1 << 19)}
+    writer = TensorWriter(tmp_path / "file", outlines(tensors), {}, create=True)
+    for key in ("a", "b"):
+        writer.put(key, tensors[key])
+    writer.flush()
+    writer.put("c", tensors["c"])
+    writer.flush()
+    writer.flush()
+    writer.finish({})
+    start = (tmp_path / "file").stat().st_size - sum(t.nbytes for t in tensors.values())
+    assert left == [(start, 1 << 20), (start + (1 << 20) + (1 << 12), 1 << 21)]
 
 
 def test_strings_may_change_but_not_in_length(tmp_path):

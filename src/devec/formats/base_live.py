@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from devec.formats.names import DENOISER
 from devec.formats.peft_config import is_plain_init
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+_loading = Lock()
 
 
 def is_live(base: object) -> bool:
@@ -148,6 +152,12 @@ def _changed_by(base: nn.Module) -> str:
 
 
 def _load(found: _Found, changed_by: str) -> Tensor:
+    """The weight of a layer; one at a time, as some are changed and put back meanwhile."""
+    with _loading:
+        return _weight(found, changed_by)
+
+
+def _weight(found: _Found, changed_by: str) -> Tensor:
     """The weight of a layer as the model computes with it now."""
     from peft.utils.integrations import dequantize_module_weight
 

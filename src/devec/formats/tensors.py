@@ -152,7 +152,8 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
 @lru_cache(maxsize=1 << 12)
 def outline(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What is known of a tensor; of all that are alike the same, as there are very many."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    with torch.inference_mode(False):  # what is kept must not be bound to what the caller is in
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
