@@ -73,7 +73,7 @@ def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
     """The functions with the most time of their own, in a run with one thread."""
     pool = [Adapter.from_pretrained(source, lazy=True) for source in sources]
     profile = cProfile.Profile()
-    with patch("devec.job.in_parallel", lambda call, work, _: map(call, work)):
+    with patch("devec.job.in_parallel", lambda call, work: map(call, work)):
         profile.enable()
         decompose_to(out, pool)
         profile.disable()

@@ -180,10 +180,19 @@ def decompose(
     for one, made, modules in in_parallel(parts_of, work):
         found.add(one)
         for part in made:
+            _use_here(part)
             parts.setdefault((part.kind, part.name), {}).update(part.deltas)
         for module in modules if progress is not None else ():
             progress(module)  # type: ignore[misc]
     return _decomposition(question, adapters, layout, parts, found)
+
+
+def _use_here(part: Part) -> None:
+    """Keep memory of a part on a GPU from its stream for as long as the caller's stream uses it."""
+    for delta in part.deltas.values():
+        for tensor in () if delta is None else (delta.B, delta.A, delta.bias):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _owned(part: Part, *, staged: bool) -> Part:
