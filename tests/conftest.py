@@ -6,7 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(["devec.linalg", "devec.subspace", "devec.split"], "beartype.beartype"):
+with install_import_hook(
+    ["devec.linalg", "devec.subspace", "devec.findings", "devec.split"], "beartype.beartype"
+):
     import devec.subspace  # noqa: F401
 
 import pytest

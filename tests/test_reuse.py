@@ -87,7 +87,7 @@ def test_a_failure_ends_it():
     assert not reuse._held.free
 
 
-@pytest.mark.parametrize("shape", [(300, 40, 50), (300, 400)])
+@pytest.mark.parametrize("shape", [(300, 40, 50), (600, 500)])
 def test_products_are_those_of_torch(shape):
     X, Y = torch.randn(*shape[:-1], 700), torch.randn(*shape[:-2], 700, shape[-1])
     want = X @ Y

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from devec.algebra import distance, linear_combination, on_common_modules, same_tensors
-from devec.delta import Delta, require_device
+from devec.delta import Delta
+from devec.device import require_device
 from devec.errors import FormatError, IncompatibleError, located
 from devec.layout import MAX_RANK, READERS, Layout, Plan, ReadOptions
 from devec.lazy import outlines

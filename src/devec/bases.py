@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from devec.linalg import RANK_RTOL, basis_dtype, small, working_dtype
+from devec.linalg import RANK_RTOL, basis_dtype, near, small, working_dtype
 from devec.reuse import empty, product
 
 # How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
@@ -209,8 +209,7 @@ def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
         return _mirrored(_upper(small(X)))
     blocks = X.reshape(batch * (m // rows), rows, r)
     products = _upper(blocks).reshape(batch, m // rows, r, r)
-    here = products.cpu() if products.device.type == "mps" else products
-    return _mirrored(here.sum(dim=1, dtype=torch.float64))
+    return _mirrored(near(products).sum(dim=1, dtype=torch.float64))
 
 
 def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:

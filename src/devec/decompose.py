@@ -15,23 +15,15 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.algebra import merged_layout, on_common_modules, provenance
 from devec.compress import truncate
-from devec.delta import Delta, require_device
+from devec.delta import Delta
+from devec.device import require_device
 from devec.errors import IncompatibleError, listed
+from devec.findings import Findings, Kind, ModuleSplit, Part, Question, Threshold
 from devec.layout import Layout
 from devec.linalg import whole_products
 from devec.parallel import in_parallel
 from devec.pool import require_distinct_names, warn_of_strangers
-from devec.split import (
-    SCOPES,
-    Findings,
-    Kind,
-    ModuleSplit,
-    Part,
-    Question,
-    Threshold,
-    nothing_of,
-    split,
-)
+from devec.split import SCOPES, nothing_of, split
 from devec.stack import Stack, stacks
 from devec.subspace import METHODS
 

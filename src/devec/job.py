@@ -35,6 +35,7 @@ from devec.decompose import (
 )
 from devec.delta import Delta
 from devec.errors import DevecWarning, IncompatibleError, listed
+from devec.findings import Findings, Kind, ModuleSplit, Question
 from devec.form import Form
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
@@ -44,9 +45,9 @@ from devec.output import Staging, Writer, explained
 from devec.parallel import flushing, in_parallel, memory_for, threads
 from devec.processes import Team
 from devec.report import planned_outputs
-from devec.reuse import reused
-from devec.split import Findings, Kind, ModuleSplit, Question, split
-from devec.stack import Pool, Stack, return_memory, stacks
+from devec.reuse import return_memory, reused
+from devec.split import split
+from devec.stack import Pool, Stack, stacks
 from devec.taking import Direct, PutBy, Taken
 
 # Norms are known to this fraction of their squares.

@@ -97,9 +97,14 @@ def whole_products() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def near(matrix: Tensor) -> Tensor:
+    """A small matrix where there is float64: where it lies or, if that has none, on the CPU."""
+    return matrix.cpu() if matrix.device.type == "mps" else matrix
+
+
 def small(matrix: Tensor) -> Tensor:
-    """A small matrix in float64, where it lies or, if that has none, on the CPU."""
-    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    """A small matrix in float64, where that is."""
+    return near(matrix).double()
 
 
 def eig(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-from devec.split import Kind, ModuleSplit, Threshold
+from devec.findings import Kind, ModuleSplit, Threshold
 
 
 def planned_outputs(

@@ -7,8 +7,10 @@ few sizes again and again.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -101,6 +103,14 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     if not _held.active or X.device.type != "cpu":
         return X @ Y
     return torch.matmul(X, Y, out=empty((*X.shape[:-1], Y.shape[-1]), X.dtype))
+
+
+def return_memory() -> None:
+    """Return memory that is free to the system, which the GNU C library keeps for later."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _block(size: int) -> mmap.mmap:

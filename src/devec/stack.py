@@ -6,10 +6,8 @@ factors of these modules take little memory. So the memory does not grow with th
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
@@ -332,14 +330,6 @@ class ExactStack(Stack):
             held = {n: self.deltas(n)[0].to(self.device) for n in self.names}
             self._resolved.update(resolved_together(held))
         return self._resolved[name]
-
-
-def return_memory() -> None:
-    """Return memory that is free to the system, which the GNU C library keeps for later."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def stacks(pool: Pool, device: torch.device | str | None, *, together: bool) -> Iterator[Stack]:

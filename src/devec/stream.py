@@ -10,13 +10,13 @@ import torch
 
 from devec.adapter import Adapter
 from devec.decompose import asked
-from devec.delta import require_device
+from devec.device import require_device
 from devec.errors import IncompatibleError
+from devec.findings import Threshold
 from devec.form import Form
 from devec.job import Job, Report, Written
 from devec.output import Staging
 from devec.processes import Team
-from devec.split import Threshold
 
 __all__ = ["Form", "Written", "decompose_to"]
 

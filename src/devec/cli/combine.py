@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from devec.cli.common import (
+    in_format,
+    read_sources,
+    require_new,
+    said_norm,
+    save,
+    storage_dtype,
+    to_plain,
+)
+from devec.cli.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -19,13 +28,6 @@ from devec.cli.common import (
     OutPath,
     Overwrite,
     Sources,
-    in_format,
-    read_sources,
-    require_new,
-    said_norm,
-    save,
-    storage_dtype,
-    to_plain,
 )
 from devec.errors import IncompatibleError
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -23,69 +23,6 @@ if TYPE_CHECKING:
     from devec.adapter import Adapter
     from devec.compress import Compression
     from devec.output import Writer
-
-_SOURCE = "PATH or NAME=PATH; a PATH may be user/repo[@revision][/file] on the Hugging Face Hub."
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE)]
-Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help=_SOURCE)]
-OutPath = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report as JSON.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="D",
-        help="Storage type: float32, float16, bfloat16 or float64. [default: as the input]",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(metavar="D", help="Where to compute, e.g. cpu, cuda, mps.")
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Base model: recorded in the outputs, and read from where DoRAs need its weights. A "
-        "directory, a file, or user/repo in the Hub's local cache.",
-    ),
-]
-CarriedFrom = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Adapter whose whole trained tensors (modules_to_save) are kept, or 'none'.",
-    ),
-]
-
-MaxRank = Annotated[
-    int | None,
-    typer.Option(
-        "--max-rank",
-        metavar="N",
-        help="Largest rank that a LoHa or LoKr is rewritten to; beyond it, it is truncated. "
-        "[default: 256]",
-    ),
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pickled files (.pt, .bin, .ckpt), too.")
-]
-AsLora = Annotated[
-    int | None,
-    typer.Option(
-        "--as-lora",
-        metavar="RANK",
-        help="Write DoRAs as the nearest plain LoRAs of this rank, and say how near they are.",
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="F",
-        help="Write as kohya, diffusers or peft. [default: as the first source]",
-    ),
-]
 
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import (
+from devec.cli.common import in_format, print_errors, read_source, require_new, save, storage_dtype
+from devec.cli.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -17,12 +18,6 @@ from devec.cli.common import (
     OutPath,
     Overwrite,
     Source,
-    in_format,
-    print_errors,
-    read_source,
-    require_new,
-    save,
-    storage_dtype,
 )
 from devec.errors import IncompatibleError
 

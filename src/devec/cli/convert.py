@@ -6,22 +6,8 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import (
-    AllowPickle,
-    AsLora,
-    Base,
-    Dtype,
-    MaxRank,
-    OutPath,
-    Overwrite,
-    Source,
-    read_source,
-    require_new,
-    said_norm,
-    save,
-    storage_dtype,
-    to_plain,
-)
+from devec.cli.common import read_source, require_new, said_norm, save, storage_dtype, to_plain
+from devec.cli.options import AllowPickle, AsLora, Base, Dtype, MaxRank, OutPath, Overwrite, Source
 
 
 def convert(

@@ -12,16 +12,6 @@ import typer
 
 from devec._version import __version__
 from devec.cli.common import (
-    AllowPickle,
-    AsLora,
-    Base,
-    Device,
-    Dtype,
-    Format,
-    JsonFile,
-    MaxRank,
-    Overwrite,
-    Sources,
     begin_reading,
     json_writer,
     module_type,
@@ -34,11 +24,23 @@ from devec.cli.common import (
     show,
     storage_dtype,
 )
+from devec.cli.options import (
+    AllowPickle,
+    AsLora,
+    Base,
+    Device,
+    Dtype,
+    Format,
+    JsonFile,
+    MaxRank,
+    Overwrite,
+    Sources,
+)
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:
     from devec.decompose import Decomposition
-    from devec.split import ModuleSplit, Threshold
+    from devec.findings import ModuleSplit, Threshold
     from devec.stream import Written
 
 

@@ -8,12 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from devec.cli.common import (
-    AllowPickle,
-    Base,
-    JsonFile,
-    MaxRank,
-    Overwrite,
-    Source,
     json_writer,
     module_type,
     new_table,
@@ -22,6 +16,7 @@ from devec.cli.common import (
     require_report,
     show,
 )
+from devec.cli.options import AllowPickle, Base, JsonFile, MaxRank, Overwrite, Source
 from devec.lazy import outlines
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from devec.cli.combine import write_sum
-from devec.cli.common import (
+from devec.cli.common import read_source, storage_dtype
+from devec.cli.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -18,8 +19,6 @@ from devec.cli.common import (
     OutPath,
     Overwrite,
     Source,
-    read_source,
-    storage_dtype,
 )
 
 

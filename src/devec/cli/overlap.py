@@ -6,21 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from devec.cli.common import (
-    AllowPickle,
-    Base,
-    Device,
-    JsonFile,
-    MaxRank,
-    Overwrite,
-    Sources,
-    json_writer,
-    module_type,
-    new_table,
-    read_sources,
-    require_report,
-    show,
-)
+from devec.cli.common import json_writer, module_type, new_table, read_sources, require_report, show
+from devec.cli.options import AllowPickle, Base, Device, JsonFile, MaxRank, Overwrite, Sources
 
 if TYPE_CHECKING:
     from devec.overlap import ModuleOverlap, Overlap

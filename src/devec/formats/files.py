@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import DevecWarning, FormatError, listed, located
-from devec.formats import magnitudes
+from devec.errors import FormatError, listed, located
+from devec.formats import magnitudes, remarks
 from devec.formats import metadata as header
 from devec.formats.base_model import BaseModel, base_model
 from devec.formats.bases import conv_kernel
@@ -117,14 +116,14 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
             return _delta(module, stored.read(module), layout)
 
     deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
-    _warn_of_unknown(where, keys.unknown)
+    remarks.of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
-        _warn(
+        remarks.warn(
             f"{where} was written by PEFT, but its {CONFIG_NAME}, which has the alphas, is not "
             "beside it; the scaling is taken to be 1, as other readers do"
         )
-    _warn_of_truncation(where, layout, options)
-    _warn_of_fused(where, deltas)
+    remarks.of_truncation(where, layout, options)
+    remarks.of_fused(where, deltas)
     with located(where):
         warn_of_signs(where, stored.magnitudes())
     return Adapter(name, deltas, layout, carried, provenance, source=where)
@@ -364,62 +363,3 @@ def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
             raise FormatError(
                 f"{other!r} and {module!r} are two names of one module; take one of them out"
             )
-
-
-def _warn_of_unknown(where: str, keys: Sequence[str]) -> None:
-    """Name the keys that are of no known kind."""
-    if keys:
-        _warn(
-            f"{where}: {len(keys)} keys are of no known kind and are carried over whole: "
-            f"{listed(list(keys), 20)}"
-        )
-
-
-def _warn_of_truncation(where: str, layout: FileLayout, options: ReadOptions) -> None:
-    """State the error of factors that are not exact."""
-    if layout.errors:
-        worst = max(layout.errors, key=lambda module: layout.errors[module])
-        doras = any(slot.magnitude.axis for slot in layout.slots if slot.id in layout.errors)
-        of_factors = "; of the factors, DoRAs bring the sum with W0 to its norms" if doras else ""
-        _warn(
-            f"{where}: {len(layout.errors)} modules are of a rank above {options.max_rank} and "
-            f"were cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in "
-            f"{worst!r}{of_factors}); a larger rank (--max-rank, max_rank=) makes it smaller"
-        )
-
-
-def _warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
-    """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
-    weak = [
-        module
-        for module, known in outlines(deltas).items()
-        if (blocks := _possible_blocks(module, known)) and _is_stacked(deltas[module], blocks)
-    ]
-    if weak:
-        _warn(
-            f"{where}: {len(weak)} fused modules hold several LoRAs side by side but the alpha of "
-            f"one ({listed(weak, 2)}), so that every reader applies them too weakly; devec does "
-            "as the readers do"
-        )
-
-
-def _possible_blocks(module: str, delta: Delta) -> list[int]:
-    """Into how many blocks B of a fused module may be divided so that alpha is that of one."""
-    if not module.endswith(("qkv", "linear1")):
-        return []
-    alpha = delta.scaling * delta.rank
-    return [n for n in (3, 4) if delta.rank % n == 0 and alpha <= delta.rank // n]
-
-
-def _is_stacked(delta: Delta, possible: Sequence[int]) -> bool:
-    """Whether B is block-diagonal in one of the numbers of blocks."""
-    for blocks in possible:
-        support = torch.stack([(block != 0).any(dim=1) for block in delta.B.chunk(blocks, dim=1)])
-        if int(support.sum(dim=0).max()) == 1:
-            return True
-    return False
-
-
-def _warn(message: str) -> None:
-    """A warning that points at the caller of the library."""
-    warnings.warn(message, DevecWarning, stacklevel=5)

@@ -343,3 +343,20 @@ def require_same(field: str, values: Sequence[Any]) -> None:
             f"the adapters differ in {field} ({listed([str(v) for v in values])}), so no single "
             "adapter does what they do together"
         )
+
+
+def require_same_parameters(configs: Sequence[Config]) -> None:
+    """Keys of nested parameters mean the same only if the same parameters are targeted.
+
+    Args:
+        configs: Configurations of adapters that are put together.
+
+    Raises:
+        IncompatibleError: If they are not.
+    """
+    require_same("target_parameters", [sorted(c.get("target_parameters") or []) for c in configs])
+    if configs[0].get("target_parameters"):
+        sides = [experts_input_side(config) for config in configs]
+        require_same(
+            "which axis of an expert is its input (it is the second from PEFT 0.19 on)", sides
+        )

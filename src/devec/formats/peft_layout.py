@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +14,15 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.dora import require_representable
-from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
-from devec.formats import card, peft_config, peft_dora, peft_written
+from devec.errors import IncompatibleError, OutputError, UnsupportedError
+from devec.formats import peft_config, peft_dora, peft_written
 from devec.formats.align import aligned
 from devec.formats.base_model import BaseModel, base_model
 from devec.formats.conventions import Naming, family_of, naming_of
 from devec.formats.families import Family
-from devec.formats.peft_config import CONFIG_NAME, Config
+from devec.formats.peft_config import Config
 from devec.formats.peft_dora import BaseWeights
-from devec.formats.peft_slots import Slot, padded
+from devec.formats.peft_slots import Slot, has_biases, padded
 from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.plan import FilePlan, Piece
 from devec.layout import Layout
@@ -145,7 +143,7 @@ class PeftLayout:
             layouts.append(other)
         for name in peft_config.POOL_FIELDS:
             peft_config.require_same(name, [layout.config.get(name) for layout in layouts])
-        _require_same_parameters(layouts)
+        peft_config.require_same_parameters([layout.config for layout in layouts])
         slots: dict[str, Slot] = {}
         copies: dict[str, Tensor] = {}
         for layout in layouts:
@@ -234,7 +232,7 @@ class PeftLayout:
         require_places({n: slot.shape for slot in self.slots for n in slot.modules}, known)
         held: dict[Slot, list[Delta]] = {slot: slot.held(known) for slot in self.slots}
         config = peft_written.plain(self.config, carried=bool(adapter.carried))
-        with_bias = _has_biases(held)
+        with_bias = has_biases(held)
         dora = any(delta.gain is not None for delta in known.values())
         for name, value in {"lora_bias": with_bias, "use_dora": dora}.items():
             if value != bool(config.get(name)):
@@ -260,7 +258,7 @@ class PeftLayout:
             whole=joined(copies, adapter.carried),
             strings=lambda _: {"format": "pt"},
             file=WEIGHTS_NAME,
-            beside=partial(_write_beside, adapter.name, config, adapter.provenance),
+            beside=partial(peft_written.write_beside, adapter.name, config, adapter.provenance),
         )
         return config, plan
 
@@ -333,15 +331,6 @@ def _piece(
     return Piece(slot.name, tuple(slot.modules), tensors)
 
 
-def _write_beside(
-    name: str, config: Config, provenance: Mapping[str, Any] | None, directory: Path
-) -> None:
-    """Write the configuration and the card."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
-    card.write_card(directory, name, config, provenance)
-
-
 def family(config: Config, slots: Sequence[Slot]) -> tuple[str, Family | None]:
     """The family of the base model: its name, empty if unknown, and its tables, if there are any.
 
@@ -400,26 +389,3 @@ def plain_layout(
     # the names of others may be endings of names that no adapter has, so none is listed
     named = {**(config or new), "target_modules": new["target_modules"]}
     return PeftLayout(named, slots, layout.base, merged_from=(named,))
-
-
-def _has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:
-    """Whether biases are changed, which PEFT cannot hold beside all kinds of layers."""
-    with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
-    without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
-    if with_bias and without:
-        raise IncompatibleError(
-            f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "
-            "are embeddings or parameters; leave one kind out"
-        )
-    return with_bias
-
-
-def _require_same_parameters(layouts: Sequence[PeftLayout]) -> None:
-    """Keys of nested parameters mean the same only if the same parameters are targeted."""
-    sets = [sorted(layout.config.get("target_parameters") or []) for layout in layouts]
-    peft_config.require_same("target_parameters", sets)
-    if sets[0]:
-        sides = [peft_config.experts_input_side(layout.config) for layout in layouts]
-        peft_config.require_same(
-            "which axis of an expert is its input (it is the second from PEFT 0.19 on)", sides
-        )

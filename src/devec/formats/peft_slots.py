@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.errors import FormatError, UnsupportedError
+from devec.errors import FormatError, IncompatibleError, UnsupportedError, listed
 from devec.formats.magnitudes import magnitude_dtype
 from devec.formats.tensors import storable
 from devec.gain import Magnitude
@@ -274,3 +274,25 @@ def _fitting(
         f"several parameters of this module have different ranks or alphas ({said}) and the keys "
         "do not tell which is which; give them one rank and alpha"
     )
+
+
+def has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:
+    """Whether biases are changed, which PEFT cannot hold beside all kinds of layers.
+
+    Args:
+        held: The deltas of each slot.
+
+    Returns:
+        Whether any is.
+
+    Raises:
+        IncompatibleError: If they are, and there are embeddings or parameters as well.
+    """
+    with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
+    without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
+    if with_bias and without:
+        raise IncompatibleError(
+            f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "
+            "are embeddings or parameters; leave one kind out"
+        )
+    return with_bias

@@ -1,13 +1,16 @@
-"""What an ``adapter_config.json`` of PEFT must say of what is written."""
+"""What an ``adapter_config.json`` of PEFT must say of what is written, and writing it."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from devec.formats.peft_config import CARRIED_FIELDS, TRAINING_ONLY_FIELDS, Config
+from devec.formats import card
+from devec.formats.peft_config import CARRIED_FIELDS, CONFIG_NAME, TRAINING_ONLY_FIELDS, Config
 
 Number = TypeVar("Number", int, float)
 
@@ -161,3 +164,19 @@ def _exact_targets(
     if listed and not ambiguous:
         return list(modules)
     return alternation(modules)
+
+
+def write_beside(
+    name: str, config: Config, provenance: Mapping[str, Any] | None, directory: Path
+) -> None:
+    """Write the configuration and the card.
+
+    Args:
+        name: Name of the adapter.
+        config: The configuration.
+        provenance: The record of how the adapter was made, if there is one.
+        directory: Where to write.
+    """
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    card.write_card(directory, name, config, provenance)

@@ -10,11 +10,11 @@ from devec.adapter import Adapter
 from devec.combine import combine, require_numbers
 from devec.decompose import Decomposition, decompose
 from devec.errors import DevecWarning, IncompatibleError, listed
+from devec.findings import Threshold
 from devec.hosts.host import Host, host_of
 from devec.hosts.names import require_names
 from devec.pool import require_distinct_names
 from devec.report import nothing_shared, planned_outputs
-from devec.split import Threshold
 
 
 def decompose_adapters(

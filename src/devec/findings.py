@@ -1,0 +1,130 @@
+"""What is asked of the modules of a pool, and what is found: the words that the split uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.delta import Delta
+from devec.stack import Stack
+from devec.subspace import chance_level, pool_level
+
+Threshold = float | Literal["auto"]
+Kind = Literal["unique", "shared", "common"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSplit:
+    """What was found in one module for one group of adapters.
+
+    Attributes:
+        module: Name of the module.
+        group: Names of the adapters whose subspaces were compared, in order.
+        ranks: Dimension of each adapter's column space (for scope ``"iterative"``, of what was
+            left of the target's).
+        threshold: The squared cosine that counted as shared; infinity where no overlap can be
+            beyond chance (``threshold="auto"`` and ranks that fill the space).
+        edge: The value that random subspaces of these dimensions reach.
+        spectrum: What the threshold was compared with, descending.
+        quantity: What that is: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
+        basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank); without
+            values (on the device ``"meta"``) where results went to files.
+        norms: For each adapter of the group, ‖ΔW‖_F.
+        shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
+    """
+
+    module: str
+    group: tuple[str, ...]
+    ranks: tuple[int, ...]
+    threshold: float
+    edge: float
+    spectrum: Float[Tensor, " k"]
+    quantity: str
+    basis: Float[Tensor, "out shared"]
+    norms: tuple[float, ...]
+    shared_norms: tuple[float, ...]
+
+    @property
+    def shared_rank(self) -> int:
+        """The number of shared directions."""
+        return self.basis.shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The largest overlap found, on the scale of squared cosines; 0 without any."""
+        return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every module: which directions count as shared, and among whom.
+
+    Attributes:
+        names: Names of the adapters of the pool, in order.
+        threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
+        method: A key of `METHODS`.
+        scope: A key of `SCOPES`.
+        target: Name of the adapter to split, for scope ``"iterative"``.
+    """
+
+    names: tuple[str, ...]
+    threshold: Threshold
+    method: str
+    scope: str
+    target: str = ""
+
+    def level(self, n: int, ranks: Sequence[int]) -> float:
+        """The threshold for subspaces of these dimensions."""
+        if self.threshold != "auto":
+            return self.threshold
+        return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
+
+
+class Part(NamedTuple):
+    """A part of some modules.
+
+    Attributes:
+        kind: What part it is.
+        name: The adapter, or of scope ``"pairwise"`` the pair, that it belongs to; empty for the
+            common vector.
+        deltas: Module → delta; None where the part is zero.
+    """
+
+    kind: Kind
+    name: str
+    deltas: Mapping[str, Delta | None]
+
+
+@dataclass
+class Findings:
+    """What was found so far.
+
+    Attributes:
+        rows: A row for every module and group.
+        norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
+    """
+
+    rows: list[ModuleSplit] = field(default_factory=list)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, other: Findings) -> None:
+        """Take up what was found elsewhere."""
+        self.rows += other.rows
+        for name, norms in other.norms.items():
+            self.norms.setdefault(name, {}).update(norms)
+
+    def outlined(self) -> Findings:
+        """The same with the shapes alone of the shared bases."""
+        rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
+        return Findings(rows, self.norms)
+
+    def add_norms(self, name: str, stack: Stack) -> None:
+        """Take up the norms of an adapter."""
+        norms = zip(stack.modules, stack.norms(name), strict=True)
+        self.norms.setdefault(name, {}).update(norms)
