@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 with install_import_hook(
     ["devec.linalg", "devec.subspace", "devec.findings", "devec.split"], "beartype.beartype"
 ):
-    import devec.subspace  # noqa: F401
+    import devec.split  # noqa: F401
 
 import pytest
 import torch
