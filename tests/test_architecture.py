@@ -13,7 +13,8 @@ ROOT = Path(devec.__file__).parent
 
 # From the ground up; a module may import what stands on a lower line, or beside it in its folder.
 LAYERS = [
-    {"digest", "errors", "lazy", "positions", "reuse", "_version"},
+    {"digest", "errors", "lazy", "positions", "precision", "threads", "_version"},
+    {"reuse"},
     {"linalg", "open_file", "output", "sources"},
     {"bases", "change", "device", "subspace", "weights", "layout", "products"},
     {"gain"},

@@ -11,10 +11,11 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
 from devec.lazy import outlines
-from devec.linalg import leading_rows, orthonormal, product_svd, whole_products
+from devec.linalg import leading_rows, orthonormal, product_svd
+from devec.precision import full_precision
 
 
-@whole_products()
+@full_precision
 def as_lora(adapter: Adapter, rank: int) -> Compression:
     """The best approximation of an adapter by a plain LoRA, module by module.
 

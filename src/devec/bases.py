@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from devec.linalg import RANK_RTOL, basis_dtype, near, small, working_dtype
+from devec.precision import full_precision
 from devec.reuse import empty, product
 
 # How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
@@ -73,6 +74,7 @@ class FactoredSVD(NamedTuple):
     Vh: Float[Tensor, "rho r"]
     Y: Float[Tensor, "r n"]
 
+    @full_precision
     def leading(self, rank: int) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
         """Balanced factors U·√S and √S·Vh of the leading triplets."""
         root = self.S[:rank].sqrt()
@@ -80,6 +82,7 @@ class FactoredSVD(NamedTuple):
         return self.X @ left.to(self.X), right.to(self.Y) @ self.Y
 
 
+@full_precision
 def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSVD:
     """The singular value decomposition of ``B · A``, of which no more is formed than is asked for.
 
@@ -118,6 +121,7 @@ class _Triangle(NamedTuple):
     loss: Tensor
 
 
+@full_precision
 def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -> ColumnBases:
     """Orthonormal bases of the column spaces of products, by Cholesky QR, twice where needed.
 

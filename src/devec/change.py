@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.linalg import BLOCK_ROWS, basis_dtype
+from devec.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Change:
         """Shape (out, in)."""
         return self.W.shape[0], self.W.shape[1]
 
+    @full_precision
     def __matmul__(self, V: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         result = self.B @ (self.A @ V)
         if self.g is not None:
@@ -43,6 +45,7 @@ class Change:
             result += self.W @ (self.h[:, None] * V)
         return result
 
+    @full_precision
     def adjoint(self, Q: Float[Tensor, "out k"]) -> Float[Tensor, "in k"]:
         """The transposed matrix times Q."""
         result = self.A.mT @ (self.B.mT @ Q)
@@ -65,10 +68,12 @@ class Change:
                 block += W * self.h.to(dtype)
             yield rows, block
 
+    @full_precision
     def norm(self) -> float:
         """The Frobenius norm, summed over the entries themselves."""
         return math.sqrt(sum(float(block.square().sum()) for _, block in self.blocks()))
 
+    @full_precision
     def distance(self, B: Float[Tensor, "out k"], A: Float[Tensor, "k in"]) -> float:
         """The norm of the matrix less B·A, summed over the entries themselves."""
         A = A.to(basis_dtype(A.device))

@@ -17,7 +17,8 @@ from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.gain import Gain
 from devec.joint import resolved_together
-from devec.linalg import rank_for_energy, whole_products
+from devec.linalg import rank_for_energy
+from devec.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ def compress(
     )
 
 
-@whole_products()
+@full_precision
 def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
     """Cut every module at the rank chosen from its name, singular values and norm.
 
@@ -126,6 +127,7 @@ def of_cuts(adapter: Adapter, cuts: Mapping[str, Cut]) -> Compression:
     )
 
 
+@full_precision
 def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
     """A delta at a lower rank; of a DoRA the gains are kept and the low-rank part is cut.
 

@@ -20,9 +20,9 @@ from devec.device import require_device
 from devec.errors import IncompatibleError, listed
 from devec.findings import Findings, Kind, ModuleSplit, Part, Question, Threshold
 from devec.layout import Layout
-from devec.linalg import whole_products
 from devec.parallel import in_parallel
 from devec.pool import require_distinct_names, warn_of_strangers
+from devec.precision import full_precision
 from devec.split import SCOPES, nothing_of, split
 from devec.stack import Stack, stacks
 from devec.subspace import METHODS
@@ -106,7 +106,7 @@ class Decomposition:
         return {split.module: math.hypot(*split.norms) for split in pair}
 
 
-@whole_products()
+@full_precision
 def decompose(
     adapters: Sequence[Adapter],
     *,

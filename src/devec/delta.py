@@ -31,6 +31,7 @@ from devec.gain import (
     same_gain,
 )
 from devec.linalg import CANCELLED, basis_dtype, working_dtype
+from devec.precision import full_precision
 from devec.weights import BaseWeight
 
 
@@ -137,6 +138,7 @@ class Delta:
         gain = self.gain.scaled(1.0, s) if isinstance(self.gain, Gain) else self.gain
         return Delta(B=s * self.B.to(dtype), A=self.A, bias=bias, gain=gain)
 
+    @full_precision
     def resolved(self) -> Delta:
         """The same delta with gains for magnitudes, so that it can be computed with.
 
@@ -166,6 +168,7 @@ class Delta:
         """The part of the delta that is a product of factors: all of a LoRA."""
         return dataclasses.replace(self.resolved(), gain=None)
 
+    @full_precision
     def __mul__(self, weight: float) -> Delta:
         delta = self.resolved()
         bias = None if delta.bias is None else weight * delta.bias.to(delta.dtype)
@@ -180,6 +183,7 @@ class Delta:
     def __neg__(self) -> Delta:
         return self * -1.0
 
+    @full_precision
     def __add__(self, other: Delta) -> Delta:
         self._require_same_shape(other)
         dtype = torch.promote_types(self.dtype, other.dtype)
@@ -194,6 +198,7 @@ class Delta:
     def __sub__(self, other: Delta) -> Delta:
         return self + -other
 
+    @full_precision
     def inner(self, other: Delta) -> float:
         """⟨ΔW1, ΔW2⟩_F + ⟨Δb1, Δb2⟩.
 
@@ -213,6 +218,7 @@ class Delta:
         total = left.scaling * (right.scaling * low + _bias_inner(left, right))
         return total + _gain_inner(left, right)
 
+    @full_precision
     def norm(self) -> float:
         """Frobenius norm of (ΔW, Δb), accurate also where terms cancel; O((out + in)·r²)."""
         delta = self.resolved()
@@ -221,6 +227,7 @@ class Delta:
         bias = float(delta.bias.to(basis_dtype(delta.B.device)).norm())
         return math.hypot(delta.weight_norm(), abs(delta.scaling) * bias)
 
+    @full_precision
     def weight_norm(self, low_rank: float | None = None) -> float:
         """Frobenius norm of ΔW, of a resolved delta.
 
@@ -251,6 +258,7 @@ class Delta:
         g, h = (axes[axis].values.to(W) if axis in axes else None for axis in AXES)
         return Change(self.B.to(W), self.A.to(W), W, g, h)
 
+    @full_precision
     def factor_norm(self) -> float:
         """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
         delta = self.resolved()
@@ -258,6 +266,7 @@ class Delta:
         axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
         return norm + sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
 
+    @full_precision
     def projected(self, Z: Float[Tensor, "out k"]) -> Delta:
         """The part of this delta in the span of Z: ``Z·Zᵀ·ΔW`` (Eq. 12), bias alike.
 
@@ -279,6 +288,7 @@ class Delta:
         bias = None if bias is None else delta.scaling * bias
         return Delta(Z, delta.coordinates(Z), bias=bias)
 
+    @full_precision
     def coordinates(self, Z: Float[Tensor, "out k"]) -> Float[Tensor, "k in"]:
         """``Zᵀ·ΔW``: one thin product with each term of the delta.
 

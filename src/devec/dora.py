@@ -28,6 +28,7 @@ from devec.gain import (
 )
 from devec.lazy import outlines
 from devec.linalg import RANK_RTOL, working_dtype
+from devec.precision import full_precision
 from devec.weights import BaseWeight
 
 # B'' is 1/D' times the delta's own factor, and so are a host's activations between its two
@@ -36,6 +37,7 @@ _SMALLEST = 1e-3
 _MARGIN = 1e-5
 
 
+@full_precision
 def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) -> Delta:
     """A delta as one DoRA: factors, scaling 1 and magnitudes.
 
@@ -123,6 +125,7 @@ def _with_direction(B: Tensor, A: Tensor, known: AxisGain, off: Tensor) -> Tenso
     return result
 
 
+@full_precision
 def require_representable(modules: Mapping[str, Delta]) -> None:
     """Refuse sums of DoRAs that no single DoRA stands for, before any of them is written.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from devec.errors import DevecWarning, FormatError, IncompatibleError
 from devec.linalg import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
+from devec.precision import full_precision
 from devec.weights import BaseWeight, HeldWeight, transposed
 
 Axis = Literal["out", "in"]
@@ -91,6 +92,7 @@ class Gain:
             axes[axis] = AxisGain(weight * gain.values, overlap, gain.squares)
         return gain_on(self.base, axes)
 
+    @full_precision
     def beside(self, B: Tensor, A: Tensor) -> Gain:
         """The same gains beside other factors, of this base weight; O(out·in·rank)."""
         axes: dict[Axis, AxisGain] = {}
@@ -117,12 +119,14 @@ def oriented(
     return (B, A, base) if axis == "out" else (A.mT, B.mT, transposed(base))
 
 
+@full_precision
 def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "out rank"]:
     """W·Aᵀ in the working precision; O(out·in·rank)."""
     W = base.read(working_dtype(A), A.device)
     return W @ A.to(W.dtype).mT
 
 
+@full_precision
 def no_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
     """Gains of zero beside a factor A, with what is to be known of W.
 
@@ -146,6 +150,7 @@ def no_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
     return AxisGain(torch.zeros_like(squares), overlap_of(A, base), squares)
 
 
+@full_precision
 def gain_of(
     magnitude: Float[Tensor, " n"],
     B: Float[Tensor, "out rank"],
@@ -196,6 +201,7 @@ class RowNorms(NamedTuple):
     level: Float[Tensor, " n"]
 
 
+@full_precision
 def row_norms(
     known: AxisGain,
     D: Float[Tensor, " out"],
@@ -238,6 +244,7 @@ def row_norms(
     return RowNorms(norms, RANK_RTOL[dtype] * terms)
 
 
+@full_precision
 def row_dots(
     B: Float[Tensor, "out rank"], other: Float[Tensor, "out rank"]
 ) -> Float[Tensor, " out"]:
@@ -247,6 +254,7 @@ def row_dots(
     return dots.to(basis_dtype(B.device))
 
 
+@full_precision
 def inner_across(rows: AxisGain, columns: AxisGain, base: BaseWeight) -> float:
     """⟨diag(g)·W, W·diag(h)⟩ = gᵀ(W∘W)h, by blocks of rows."""
     W = base.read(working_dtype(rows.overlap), rows.values.device)

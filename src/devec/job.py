@@ -40,15 +40,16 @@ from devec.form import Form
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
 from devec.lazy import outlines
-from devec.linalg import whole_products
 from devec.output import Staging, Writer, explained
-from devec.parallel import flushing, in_parallel, memory_for, threads
+from devec.parallel import flushing, in_parallel, memory_for
+from devec.precision import full_precision
 from devec.processes import Team
 from devec.report import planned_outputs
 from devec.reuse import return_memory, reused
 from devec.split import split
 from devec.stack import Pool, Stack, stacks
 from devec.taking import Direct, PutBy, Taken
+from devec.threads import threads
 
 # Norms are known to this fraction of their squares.
 _SURE = 1e-5
@@ -187,7 +188,7 @@ class Job:
         self._open(places, closing, team)
         return places
 
-    @whole_products()
+    @full_precision
     def share(
         self,
         team: Team,

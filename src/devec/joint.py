@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from devec.delta import Delta
 from devec.gain import require_same_base
 from devec.linalg import working_dtype
+from devec.precision import full_precision
 from devec.weights import BaseWeight, HeldWeight
 
 
+@full_precision
 def resolved_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
     """Deltas of one module that can be computed with, their base weight read once and held.
 
@@ -38,6 +40,7 @@ def base_of(deltas: Iterable[Delta]) -> BaseWeight | None:
     return next((delta.gain.base for delta in deltas if delta.gain is not None), None)
 
 
+@full_precision
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """Σ w_i · ΔW_i of deltas of one module; a delta alone at weight 1 is itself.
 

@@ -10,14 +10,15 @@ these bases. `devec.bases` is for many well-conditioned factors at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
+
+from devec.precision import full_precision
+from devec.threads import use_threads
 
 # Singular values below this fraction of the largest are rounding, not signal: a few units of
 # roundoff of the precision in which factors are combined.
@@ -69,34 +70,6 @@ def basis_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@contextmanager
-def whole_products() -> Iterator[None]:
-    """Multiply matrices of float32 in float32, whatever the caller allows for a model (TF32).
-
-    Yields:
-        Nothing.
-    """
-    homes = (torch.backends.cuda, torch.backends.mkldnn)
-    backends: list[Any] = [getattr(home, "matmul", None) for home in homes]
-    before = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]
-    try:
-        allowed: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by backend; torch refuses a mixture of this and the setting for all
-        allowed = None
-    try:
-        if allowed is None:
-            for backend, _ in before:
-                backend.fp32_precision = "ieee"
-        elif allowed != "highest":
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        if allowed not in (None, "highest"):
-            torch.set_float32_matmul_precision(allowed)
-        for backend, precision in before:
-            backend.fp32_precision = precision
-
-
 def near(matrix: Tensor) -> Tensor:
     """A small matrix where there is float64: where it lies or, if that has none, on the CPU."""
     return matrix.cpu() if matrix.device.type == "mps" else matrix
@@ -107,6 +80,7 @@ def small(matrix: Tensor) -> Tensor:
     return near(matrix).double()
 
 
+@full_precision
 def eig(
     matrices: Float[Tensor, "*batch r r"],
 ) -> tuple[Complex[Tensor, "*batch r"], Complex[Tensor, "*batch r r"]]:
@@ -125,14 +99,12 @@ def eig(
         values, vectors = torch.linalg.eig(matrices)
         return values, vectors
     # the threads of one such decomposition wait for each other longer than they compute
-    try:
-        with ThreadPoolExecutor(threads, "devec-eig", torch.set_num_threads, (1,)) as executor:
-            found = list(executor.map(torch.linalg.eig, matrices))
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, "devec-eig", use_threads, (1,)) as executor:
+        found = list(executor.map(torch.linalg.eig, matrices))
     return torch.stack([values for values, _ in found]), torch.stack([V for _, V in found])
 
 
+@full_precision
 def product_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ProductSVD:
     """Thin SVD of ``B · A`` by QR of both factors and the SVD of their r × r core.
 
@@ -155,6 +127,7 @@ def product_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ProductSVD:
     return ProductSVD(Q_B @ U, S, Vh @ Q_A.mT)
 
 
+@full_precision
 def column_space(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ColumnSpace:
     """Orthonormal basis of the column space of ``B · A``, with its singular values.
 
@@ -260,6 +233,7 @@ class Operator(Protocol):
         """The transposed matrix times Q."""
 
 
+@full_precision
 def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n size"]:
     """Orthonormal columns that span the leading right singular vectors of a matrix, nearly.
 
@@ -287,12 +261,14 @@ def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n 
     return V
 
 
+@full_precision
 def orthonormal(columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
     """Orthonormal basis of the columns."""
     Q: Tensor = torch.linalg.qr(columns).Q
     return Q
 
 
+@full_precision
 def product_norm(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> float:
     """Frobenius norm of ``B · A``, accurate also where the terms of the product cancel.
 
@@ -311,6 +287,7 @@ def product_norm(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> float:
     return float(torch.linalg.matrix_norm(R_B @ R_A.mT))
 
 
+@full_precision
 def product_inner(
     B1: Float[Tensor, "m r1"],
     A1: Float[Tensor, "r1 n"],

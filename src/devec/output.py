@@ -27,6 +27,9 @@ _REPLACED = ".replaced"
 
 Writer = Callable[[Path], None]
 
+# The outputs of this process that have their names, for what an interrupted command reports.
+COMMITTED: list[Path] = []
+
 # A directory is replaced only if it is an adapter's: nobody loses a home directory to a typo.
 _MARKER = "adapter_config.json"
 
@@ -139,10 +142,11 @@ def explained(targets: Sequence[Path]) -> Iterator[None]:
 
 
 def _commit(
-    outputs: Iterable[Path], obsolete: Iterable[Path], staging: Mapping[Path, Path]
+    outputs: Sequence[Path], obsolete: Iterable[Path], staging: Mapping[Path, Path]
 ) -> None:
     """Give finished outputs their names and take obsolete ones away; undo all if any step fails."""
     done: list[tuple[Path, Path]] = []
+    before = list(COMMITTED)
 
     def move(source: Path, target: Path) -> None:
         source.rename(target)
@@ -157,7 +161,9 @@ def _commit(
         for path in obsolete:
             if path.exists():
                 move(path, staging[path.parent] / f"{path.name}{_REPLACED}")
+        COMMITTED.extend(outputs)
     except BaseException:  # an interrupt, too, must not cost what was there before
+        COMMITTED[:] = before
         for source, target in reversed(done):
             target.rename(source)
         raise

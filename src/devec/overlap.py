@@ -17,6 +17,7 @@ from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
 from devec.linalg import column_space
 from devec.pool import require_distinct_names, warn_of_strangers
+from devec.precision import full_precision
 from devec.subspace import principal_vectors, random_edge
 
 
@@ -64,6 +65,7 @@ class Overlap:
         return f"Overlap({len(self.modules)} rows, cosines={self.cosines})"
 
 
+@full_precision
 def overlap(adapters: Sequence[Adapter]) -> Overlap:
     """Measure how much the column spaces of adapters overlap, pair by pair.
 

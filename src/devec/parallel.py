@@ -12,7 +12,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from devec.errors import DevecError
+from devec.precision import full_precision
 from devec.stack import Stack
+from devec.threads import use_threads
 
 V = TypeVar("V")
 
@@ -35,24 +37,6 @@ class Flushed(Protocol):
 
     def flush(self) -> None:
         """Bring what has been written to the disk."""
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Have torch use so many threads.
-
-    Args:
-        count: How many.
-
-    Yields:
-        Nothing.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -143,6 +127,7 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
         The results.
     """
     # Each stack has a share of the cores, and on a GPU a stream of its own.
+    call = full_precision(call)
     devices = {stack.device for stack in work if stack.device.type != "cpu"}
     if len(devices) > 1:  # each of which has streams of its own
         for stack in work:
@@ -168,7 +153,7 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
     def complete(stack: Stack) -> V:
         # products of stacks of small modules are over before other threads have begun
         small = device.type == "cpu" and len(stack.modules) > 1
-        torch.set_num_threads(1 if small else max(1, cores // workers))
+        use_threads(1 if small else max(1, cores // workers))
         result = call(stack)
         if outer is not None:
             torch.cuda.current_stream(device).synchronize()
@@ -181,4 +166,3 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
             yield future.result()
     finally:
         executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from devec.errors import DevecError
@@ -46,7 +47,10 @@ class Failure(NamedTuple):
 
 
 class Team:
-    """The processes of a job.
+    """The processes of a job; a context manager that closes their connections.
+
+    Threads of a process group that are still running when the interpreter exits abort the process,
+    and a launcher then stops the others. So the group is destroyed on every way out.
 
     Args:
         size: How many were launched; one is alone.
@@ -56,24 +60,50 @@ class Team:
     """
 
     def __init__(self, size: int = 1) -> None:
-        """Meet the other processes."""
+        """Connect to the other processes."""
         self.rank, self.size = 0, size
         self._group: Any = None
+        self._owns_default_group = False
         if size == 1:
             return
         import torch
         from accelerate import PartialState
 
+        # a caller that has made the default group uses it afterwards
+        self._owns_default_group = not torch.distributed.is_initialized()
         try:
             state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self._device = state.process_index, state.device
             self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError, KeyError) as error:
+            self.close()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DevecError(
                 f"WORLD_SIZE says that {size} processes were launched, but they cannot be reached "
                 f"({reason}); launch them with torchrun or accelerate launch, or unset WORLD_SIZE"
             ) from error
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Destroy the process groups that were made here; the team is not used afterwards."""
+        if self.size == 1:
+            return
+        import torch
+        from accelerate import PartialState
+
+        if self._owns_default_group and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            PartialState._reset_state()
+        elif self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+        self._group, self._owns_default_group = None, False
 
     @property
     def is_first(self) -> bool:

@@ -30,6 +30,7 @@ from devec.linalg import (
     product_svd,
     working_dtype,
 )
+from devec.precision import full_precision
 
 Operand: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -48,6 +49,7 @@ class Factors(NamedTuple):
     error: float
 
 
+@full_precision
 def hadamard_product(
     B1: Float[Tensor, "m r1"],
     A1: Float[Tensor, "r1 n"],
@@ -107,6 +109,7 @@ def hadamard_product(
     return Factors(B, A, error if error > RANK_RTOL[dtype] else 0.0)
 
 
+@full_precision
 def kronecker_product(left: Operand, right: Operand, max_rank: int) -> Factors:
     """Factors of the Kronecker product ``left ⊗ right``.
 

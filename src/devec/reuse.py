@@ -19,6 +19,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from devec.precision import full_precision
+
 # Smaller ones do well in the allocator.
 _LARGE = 1 << 20
 
@@ -90,6 +92,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
 
 
+@full_precision
 def product(X: Tensor, Y: Tensor) -> Tensor:
     """X·Y.
 

@@ -298,8 +298,7 @@ def split(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     while pending:
         stack = pending.pop()
         try:
-            # the precision is chosen, not what the caller may have set for a model
-            with stack.located(), torch.autocast(stack.device.type, enabled=False):
+            with stack.located():
                 yield from SCOPES[question.scope](question, stack, found)
         except UnsoundError as error:
             pending += stack.without(error.modules)

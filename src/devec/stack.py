@@ -22,6 +22,7 @@ from devec.errors import located
 from devec.joint import base_of, resolved_together
 from devec.lazy import outlines
 from devec.linalg import basis_dtype, column_space, small, working_dtype
+from devec.precision import full_precision
 from devec.reuse import empty, product
 
 V = TypeVar("V")
@@ -152,6 +153,7 @@ class Stack:
             return [delta.resolved().weight_norm() for delta in self.deltas(name)]
         return self._measured[name].norms
 
+    @full_precision
     def projected(
         self, name: str, Z: Float[Tensor, "batch out k"], counts: Sequence[int]
     ) -> Projected:
@@ -295,6 +297,7 @@ class ExactStack(Stack):
             self._measured[name] = _Measured(0, [self._delta(name).weight_norm()], torch.empty(0))
         return self._measured[name].norms
 
+    @full_precision
     def projected(
         self, name: str, Z: Float[Tensor, "batch out k"], counts: Sequence[int]
     ) -> Projected:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError
 from devec.linalg import eig, small
+from devec.precision import full_precision
 
 # Exactly shared directions come out as 1 - O(1e-15) in float64, 1 - O(1e-6) in float32; without
 # this allowance τ = 1, the value of the paper's Proposition 3.1, would select nothing.
@@ -74,6 +75,7 @@ class SharedSubspace:
         return self.basis.shape[-1]
 
 
+@full_precision
 def principal_vectors(
     U1: Float[Tensor, "n p"], U2: Float[Tensor, "n q"]
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"], Float[Tensor, "n k"]]:
@@ -96,6 +98,7 @@ def principal_vectors(
     return U1 @ Y, cosines.clamp(max=1), U2 @ Xh.mT
 
 
+@full_precision
 def principal(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace of two column spaces by principal angles.
 
@@ -125,6 +128,7 @@ def principal(bases: Bases, threshold: Level) -> SharedSubspace:
     return SharedSubspace(first @ _leading(Y, counts).to(first), squared, counts)
 
 
+@full_precision
 def chain(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the chained projectors P1·P2···Pk.
 
@@ -177,6 +181,7 @@ def _orthonormal_spans(
     return result
 
 
+@full_precision
 def mean(bases: Bases, threshold: Level) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the mean projector (P1 + … + Pk)/k.
 
@@ -210,6 +215,7 @@ def mean(bases: Bases, threshold: Level) -> SharedSubspace:
     return SharedSubspace(Z, spectrum[..., :most], counts, padded=True)
 
 
+@full_precision
 def deflate(
     U: Float[Tensor, "n rho"],
     others: Bases,
@@ -247,6 +253,7 @@ def deflate(
     return steps
 
 
+@full_precision
 def held_by_all(
     found: SharedSubspace, bases: Bases, level: Callable[[int, int], float]
 ) -> SharedSubspace:

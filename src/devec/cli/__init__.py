@@ -21,7 +21,7 @@ from devec.cli.demo import demo
 from devec.cli.inspect import inspect
 from devec.cli.negate import negate
 from devec.cli.overlap import overlap
-from devec.errors import DevecError, IncompatibleError
+from devec.errors import DevecError, IncompatibleError, listed
 from devec.processes import is_first, launched
 
 app = typer.Typer(
@@ -73,13 +73,28 @@ def main() -> None:
     except (DevecError, OSError) as error:  # OSError: a path that no system call takes
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except _Stopped as stopped:
+        typer.echo(f"error: {_stopped(stopped.code)}", err=True)
+        raise
+
+
+class _Stopped(SystemExit):
+    """A signal that ends the command as an error does, so that temporary files are removed."""
 
 
 def _stop(number: int, _: object) -> None:
-    """End as an error does, so that what was begun is taken away."""
-    what = "interrupted" if number == signal.SIGINT else "terminated"
-    typer.echo(f"error: {what}; outputs that were not complete were not written", err=True)
-    sys.exit(128 + number)
+    """End the command; what it has written is known once everything else is undone."""
+    raise _Stopped(128 + number)
+
+
+def _stopped(code: object) -> str:
+    """What a command that was stopped says, with the outputs that it had completed."""
+    what = "interrupted" if code == 128 + signal.SIGINT else "terminated"
+    if not is_first():  # of several processes only the first gives outputs their names
+        return what
+    output = sys.modules.get("devec.output")  # commands that write import it
+    complete = list(map(str, output.COMMITTED)) if output is not None else []
+    return f"{what}; {f'written: {listed(complete)}' if complete else 'nothing was written'}"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -95,7 +95,8 @@ def decompose(
     level = parse_threshold(threshold)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     modules = {m for a in adapters for m in a.modules}
-    with progress_bar("decomposing", -(-len(modules) // launched())) as step:
+    bar = progress_bar("decomposing", -(-len(modules) // launched()))
+    with Team(launched()) as team, bar as step:
         written = decompose_to(
             out,
             adapters,
@@ -108,7 +109,7 @@ def decompose(
             overwrite=overwrite,
             report=(json, lambda written: json_writer(_report(written))) if json else None,
             progress=step,
-            team=Team(launched()),
+            team=team,
         )
     if written is None:  # another process speaks for this one
         return

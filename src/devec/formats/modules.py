@@ -20,6 +20,7 @@ from devec.delta import Delta
 from devec.errors import FormatError, UnsupportedError
 from devec.formats import magnitudes
 from devec.gain import Axis, Magnitude
+from devec.precision import full_precision
 from devec.products import Factors, hadamard_product, kronecker_product
 from devec.weights import BaseWeight
 
@@ -218,6 +219,7 @@ def _rewritten(kind: str, found: Factors, scaling: float, kernel: tuple[int, ...
     return StoredModule(Delta(found.B, found.A, scaling), kind, kernel, found.error)
 
 
+@full_precision
 def _tucker_side(core: Tensor, b: Tensor) -> Tensor:
     """Σ_j T[i,j,…]·b[j,n] as a matrix (i, n·…): the input side of a product in Tucker form."""
     if core.ndim < 3 or core.shape[1] != b.shape[0]:
