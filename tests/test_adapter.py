@@ -97,7 +97,7 @@ def test_distance_of_nearly_equal_adapters_is_accurate():
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weights_are_finite(weight):
-    with pytest.raises(DevecError, match="weights must be finite"):
+    with pytest.raises(DevecError, match="a weight must be a finite number"):
         weight * adapter(1)
 
 

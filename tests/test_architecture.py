@@ -13,15 +13,16 @@ ROOT = Path(devec.__file__).parent
 
 # From the ground up; a module may import what stands on a lower line, or beside it in its folder.
 LAYERS = [
-    {"digest", "errors", "lazy", "positions", "precision", "threads", "_version"},
+    {"digest", "errors", "lazy", "positions", "precision", "random_subspaces", "threads"},
+    {"arguments", "_version"},
     {"reuse"},
     {"linalg", "open_file", "output", "sources"},
     {"bases", "change", "device", "subspace", "weights", "layout", "products"},
-    {"gain"},
+    {"exponents", "gain"},
     {"delta"},
     {"dora", "joint", "spool"},
     {"algebra", "stack"},
-    {"findings", "parallel"},
+    {"findings", "parallel", "weighted_mean"},
     {"split"},
     {"adapter"},
     {"pool", "processes"},

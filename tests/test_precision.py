@@ -75,6 +75,8 @@ CALLS = {
     "Delta.inner": lambda: (x.inner(y), g.inner(x), g.inner(h.modules["x"])),
     "Delta.norm": lambda: g.norm(),
     "Delta.weight_norm": lambda: g.resolved().weight_norm(),
+    "Delta.bias_norm": lambda: Delta(x.B, x.A, 1.0, x.B[:, 0]).bias_norm(),
+    "Delta.column_space": lambda: list(x.column_space()),
     "Delta.factor_norm": lambda: g.factor_norm(),
     "Delta.projected": lambda: (x.projected(Z), g.projected(Z)),
     "Delta.coordinates": lambda: (x.coordinates(Z), g.coordinates(Z)),

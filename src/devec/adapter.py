@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devec.algebra import distance, linear_combination, on_common_modules, same_tensors
+from devec.algebra import (
+    distance,
+    linear_combination,
+    on_common_modules,
+    same_base_models,
+    same_tensors,
+)
+from devec.arguments import number, whole_number
 from devec.delta import Delta
 from devec.device import require_device
-from devec.errors import FormatError, IncompatibleError, located
+from devec.errors import FormatError, IncompatibleError, UnsupportedError, located
 from devec.layout import MAX_RANK, READERS, Layout, Plan, ReadOptions
 from devec.lazy import outlines
 from devec.output import Writer, write_all
@@ -102,6 +109,7 @@ class Adapter:
         """
         found = locate(path, subfolder, weight_name, revision, token)
         name = name or (default_name(found) if exists(path) or weight_name else _hub_name(path))
+        max_rank = whole_number(max_rank, "max_rank")
         if max_rank < 1:
             raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
         for read in READERS:
@@ -259,12 +267,12 @@ class Adapter:
         return linear_combination([self, other], [1.0, -1.0])
 
     def __mul__(self, weight: float) -> Adapter:
-        return linear_combination([self], [float(weight)])
+        return linear_combination([self], [weight])
 
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Adapter:
-        return self * (1 / weight)
+        return self * (1 / number(weight, "weight"))
 
     def __neg__(self) -> Adapter:
         return self * -1.0
@@ -275,11 +283,13 @@ class Adapter:
             return NotImplemented
         try:
             one, two = on_common_modules([self, other])
-        except IncompatibleError:
+        except (IncompatibleError, UnsupportedError):  # of different base models or kinds
             return False
         if not same_tensors(one.carried, two.carried):
             return False
         one, two = one.unlike(two), two.unlike(one)
+        if not same_base_models(one, two):
+            return False
         deltas = [*one.modules.values(), *two.modules.values()]
         scale = math.hypot(*(delta.factor_norm() for delta in deltas))
         return distance(one, two) <= EFFECT_RTOL * scale

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from devec.arguments import numbers
 from devec.delta import Delta
 from devec.errors import IncompatibleError, listed, located
 from devec.joint import resolved_together, weighted_sum
@@ -37,7 +38,7 @@ def inner(a: Adapter, b: Adapter) -> float:
         IncompatibleError: If a module has different shapes in the two.
     """
     a, b = on_common_modules([a, b])
-    products = []
+    products: list[float] = []
     for module in a.modules.keys() & b.modules.keys():
         with located(f"module {module!r}"):
             held = resolved_together({"a": a.modules[module], "b": b.modules[module]})
@@ -55,8 +56,24 @@ def cosine(a: Adapter, b: Adapter) -> float:
     Returns:
         The cosine in [-1, 1]; nan if either adapter is zero.
     """
-    scale = a.norm() * b.norm()
-    return inner(a, b) / scale if scale else math.nan
+    return cosine_of(inner(a, b), a.norm(), b.norm())
+
+
+def cosine_of(inner: float, first: float, second: float) -> float:
+    """The cosine of the angle between two vectors.
+
+    Args:
+        inner: Their inner product.
+        first: Norm of the first.
+        second: Norm of the second.
+
+    Returns:
+        The cosine, in [-1, 1] also where rounding makes the quotient larger; nan if a norm is 0.
+    """
+    if not (first and second):
+        return math.nan
+    cosine = inner / first / second
+    return math.copysign(1.0, cosine) if abs(cosine) > 1 else cosine
 
 
 def distance(a: Adapter, b: Adapter) -> float:
@@ -104,9 +121,7 @@ def linear_combination(
         IncompatibleError: If the adapters do not fit together or carry tensors.
     """
     adapters = on_common_modules(adapters)
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise IncompatibleError(f"weights must be finite numbers, got {weight}")
+    weights = numbers(weights, "weight")
     sums = _sums([adapter.modules for adapter in adapters], weights)
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
@@ -117,9 +132,7 @@ def linear_combination(
         modules=sums,
         layout=layout,
         carried={} if carrier is None else carrier.carried,
-        provenance=provenance(
-            "combine", adapters, weights=list(weights), carried_from=carried_from
-        ),
+        provenance=provenance("combine", adapters, weights=weights, carried_from=carried_from),
         source="",
         sha256="",
     )
@@ -127,6 +140,7 @@ def linear_combination(
 
 def _sums(pool: Sequence[Mapping[str, Delta]], weights: Sequence[float]) -> Mapping[str, Delta]:
     """Weighted sums of modules; those of lazy LoRAs are made when they are asked for."""
+    pool = [m if isinstance(m, Lazy) else dict(m) for m in pool]  # the caller's may change
     known = [outlines(modules) for modules in pool]
     order = dict.fromkeys(module for modules in known for module in modules)
     gained = any(delta.gain is not None for modules in known for delta in modules.values())
@@ -245,6 +259,15 @@ def _carrier(
         "are not deltas and cannot be added or scaled; name the one adapter whose tensors the "
         "result shall keep (carried_from=NAME, --carried-from NAME), or 'none'"
     )
+
+
+def same_base_models(a: Adapter, b: Adapter) -> bool:
+    """Whether no module is a DoRA of one base model in one adapter and of another in the other."""
+    for module in outlines(a.modules).keys() & outlines(b.modules).keys():
+        gains = (outlines(x.modules)[module].gain for x in (a, b))
+        if len({gain.base.source for gain in gains if gain is not None}) > 1:
+            return False
+    return True
 
 
 def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -6,12 +6,13 @@ import dataclasses
 
 from devec.adapter import Adapter
 from devec.algebra import provenance
+from devec.arguments import whole_number
 from devec.compress import Compression, Cut, of_cuts
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
 from devec.lazy import outlines
-from devec.linalg import leading_rows, orthonormal, product_svd
+from devec.linalg import RANK_RTOL, leading_rows, numerical_rank, orthonormal, product_svd
 from devec.precision import full_precision
 
 
@@ -39,6 +40,7 @@ def as_lora(adapter: Adapter, rank: int) -> Compression:
 
     Reference: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Algorithms 4.4 and 5.1.
     """
+    rank = whole_number(rank, "rank")
     if rank < 1:
         raise IncompatibleError(f"rank must be at least 1, got {rank} (--as-lora, as_lora)")
     cuts: dict[str, Cut] = {}
@@ -60,9 +62,11 @@ def _nearest(original: Delta, rank: int) -> Cut:
     V = leading_rows(change, rank, change.W)
     Q = orthonormal(change @ V)
     U, S, Vh = product_svd(Q, change.adjoint(Q).mT)
+    rank = min(rank, numerical_rank(S, RANK_RTOL[delta.dtype]))
     root = S[:rank].sqrt()
     B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank]).to(delta.dtype)
-    return Cut(Delta(B, A, bias=delta.bias), change.distance(B, A), norm)
+    nearest = Delta(B, A, bias=delta.bias) if rank or delta.bias is not None else None
+    return Cut(nearest, change.distance(B, A), norm)
 
 
 def recorded(part: Adapter, result: Compression, rank: int) -> Adapter:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from devec.linalg import RANK_RTOL, basis_dtype, near, small, working_dtype
+from devec.linalg import RANK_RTOL, basis_dtype, core_svd, near, small, working_dtype
 from devec.precision import full_precision
 from devec.reuse import empty, product
 
@@ -31,6 +31,9 @@ _WIDE = 64
 
 # XᵀX is symmetric: of wide X only what is on and above strips of so many rows is computed.
 _STRIP = 64
+
+# Squared lengths of columns whose entries have squares that neither vanish nor overflow.
+_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
 
 # A·Aᵀ has one pass, and norms are read off it: its loss is theirs. Where it would be larger the
 # product is computed in float64, which takes twice as long.
@@ -102,14 +105,14 @@ def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSV
     precise = working_dtype(B, A) == torch.float64 or not B.shape[1]
     left, right = (None, None) if precise else (_well_conditioned(B), _well_conditioned(A.mT))
     if left is not None and right is not None:
-        U, S, Vh = torch.linalg.svd(left.triangle.R @ right.triangle.R.mT)
+        U, S, Vh = core_svd(left.triangle.R, right.triangle.R)
         return FactoredSVD(
             left.X, left.triangle.inverse @ U, S, Vh @ right.triangle.inverse.mT, right.X.mT
         )
     X, Y = (factor.to(basis_dtype(factor.device)) for factor in (B, A))
     X, R_B = torch.linalg.qr(X)
     Q_A, R_A = torch.linalg.qr(Y.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = core_svd(R_B, R_A)
     return FactoredSVD(X, U, S, Vh, Q_A.mT)
 
 
@@ -122,7 +125,9 @@ class _Triangle(NamedTuple):
 
 
 @full_precision
-def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -> ColumnBases:
+def column_bases(
+    B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"], rtol: float | None = None
+) -> ColumnBases:
     """Orthonormal bases of the column spaces of products, by Cholesky QR, twice where needed.
 
     BᵀB = RᵀR gives U = B·R⁻¹, whose distance from orthonormality is roundoff times the squared
@@ -131,13 +136,16 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     Args:
         B: Left factors, all in one precision.
         A: Right factors.
+        rtol: Fraction of the largest singular value below which others are rounding; by default
+            `RANK_RTOL` of the precision of the factors.
 
     Returns:
         The bases, orthonormal to 1e-6 in every entry of UᵀU (float32; to rounding in float64), and
         the norms. A product is sound if B, its columns scaled to one length, has a condition number
         of up to a hundred or more (float32; 1e6 in float64), A, its rows scaled likewise, one of up
-        to some 1e5 (the lower the rank, the higher), and no singular value of the product is below
-        `RANK_RTOL` times the largest.
+        to some 1e5 (the lower the rank, the higher), no column or row so short or long that squares
+        of its entries leave the range of the precision, and no singular value of the product below
+        `rtol` times the largest.
 
     Cost: O((m + n) r²) per product, all of it in matrix products.
 
@@ -145,6 +153,7 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     44, Theorem 3.3.
     """
     dtype = B.dtype
+    rtol = RANK_RTOL[dtype] if rtol is None else rtol
     gram = _mirrored(small(_upper(A.mT)))
     right = _triangle(gram, dtype)
     if dtype == torch.float32 and bool((right.loss >= _LARGEST_LOSS_OF_NORMS).any()):
@@ -169,9 +178,9 @@ def column_bases(B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"]) -
     # at least the condition number in the spectral norm, which a decomposition alone would tell
     condition = norms * torch.linalg.matrix_norm(right.inverse.mT @ inverse)
     sound &= condition.isfinite()
-    for index in (sound & (condition >= 1 / RANK_RTOL[dtype])).nonzero()[:, 0].tolist():
+    for index in (sound & (condition >= 1 / rtol)).nonzero()[:, 0].tolist():
         S = torch.linalg.svdvals(core[index])
-        sound[index] = S[-1] > RANK_RTOL[dtype] * S[0]
+        sound[index] = S[-1] > rtol * S[0]
     return ColumnBases(U, norms, gram, sound)
 
 
@@ -237,11 +246,14 @@ def _mirrored(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
 
 def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
     """The Cholesky factor of Gram matrices that were computed in a precision."""
-    scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    scale = squares.rsqrt()
     R, info = torch.linalg.cholesky_ex(scale[..., None] * gram * scale[..., None, :], upper=True)
     inverse = torch.linalg.solve_triangular(R, _identity(R).expand_as(R), upper=True)
     # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
     sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
     loss = torch.finfo(dtype).eps * sums[0] * sums[1]
-    loss = torch.where((info == 0).to(loss.device) & loss.isfinite(), loss, torch.inf)
+    smallest, largest = _SQUARES[dtype]
+    inside = ((squares > smallest) & (squares < largest)).all(dim=-1)
+    loss = torch.where((info == 0).to(loss.device) & loss.isfinite() & inside, loss, torch.inf)
     return _Triangle(R / scale[..., None, :], scale[..., None] * inverse, loss)

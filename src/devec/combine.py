@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from numbers import Real
+from collections.abc import Sequence
 
 from devec.adapter import Adapter
 from devec.algebra import linear_combination, on_common_modules
+from devec.arguments import numbers
 from devec.errors import IncompatibleError
 from devec.pool import warn_of_strangers
 
@@ -37,12 +37,12 @@ def combine(
         in its format and, unless another is asked for when saving, in its storage types.
 
     Raises:
-        IncompatibleError: If the adapters do not fit together, or the numbers of adapters and
-            weights differ.
+        IncompatibleError: If the adapters do not fit together, the numbers of adapters and weights
+            differ, or a weight is no finite number.
 
     Cost: memory O(Σ r_i·(out + in)) per module, no arithmetic beyond scaling B.
     """
-    require_numbers(weights)
+    weights = numbers(weights, "weight")
     if not adapters or len(adapters) != len(weights):
         raise IncompatibleError(
             f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "
@@ -52,19 +52,3 @@ def combine(
     if len(adapters) > 1:
         warn_of_strangers(adapters)
     return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)
-
-
-def require_numbers(weights: object) -> None:
-    """Check that weights are numbers.
-
-    Args:
-        weights: What was given for them.
-
-    Raises:
-        IncompatibleError: If it is no list of numbers.
-    """
-    if isinstance(weights, str) or not isinstance(weights, Collection):
-        raise IncompatibleError(f"weights are a list of numbers, got {weights!r}")
-    odd = [weight for weight in weights if not isinstance(weight, Real)]
-    if odd:
-        raise IncompatibleError(f"weights are numbers, got {odd[0]!r}")

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.algebra import provenance
+from devec.arguments import number, whole_number
 from devec.bases import factored_svd
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.gain import Gain
 from devec.joint import resolved_together
-from devec.linalg import rank_for_energy
+from devec.linalg import RANK_RTOL, numerical_rank, rank_for_energy
 from devec.precision import full_precision
 
 
@@ -43,7 +44,8 @@ def compress(
 
     Args:
         adapter: The adapter; carried tensors and bias changes are kept whole.
-        rank: Largest rank of any module, at least 1. Modules of less rank keep theirs.
+        rank: Largest rank of any module, at least 1. Modules of less rank keep theirs: singular
+            values below 1e-6 of the largest are rounding (1e-12 in float64).
         energy: Fraction of the squared Frobenius norm of ΔW that the error of every module leaves,
             in (0, 1], by the smallest rank that does. Exactly one of `rank` and `energy` is given.
 
@@ -62,11 +64,12 @@ def compress(
     if (rank is None) == (energy is None):
         got = "neither" if rank is None else "both"
         raise IncompatibleError(f"give one of rank (--rank) and energy (--energy), got {got}")
+    rank = None if rank is None else whole_number(rank, "rank")
+    energy = None if energy is None else number(energy, "energy")
     if rank is not None and rank < 1:
         raise IncompatibleError(f"rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise IncompatibleError(f"energy must be in (0, 1], got {energy}")
-    # A module of less rank than asked for keeps its own: rounding is not worth a column.
     kept = 1.0 if energy is None else energy
 
     def choose(_: str, S: Tensor, norm: float) -> int:
@@ -136,13 +139,14 @@ def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
         choose: From the singular values of the low-rank part (descending) and ‖ΔW‖ to the rank.
 
     Returns:
-        The delta, factors balanced and scaling 1; none if nothing is left of it.
+        The delta, at no more than its numerical rank, factors balanced and scaling 1; none if
+        nothing is left of it.
     """
     delta = resolved_together({"": original})[""]
     found = factored_svd(delta.folded().B, delta.A)
     S = found.S
     norm = delta.weight_norm(float(S.norm()))
-    rank = choose(S, norm)
+    rank = min(choose(S, norm), numerical_rank(S, RANK_RTOL[delta.dtype]))
     lost = float(S[rank:].norm())
     bias = None if delta.bias is None else delta.folded().bias
     if not (rank or bias is not None or isinstance(delta.gain, Gain)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -14,11 +14,21 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.algebra import merged_layout, on_common_modules, provenance
+from devec.arguments import number
 from devec.compress import truncate
 from devec.delta import Delta
 from devec.device import require_device
 from devec.errors import IncompatibleError, listed
-from devec.findings import Findings, Kind, ModuleSplit, Part, Question, Threshold
+from devec.findings import (
+    EMPTY_RTOL,
+    Findings,
+    Kind,
+    Level,
+    ModuleSplit,
+    Part,
+    Question,
+    Threshold,
+)
 from devec.layout import Layout
 from devec.parallel import in_parallel
 from devec.pool import require_distinct_names, warn_of_strangers
@@ -26,9 +36,6 @@ from devec.precision import full_precision
 from devec.split import SCOPES, nothing_of, split
 from devec.stack import Stack, stacks
 from devec.subspace import METHODS
-
-# A part below this fraction of its original is rounding: nothing is left of it.
-EMPTY_RTOL = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +51,7 @@ class Decomposition:
         splits: What was found, a row per module and group.
         record: Inputs, operation and parameters, as the outputs keep them.
         norms: Adapter name → module → ‖ΔW‖_F of the original, of the adapters that were split.
+        bias_norms: Adapter name → module → ‖Δb‖ of the original, where it changes biases.
     """
 
     unique: Mapping[str, Adapter]
@@ -52,6 +60,7 @@ class Decomposition:
     splits: Sequence[ModuleSplit]
     record: Mapping[str, Any]
     norms: Mapping[str, Mapping[str, float]]
+    bias_norms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         shared = sum(split.shared_rank for split in self.splits)
@@ -90,13 +99,17 @@ class Decomposition:
         parts = {f"{name}-unique": adapter for name, adapter in self.unique.items()}
         parts |= {f"{name}-shared": adapter for name, adapter in self.shared.items()}
         for key, adapter in parts.items():
-            scales = self._scale(key.rpartition("-")[0])
-            if adapter.carried or exceeds(adapter, EMPTY_RTOL * math.hypot(*scales.values())):
+            of = key.rpartition("-")[0]
+            scales = self._scale(of)
+            level = Level.below(scales.values(), self._bias_scale(of))
+            if adapter.carried or level.is_exceeded_by(adapter.modules):
                 named = dataclasses.replace(adapter, name=key)
                 yield key, _compacted(named, scales) if compact else named
-        norms = (norm for split in self.splits for norm in split.norms)
-        if self.common is not None and exceeds(self.common, EMPTY_RTOL * math.hypot(*norms)):
-            yield "common", self.common
+        if self.common is not None:
+            norms = (norm for split in self.splits for norm in split.norms)
+            biases = (norm for name in self.bias_norms for norm in self._bias_scale(name))
+            if Level.below(norms, biases).is_exceeded_by(self.common.modules):
+                yield "common", self.common
 
     def _scale(self, name: str) -> Mapping[str, float]:
         """Module → ‖ΔW‖ of what a part was made of."""
@@ -104,6 +117,12 @@ class Decomposition:
             return self.norms[name]
         pair = [s for s in self.splits if "+".join(s.group) == name]
         return {split.module: math.hypot(*split.norms) for split in pair}
+
+    def _bias_scale(self, name: str) -> list[float]:
+        """‖Δb‖ of all modules of what a part was made of: an adapter, or a pair of them."""
+        groups = [split.group for split in self.splits if "+".join(split.group) == name]
+        names = groups[0] if groups else [name]
+        return [norm for name in names for norm in self.bias_norms.get(name, {}).values()]
 
 
 @full_precision
@@ -234,9 +253,8 @@ def asked(
     adapters = on_common_modules(adapters)
     warn_of_strangers(adapters)
     layout = merged_layout(adapters)  # refuses adapters that do not compose
-    level: Threshold = "auto" if threshold == "auto" else float(threshold)
     names = tuple(a.name for a in adapters)
-    return Question(names, level, method, scope, target or ""), adapters, layout
+    return Question(names, _level(threshold), method, scope, target or ""), adapters, layout
 
 
 def _decomposition(
@@ -274,6 +292,7 @@ def _decomposition(
         splits=sorted(found.rows, key=lambda row: order[row.module]),
         record=record,
         norms=found.norms,
+        bias_norms=found.bias_norms,
     )
 
 
@@ -309,9 +328,7 @@ def _check_arguments(
     names = [a.name for a in adapters]
     if len(names) < 2:
         raise IncompatibleError(f"decompose needs at least two adapters, got {len(names)}")
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if threshold != "auto" and not (number and 0 < float(threshold) <= 1):
-        raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
+    _level(threshold)
     for value, table, what in ((method, METHODS, "method"), (scope, SCOPES, "scope")):
         if value not in table:
             raise IncompatibleError(f"{what} must be one of {listed(list(table))}, got {value!r}")
@@ -331,6 +348,16 @@ def _check_arguments(
     if scope == "pairwise" and len(set(pairs)) < len(pairs):
         twice = next(pair for pair in pairs if pairs.count(pair) > 1)
         raise IncompatibleError(f"two pairs of adapters are both named {twice!r}; rename one")
+
+
+def _level(threshold: Threshold) -> Threshold:
+    """The threshold as a float of Python, or ``"auto"``; refused if it is neither."""
+    if threshold == "auto":
+        return "auto"
+    level = math.nan if isinstance(threshold, str | bool) else float(number(threshold, "threshold"))
+    if not 0 < level <= 1:
+        raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
+    return level
 
 
 def part_of(
@@ -366,16 +393,6 @@ def common_part(
         layout=layout,
         provenance={**record, "part": "common", "of": [a.name for a in group]},
     )
-
-
-def exceeds(adapter: Adapter, level: float) -> bool:
-    """Whether an adapter's norm is above a level; looks no further than it must."""
-    squares = 0.0
-    for delta in adapter.modules.values():
-        squares += delta.norm() ** 2
-        if squares > level**2:
-            return True
-    return False
 
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec import linalg
+from devec.arguments import number
 from devec.change import Change
 from devec.errors import IncompatibleError
 from devec.gain import (
@@ -66,6 +67,8 @@ class Delta:
     gain: Gain | Magnitude | None = None
 
     def __post_init__(self) -> None:
+        if type(self.scaling) is not float or not math.isfinite(self.scaling):
+            object.__setattr__(self, "scaling", number(self.scaling, "scaling"))
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise IncompatibleError(
                 f"factors disagree: B {tuple(self.B.shape)} should be (out, rank) and "
@@ -170,7 +173,7 @@ class Delta:
 
     @full_precision
     def __mul__(self, weight: float) -> Delta:
-        delta = self.resolved()
+        delta, weight = self.resolved(), number(weight, "weight")
         bias = None if delta.bias is None else weight * delta.bias.to(delta.dtype)
         gain = delta.gain.scaled(weight, weight) if isinstance(delta.gain, Gain) else None
         return dataclasses.replace(delta, B=weight * delta.B.to(delta.dtype), bias=bias, gain=gain)
@@ -178,7 +181,7 @@ class Delta:
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Delta:
-        return self * (1 / weight)
+        return self * (1 / number(weight, "weight"))
 
     def __neg__(self) -> Delta:
         return self * -1.0
@@ -222,10 +225,7 @@ class Delta:
     def norm(self) -> float:
         """Frobenius norm of (ΔW, Δb), accurate also where terms cancel; O((out + in)·r²)."""
         delta = self.resolved()
-        if delta.bias is None:
-            return delta.weight_norm()
-        bias = float(delta.bias.to(basis_dtype(delta.B.device)).norm())
-        return math.hypot(delta.weight_norm(), abs(delta.scaling) * bias)
+        return math.hypot(delta.weight_norm(), delta.bias_norm())
 
     @full_precision
     def weight_norm(self, low_rank: float | None = None) -> float:
@@ -258,13 +258,23 @@ class Delta:
         g, h = (axes[axis].values.to(W) if axis in axes else None for axis in AXES)
         return Change(self.B.to(W), self.A.to(W), W, g, h)
 
+    def bias_norm(self) -> float:
+        """Euclidean norm of Δb."""
+        return 0.0 if self.bias is None else abs(self.scaling) * linalg.norm(self.bias)
+
     @full_precision
     def factor_norm(self) -> float:
-        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
+        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖ + ‖Δb‖, to which rounding in sums is relative."""
         delta = self.resolved()
-        norm = abs(delta.scaling) * float(delta.B.float().norm() * delta.A.float().norm())
+        norm = abs(delta.scaling) * linalg.norm(delta.B) * linalg.norm(delta.A)
         axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
-        return norm + sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
+        gains = sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
+        return norm + gains + delta.bias_norm()
+
+    @full_precision
+    def column_space(self) -> linalg.ColumnSpace:
+        """Column space of the low-rank part of a resolved delta; of dimension 0 at scaling 0."""
+        return linalg.column_space(self.B if self.scaling else 0 * self.B, self.A)
 
     @full_precision
     def projected(self, Z: Float[Tensor, "out k"]) -> Delta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from devec.delta import Delta
 from devec.stack import Stack
 from devec.subspace import chance_level, pool_level
+
+# A part below this fraction of its original is rounding: nothing is left of it.
+EMPTY_RTOL = 1e-6
 
 Threshold = float | Literal["auto"]
 Kind = Literal["unique", "shared", "common"]
@@ -101,6 +104,36 @@ class Part(NamedTuple):
     deltas: Mapping[str, Delta | None]
 
 
+class Level(NamedTuple):
+    """Norms up to which a part is rounding beside the original, of weights and of biases apart.
+
+    A part of the bias may be all that there is, however large the weights are.
+
+    Attributes:
+        weights: For the Frobenius norm of ΔW over all modules.
+        biases: For the norm of the changes of biases.
+    """
+
+    weights: float
+    biases: float
+
+    @classmethod
+    def below(cls, weights: Iterable[float], biases: Iterable[float]) -> Level:
+        """The level that belongs to the norms of the original's modules."""
+        return cls(EMPTY_RTOL * math.hypot(*weights), EMPTY_RTOL * math.hypot(*biases))
+
+    def is_exceeded_by(self, modules: Mapping[str, Delta]) -> bool:
+        """Whether a part is more than rounding; NaN is, which must not vanish unseen."""
+        weights = biases = 0.0
+        for delta in modules.values():
+            delta = delta.resolved()
+            weights = math.hypot(weights, delta.weight_norm())
+            biases = math.hypot(biases, delta.bias_norm())
+            if not (weights <= self.weights and biases <= self.biases):
+                return True
+        return False
+
+
 @dataclass
 class Findings:
     """What was found so far.
@@ -108,23 +141,31 @@ class Findings:
     Attributes:
         rows: A row for every module and group.
         norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
+        bias_norms: Adapter → module → ‖Δb‖ of originals that change the bias.
     """
 
     rows: list[ModuleSplit] = field(default_factory=list)
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    bias_norms: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, other: Findings) -> None:
         """Take up what was found elsewhere."""
         self.rows += other.rows
-        for name, norms in other.norms.items():
-            self.norms.setdefault(name, {}).update(norms)
+        for mine, others in ((self.norms, other.norms), (self.bias_norms, other.bias_norms)):
+            for name, norms in others.items():
+                mine.setdefault(name, {}).update(norms)
 
     def outlined(self) -> Findings:
         """The same with the shapes alone of the shared bases."""
         rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
-        return Findings(rows, self.norms)
+        return Findings(rows, self.norms, self.bias_norms)
 
     def add_norms(self, name: str, stack: Stack) -> None:
-        """Take up the norms of an adapter."""
-        norms = zip(stack.modules, stack.norms(name), strict=True)
-        self.norms.setdefault(name, {}).update(norms)
+        """Add the norms of an adapter."""
+        self.norms.setdefault(name, {}).update(stack.named(stack.norms(name)))
+        self.add_bias_norms(name, stack)
+
+    def add_bias_norms(self, name: str, stack: Stack) -> None:
+        """Add the norms of an adapter's changes of biases, if it has any."""
+        if stack.has_bias(name):
+            self.bias_norms.setdefault(name, {}).update(stack.named(stack.bias_norms(name)))

@@ -169,13 +169,16 @@ def gain_of(
         D and the gains, exact to rounding of the working precision.
 
     Raises:
-        IncompatibleError: If a row of W + B·A is zero: no gain gives it a norm.
+        IncompatibleError: If a row of W + B·A is zero, to which no gain gives a norm, or a value is
+            not finite.
 
     Cost: O(out·in·rank), one pass over W.
     """
     known = no_gain(A, base)
     group = len(B) // len(magnitude)
     norms, level = row_norms(known, torch.ones_like(known.values), B, A, base, group)
+    if not bool(norms.isfinite().all() and magnitude.isfinite().all()):
+        raise IncompatibleError("the factors or magnitudes of a DoRA hold NaN or infinity")
     if not bool((norms > level).all()):
         row = int((norms <= level).nonzero()[0])
         raise IncompatibleError(

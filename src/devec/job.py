@@ -25,17 +25,15 @@ from devec.as_lora import as_lora as nearest_lora
 from devec.as_lora import recorded
 from devec.compress import Compression
 from devec.decompose import (
-    EMPTY_RTOL,
     Decomposition,
     common_part,
-    exceeds,
     names_of_split,
     part_of,
     record_of,
 )
 from devec.delta import Delta
 from devec.errors import DevecWarning, IncompatibleError, listed
-from devec.findings import Findings, Kind, ModuleSplit, Question
+from devec.findings import Findings, Kind, Level, ModuleSplit, Question
 from devec.form import Form
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
@@ -319,22 +317,23 @@ class Job:
     def _holds_anything(self, part: Direct, kind: Kind, name: str, found: Findings) -> bool:
         """Complete a part unless it is zero to rounding, told from norms where it can be."""
         norms = found.norms.get(name, {})
-        level = EMPTY_RTOL * math.hypot(*norms.values())
+        biases = found.bias_norms.get(name, {})
+        level = Level.below(norms.values(), biases.values())
         shared = _shared_squares(name, found)
-        originals = self.originals[name].modules
         if kind == "shared":
-            holds = math.sqrt(math.fsum(shared.values())) > level
-            if holds:
-                part.complete(originals)
-            return holds
-        part.complete(originals)
-        # differences of squares are exact to rounding of the squares
-        rest = (n**2 - shared.get(m, 0.0) - _SURE * n**2 for m, n in norms.items())
-        if part.adapter.carried or math.fsum(max(0.0, r) for r in rest) > level**2:
+            certain = math.sqrt(math.fsum(shared.values())) > level.weights
+            if not (certain or biases):
+                return False
+        else:
+            # differences of squares are exact to rounding of the squares
+            rest = (n**2 - shared.get(m, 0.0) - _SURE * n**2 for m, n in norms.items())
+            certain = math.fsum(max(0.0, r) for r in rest) > level.weights**2
+        part.complete(self.originals[name].modules)
+        if certain or part.adapter.carried:
             return True
         with warnings.catch_warnings():  # the user knows the input, and not what is being made
             warnings.simplefilter("ignore", DevecWarning)
-            return exceeds(Adapter.from_pretrained(part.path, lazy=True), level)
+            return level.is_exceeded_by(Adapter.from_pretrained(part.path, lazy=True).modules)
 
     def _put_by(self, found: Findings) -> Decomposition:
         """The parts that were put by, as a decomposition."""
@@ -355,7 +354,9 @@ class Job:
                 pairs = combinations(self.adapters, 2)
                 pair = next(p for p in pairs if "+".join(a.name for a in p) == name)
                 shared[name] = self._common(pair, modules, name)
-        return Decomposition(unique, shared, common, found.rows, self.record, found.norms)
+        return Decomposition(
+            unique, shared, common, found.rows, self.record, found.norms, found.bias_norms
+        )
 
     def _common(self, group: Sequence[Adapter], modules: Mapping[str, Delta], name: str) -> Adapter:
         """The common vector of a group."""

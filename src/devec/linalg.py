@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from devec.errors import IncompatibleError
 from devec.precision import full_precision
 from devec.threads import use_threads
 
@@ -33,6 +34,9 @@ _NO_LOSS = 1e-13
 # the entries themselves are summed, so many rows at a time.
 CANCELLED = 0.1
 BLOCK_ROWS = 128
+
+# Singular values of a product below this many roundings of its terms are rounding themselves.
+_ROUNDING = 10
 
 # Matrices of fewer rows are decomposed before a thread would have begun.
 _LARGE = 64
@@ -114,7 +118,10 @@ def product_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ProductSVD:
 
     Returns:
         All ``min(m, r, n)`` singular triplets, in the basis precision, values descending. Exact to
-        rounding; values that are rounding are not cut off.
+        rounding; values that are rounding are zero, and not cut off.
+
+    Raises:
+        IncompatibleError: If a factor holds NaN or infinity.
 
     Cost: O((m + n) r² + r³).
 
@@ -123,7 +130,7 @@ def product_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ProductSVD:
     dtype = basis_dtype(B.device)
     Q_B, R_B = torch.linalg.qr(B.to(dtype))
     Q_A, R_A = torch.linalg.qr(A.to(dtype).mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = core_svd(R_B, R_A)
     return ProductSVD(Q_B @ U, S, Vh @ Q_A.mT)
 
 
@@ -141,6 +148,9 @@ def column_space(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ColumnSpac
     Returns:
         U of shape (m, ρ) with orthonormal columns and S of shape (ρ,), descending, where ρ counts
         the singular values above `RANK_RTOL` times the largest; ρ = 0 for a zero product.
+
+    Raises:
+        IncompatibleError: If a factor holds NaN or infinity.
 
     Cost: O((m + n) r² + r³).
 
@@ -172,6 +182,8 @@ def _column_space_by_gram(B: Tensor, gram: Tensor) -> ColumnSpace | None:
     if int(info) or B.shape[0] < B.shape[1]:
         return None
     gram_B = _gram(B)
+    if not bool(gram_B.isfinite().all()):
+        return None
     values, V = torch.linalg.eigh(L.mT @ gram_B @ L)
     if values.numel() == 0 or not values[0] > 0:
         return None
@@ -190,9 +202,34 @@ def _column_space_by_qr(B: Tensor, A: Tensor, rtol: float) -> ColumnSpace:
     """Column space by Householder QR of both factors and the SVD of their core."""
     Q, R_B = torch.linalg.qr(B)
     R_A = torch.linalg.qr(A.mT, mode="r").R
-    U, S, _ = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, _ = core_svd(R_B, R_A)
     rank = numerical_rank(S, rtol)
     return ColumnSpace(Q @ U[:, :rank], S[:rank])
+
+
+@full_precision
+def core_svd(R_B: Float[Tensor, "p r"], R_A: Float[Tensor, "q r"]) -> ProductSVD:
+    """Singular value decomposition of the core R_B · R_Aᵀ of a product of factors.
+
+    Args:
+        R_B: Triangular factor of B.
+        R_A: Triangular factor of Aᵀ.
+
+    Returns:
+        The decomposition. Singular values that are rounding, as where terms cancel, are zero: an
+        error of eps·‖b_j‖ in column j of B changes the product by eps·Σ_j ‖b_j‖·‖a_j‖.
+
+    Raises:
+        IncompatibleError: If the core is not finite.
+    """
+    core = R_B @ R_A.mT
+    if not bool(core.isfinite().all()):
+        raise IncompatibleError(
+            "the factors hold NaN or infinity, or numbers whose products are too large for float64"
+        )
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    terms = (R_B.norm(dim=0) * R_A.norm(dim=0)).sum()
+    return ProductSVD(U, torch.where(S > _ROUNDING * torch.finfo(S.dtype).eps * terms, S, 0), Vh)
 
 
 def numerical_rank(S: Float[Tensor, " k"], rtol: float) -> int:
@@ -266,6 +303,11 @@ def orthonormal(columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
     """Orthonormal basis of the columns."""
     Q: Tensor = torch.linalg.qr(columns).Q
     return Q
+
+
+def norm(tensor: Tensor) -> float:
+    """Euclidean norm of all entries, summed in the basis precision, which no square leaves."""
+    return float(torch.linalg.vector_norm(tensor, dtype=basis_dtype(tensor.device)))
 
 
 @full_precision

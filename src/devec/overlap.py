@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.adapter import Adapter
-from devec.algebra import on_common_modules
+from devec.algebra import cosine_of, on_common_modules
 from devec.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.joint import resolved_together
-from devec.linalg import column_space
+from devec.linalg import ColumnSpace
 from devec.pool import require_distinct_names, warn_of_strangers
 from devec.precision import full_precision
 from devec.subspace import principal_vectors, random_edge
@@ -109,20 +109,22 @@ def _whole_cosine(
     pair: tuple[str, str], rows: Sequence[ModuleOverlap], norms: Mapping[str, Sequence[float]]
 ) -> float:
     """The cosine of two adapters as vectors, from those of their modules."""
-    scale = math.hypot(*norms[pair[0]]) * math.hypot(*norms[pair[1]])
     inner = math.fsum(row.inner for row in rows if row.pair == pair)
-    return inner / scale if scale else math.nan
+    return cosine_of(inner, *(math.hypot(*norms[name]) for name in pair))
 
 
 def _module_rows(
     module: str, deltas: Mapping[str, Delta], norms: Mapping[str, float]
 ) -> list[ModuleOverlap]:
     """The overlaps of all pairs in one module."""
-    spaces = {name: column_space(delta.B, delta.A) for name, delta in deltas.items()}
+    spaces: dict[str, ColumnSpace] = {}
+    for name, delta in deltas.items():
+        with located(repr(name)):
+            spaces[name] = delta.column_space()
     rows = []
     for a, b in combinations(deltas, 2):
         U, V = spaces[a].U, spaces[b].U
-        scale, inner = norms[a] * norms[b], deltas[a].inner(deltas[b])
+        inner = deltas[a].inner(deltas[b])
         rows.append(
             ModuleOverlap(
                 module=module,
@@ -131,7 +133,7 @@ def _module_rows(
                 squared_cosines=principal_vectors(U, V)[1].square().cpu(),
                 edge=random_edge(len(U), U.shape[1], V.shape[1]),
                 inner=inner,
-                cosine=inner / scale if scale else math.nan,
+                cosine=cosine_of(inner, norms[a], norms[b]),
             )
         )
     return rows

@@ -29,6 +29,7 @@ from devec.subspace import (
     pool_level,
     random_edge,
 )
+from devec.weighted_mean import WeightedMean
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class _Group:
         self.found = _shared_subspace(question, stack, names)
         self.counts: list[int] = self.found.counts.tolist()
         self.shared_norms: list[list[float]] = []
-        self._sum: Tensor | None = None
-        self._biases: list[Tensor | None] = [None] * len(self.counts)
+        self._mean = WeightedMean(len(self.counts))
 
     def parts(self, name: str) -> tuple[list[Delta | None], list[Delta]]:
         """The shared and the unique parts of an adapter, which the common vector takes up."""
@@ -75,33 +75,16 @@ class _Group:
             return [None] * len(self.counts), self.stack.unchanged(name)
         made = self.stack.projected(name, self.found.basis, self.counts)
         self.shared_norms.append(made.norms)
-        weighted = made.coordinates.new_tensor(made.norms)[:, None, None] * made.coordinates
-        self._sum = weighted if self._sum is None else self._sum.add_(weighted)
-        self._biases = [
-            _with_bias(total, part, norm)
-            for total, part, norm in zip(self._biases, made.shared, made.norms, strict=True)
-        ]
+        self._mean.add(made.coordinates, made.exponents, made.norms, made.shared)
         return made.shared, made.unique
 
     def common(self) -> list[Delta | None]:
-        """Means of the shared parts weighted by their norms (Eq. 14), of rank ρ_shared, scaling 1.
-
-        Returns:
-            Z·(Σ w_i·Zᵀ·shared_i) with w_i = ‖shared_i‖/Σ_j ‖shared_j‖; None where nothing is
-            shared.
-        """
+        """The common vectors (Eq. 14), None where nothing is shared."""
         result: list[Delta | None] = []
         for index, count in enumerate(self.counts):
-            if not count or self._sum is None:
-                result.append(None)
-                continue
-            total = math.fsum(norms[index] for norms in self.shared_norms) or 1.0
             Z = self.found.basis[index, :, :count].to(self.stack.dtype)
-            bias = self._biases[index]
-            bias = None if bias is None else bias / total
-            result.append(
-                self.stack.released(Delta(Z, self._sum[index, :count] / total, bias=bias))
-            )
+            mean = self._mean.of(index, Z) if count else None
+            result.append(None if mean is None else self.stack.released(mean))
         return result
 
     def rows(self) -> Iterator[ModuleSplit]:
@@ -150,14 +133,6 @@ def _at(found: SharedSubspace, index: int) -> SharedSubspace:
         spectrum=spectrum[spectrum != 0] if found.padded else spectrum,
         counts=count,
     )
-
-
-def _with_bias(total: Tensor | None, part: Delta | None, norm: float) -> Tensor | None:
-    """A sum of weighted changes of biases with one more."""
-    if part is None or part.bias is None:
-        return total
-    weighted = norm * part.scaling * part.bias
-    return weighted if total is None else total + weighted
 
 
 def row_of(
@@ -228,6 +203,8 @@ def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Par
 def split_pairs(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     """Scope ``pairwise``: a common vector for every pair (Eq. 8-14 with k = 2)."""
     stack.keep_bases()  # of which each is needed once for every other adapter
+    for name in stack.names:
+        found.add_bias_norms(name, stack)
     for pair in combinations(question.names, 2):
         if all(name in stack.names for name in pair):
             group = _Group(question, stack, pair)

@@ -19,9 +19,10 @@ from torch import Tensor
 from devec.bases import column_bases
 from devec.delta import Delta
 from devec.errors import located
+from devec.exponents import extreme_exponent, times_powers
 from devec.joint import base_of, resolved_together
 from devec.lazy import outlines
-from devec.linalg import basis_dtype, column_space, small, working_dtype
+from devec.linalg import RANK_RTOL, basis_dtype, norm, small, working_dtype
 from devec.precision import full_precision
 from devec.reuse import empty, product
 
@@ -56,13 +57,15 @@ class Projected(NamedTuple):
     Attributes:
         shared: Z·Zᵀ·ΔW; None where Z has no columns.
         unique: ΔW - Z·Zᵀ·ΔW, where Z has none the delta as it was read.
-        coordinates: Zᵀ·ΔW.
+        coordinates: Zᵀ·ΔW·2^-e.
+        exponents: e, of each module; 0 unless ΔW leaves the range of the precision.
         norms: ‖Z·Zᵀ·ΔW‖_F.
     """
 
     shared: list[Delta | None]
     unique: list[Delta]
     coordinates: Float[Tensor, "batch k in"]
+    exponents: list[int]
     norms: list[float]
 
 
@@ -135,7 +138,9 @@ class Stack:
     def _basis(self, name: str) -> Float[Tensor, "batch out rank"]:
         """The bases, computed."""
         deltas = self.deltas(name)
-        found = column_bases(self._stacked(deltas, "B"), self._stacked(deltas, "A"))
+        # ranks are those of the adapter, whatever the precision of the others
+        rtol = RANK_RTOL[deltas[0].dtype]
+        found = column_bases(self._stacked(deltas, "B"), self._stacked(deltas, "A"), rtol)
         sound = found.sound.tolist()
         if not all(sound):
             raise UnsoundError([m for m, fine in zip(self.modules, sound, strict=True) if not fine])
@@ -152,6 +157,14 @@ class Stack:
         if name not in self._measured:
             return [delta.resolved().weight_norm() for delta in self.deltas(name)]
         return self._measured[name].norms
+
+    def has_bias(self, name: str) -> bool:
+        """Whether an adapter changes the bias of these modules."""
+        return outlines(self._pool[name])[self.modules[0]].bias is not None
+
+    def bias_norms(self, name: str) -> list[float]:
+        """‖Δb‖ of an adapter's modules."""
+        return [delta.bias_norm() for delta in self.deltas(name)]
 
     @full_precision
     def projected(
@@ -184,9 +197,10 @@ class Stack:
             made = counts[index] > 0
             shared.append(self._part(delta, part, along) if made else None)
             unique.append(self._part(delta, rest, beside) if made else self.released(delta))
-        return Projected(
-            shared, unique, (scalings * C) @ self._stacked(deltas, "A"), norms.tolist()
-        )
+        exponents = [extreme_exponent(norm) for norm in norms.tolist()]
+        left = times_powers(scalings * C, [-exponent for exponent in exponents])
+        coordinates = left @ self._stacked(deltas, "A")
+        return Projected(shared, unique, coordinates, exponents, norms.tolist())
 
     @property
     def working_bytes(self) -> int:
@@ -286,7 +300,8 @@ class ExactStack(Stack):
         """An orthonormal basis of the column space of an adapter's low-rank part."""
         delta = self._delta(name)
         A = delta.A.to(basis_dtype(delta.A.device))
-        U, S = column_space(delta.B if delta.scaling else 0 * delta.B, delta.A)
+        with located(f"module {self.modules[0]!r} of {name!r}"):
+            U, S = delta.column_space()
         norm = delta.weight_norm(abs(delta.scaling) * float(S.norm()))
         self._measured[name] = _Measured(len(S), [norm], small(A @ A.mT)[None])
         return U[None]
@@ -306,10 +321,8 @@ class ExactStack(Stack):
         if delta.gain is None:
             return super().projected(name, Z, counts)
         part = delta.projected(Z[0])
-        coordinates = part.A[None]
-        norms = [float(torch.linalg.matrix_norm(part.A))]
         shared, unique = (self.released(d) for d in (part, delta.without(part)))
-        return Projected([shared], [unique], coordinates, norms)
+        return Projected([shared], [unique], part.A[None], [0], [norm(part.A)])
 
     def located(self) -> AbstractContextManager[None]:
         """What says in messages which module this is, where its base weight is read."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from devec.adapter import Adapter
-from devec.combine import combine, require_numbers
+from devec.arguments import number
+from devec.combine import combine
 from devec.decompose import Decomposition, decompose
 from devec.errors import DevecWarning, IncompatibleError, listed
 from devec.findings import Threshold
@@ -166,7 +167,7 @@ def negate_adapter(
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, §4.3.
     """
-    require_numbers([scale])
+    scale = number(scale, "scale")
     name = f"{adapter}_negated" if adapter_name is None else adapter_name
     return combine_adapters(host, [adapter], [-scale], name, carried_from=carried_from)
 
