@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LOADED = ["torch", "accelerate", "devec", "devec.cli", "devec.stream", "devec.formats"]
-_PATIENCE = 60
+_PATIENCE = 600  # for an end that comes by itself, on a machine as busy as may be
 
 
 @dataclass

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from cases import dense, relative_error
+from cases import dense, make_pool, relative_error, save_kohya
 from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, combine, cosine, distance, inner
+from devec.gain import Magnitude
+from devec.weights import HeldWeight
 
 weights = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-2)
 seeds = st.integers(0, 500)
@@ -66,6 +68,56 @@ def test_nothing_equals_nothing():
 def test_adapters_of_different_bases_are_not_equal():
     a = adapter(1)
     assert a != a.map(lambda _, d: Delta(d.B[:-1], d.A, d.scaling))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("scaling", [1.0, 0.25])
+def test_the_tolerance_of_equality_is_that_of_biases_too(size, scaling):
+    g = torch.Generator().manual_seed(3)
+    B, A = size * torch.randn(64, 4, generator=g), torch.randn(4, 32, generator=g)
+    a = Adapter("a", {"x": Delta(B, A, scaling, torch.randn(64, generator=g))})
+    for same in ((a / 3) * 3, 0.1 * a + 0.9 * a, a + a - a, -1 * -a):
+        assert same == a
+    other = Adapter("a", {"x": Delta(B, A, scaling, torch.randn(64, generator=g))})
+    assert size == 1e6 or a != other
+    assert size == 1e6 or a != Adapter("a", {"x": Delta(B, A, scaling)})
+
+
+def dora(base, name="d"):
+    g = torch.Generator().manual_seed(5)
+    B, A = torch.randn(8, 2, generator=g), torch.randn(2, 6, generator=g)
+    m = torch.rand(8, generator=g) + 2
+    return Adapter(name, {"m": Delta(B, A, 1.0, None, Magnitude(m, "out", base))})
+
+
+def test_doras_of_different_base_models_are_not_equal():
+    one, two = (HeldWeight(torch.randn(8, 6), source) for source in ("one", "two"))
+    a, b = dora(one), dora(two)
+    assert a == dora(one)
+    assert a != b
+    assert b not in [a]
+    assert b in [a, dora(two)]
+    assert a + a != b + b
+    assert dataclasses.replace(b, modules={"other": b.modules["m"]}) != a
+    lora = Adapter("l", {"m": Delta(a.modules["m"].B, a.modules["m"].A)})
+    assert a != lora
+
+
+def test_adapters_of_kinds_that_do_not_align_are_not_equal(tmp_path):
+    """Experts have a form in PEFT alone, so that no file of kohya's is the same."""
+    (experts,) = make_pool(tmp_path / "peft", "experts", k=1)
+    kohya = save_kohya(tmp_path / "kohya.safetensors", 0)
+    one, two = (Adapter.from_pretrained(path) for path in (experts, kohya))
+    assert one != two
+    assert two not in [one]
+
+
+def test_adapters_own_their_modules():
+    modules = dict(adapter(1).modules)
+    a = Adapter("a", modules)
+    modules["q"] = adapter(2).modules["q"]
+    del modules["v"]
+    assert a == adapter(1)
 
 
 def test_adapters_cannot_be_hashed_since_equality_is_up_to_rounding():

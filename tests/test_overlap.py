@@ -1,11 +1,14 @@
 """Overlaps are what the dense subspaces say."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import torch
 from cases import dense
 
-from devec import Adapter, Delta, DevecError, DevecWarning, overlap
+from devec import Adapter, Delta, DevecError, DevecWarning, cosine, decompose, overlap
 from devec.subspace import random_edge
 
 
@@ -42,3 +45,34 @@ def test_pools_that_cannot_be_compared():
         overlap([a, a])
     with pytest.warns(DevecWarning, match="no module in common"):
         assert not overlap([a, adapter("b", 2, module="k")]).modules
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_adapter_of_scaling_zero_overlaps_with_nothing(order):
+    """alpha may be 0, as it is in the file: the adapter changes nothing, whatever its factors."""
+    one = adapter("one", 1)
+    zero = one.map(lambda _, d: dataclasses.replace(d, scaling=0.0), name="zero")
+    pool = [zero, one][::order]
+    (row,) = overlap(pool).modules
+    assert row.ranks == (0, 3)[::order]
+    assert (row.largest, row.edge, row.inner) == (0.0, 0.0, 0.0)
+    assert math.isnan(row.cosine)
+    (split,) = decompose(pool).splits
+    assert (split.ranks, split.largest) == (row.ranks, 0.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-20, 3e15])
+def test_cosines_stay_within_their_range(scale):
+    """Rounding of norms would take the cosine of parallel adapters beyond 1."""
+    for seed in range(60):
+        a = adapter("a", seed, rank=4)
+        b = dataclasses.replace(scale * a, name="b")
+        (row,) = overlap([a, b]).modules
+        for value in (cosine(a, b), row.cosine, overlap([a, b]).cosines["a", "b"]):
+            assert math.acos(value) == pytest.approx(0 if scale > 0 else math.pi, abs=1e-4)
+
+
+def test_the_cosine_of_nothing_is_nan():
+    a = adapter("a", 1)
+    assert math.isnan(cosine(a, 0 * a))
+    assert math.isnan(cosine(a, a.map(lambda _, d: dataclasses.replace(d, B=math.nan * d.B))))

@@ -105,6 +105,42 @@ def test_accelerate_launches_them(tmp_path, pool, alone):
     assert contents(tmp_path / "out") == alone
 
 
+def launched(out, *arguments):
+    """Run teams.py in three processes; returns what each of them left."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
+    script = Path(__file__).with_name("teams.py")
+    ran = subprocess.run(
+        [*launch, f"--master-port={free_port()}", script, out, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    return [(out / f"{rank}.txt").read_text().splitlines() for rank in range(3)]
+
+
+def test_process_groups_end_before_the_processes_do(tmp_path, pool, alone):
+    """Threads of a group that are left when the interpreter has ended abort the process."""
+    said = launched(tmp_path, *pool, "--threshold", "0.5")
+    assert said == 3 * [
+        [
+            "ended with 0",
+            "ended with 0",
+            "gathered: [0, 1, 2]",
+            "the default group sums 3",
+            "groups at the end: False",
+        ]
+    ]
+    assert contents(tmp_path / "out0") == contents(tmp_path / "out1") == alone
+
+
+def test_a_group_that_the_caller_has_made_is_left_to_the_caller(tmp_path):
+    said = launched(tmp_path)
+    assert said == 3 * [["gathered: [0, 1, 2]", "the caller's group sums 3"]]
+
+
 # --- faults -------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,11 @@ class Adapter:
     source: str = ""
     sha256: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("modules", "carried"):
+            if isinstance(value := getattr(self, name), dict):  # which the caller may change
+                object.__setattr__(self, name, dict(value))
+
     @classmethod
     def from_pretrained(
         cls,

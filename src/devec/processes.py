@@ -6,12 +6,14 @@ others found and completes the result.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import finalize
 
 from devec.errors import DevecError
 
@@ -49,8 +51,9 @@ class Failure(NamedTuple):
 class Team:
     """The processes of a job; a context manager that closes their connections.
 
-    Threads of a process group that are still running when the interpreter exits abort the process,
-    and a launcher then stops the others. So the group is destroyed on every way out.
+    Threads of process groups that are still running when the interpreter has ended abort the
+    process, and a launcher then stops the others. So a team destroys its group, and the default
+    group, which torch cannot make twice in one job, is destroyed when the interpreter exits.
 
     Args:
         size: How many were launched; one is alone.
@@ -63,20 +66,21 @@ class Team:
         """Connect to the other processes."""
         self.rank, self.size = 0, size
         self._group: Any = None
-        self._owns_default_group = False
+        self._destroy: Callable[[], object] = lambda: None
         if size == 1:
             return
         import torch
         from accelerate import PartialState
 
-        # a caller that has made the default group uses it afterwards
-        self._owns_default_group = not torch.distributed.is_initialized()
+        given = torch.distributed.is_initialized()  # by the caller, who uses and destroys it
         try:
             state = PartialState(cpu=not torch.cuda.is_available())
+            if not given:
+                atexit.register(_destroy, None)
             self.rank, self._device = state.process_index, state.device
             self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            self._destroy = finalize(self, _destroy, self._group)  # at exit if nobody closes it
         except (RuntimeError, ValueError, KeyError) as error:
-            self.close()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DevecError(
                 f"WORLD_SIZE says that {size} processes were launched, but they cannot be reached "
@@ -92,18 +96,8 @@ class Team:
         self.close()
 
     def close(self) -> None:
-        """Destroy the process groups that were made here; the team is not used afterwards."""
-        if self.size == 1:
-            return
-        import torch
-        from accelerate import PartialState
-
-        if self._owns_default_group and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            PartialState._reset_state()
-        elif self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
-        self._group, self._owns_default_group = None, False
+        """Destroy the process group of this team, which is not used afterwards."""
+        self._destroy()
 
     @property
     def is_first(self) -> bool:
@@ -164,3 +158,11 @@ class Team:
                 f"({reason})"
             ) from error
         return values
+
+
+def _destroy(group: Any) -> None:  # noqa: ANN401
+    """Destroy a process group if it is still there; None stands for the default group."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(group)
