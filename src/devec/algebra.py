@@ -70,9 +70,10 @@ def cosine_of(inner: float, first: float, second: float) -> float:
     Returns:
         The cosine, in [-1, 1] also where rounding makes the quotient larger; nan if a norm is 0.
     """
-    if not (first and second):
+    scale = first * second
+    if not scale:
         return math.nan
-    cosine = inner / first / second
+    cosine = inner / scale
     return math.copysign(1.0, cosine) if abs(cosine) > 1 else cosine
 
 
