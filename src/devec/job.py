@@ -233,7 +233,8 @@ class Job:
         if not (part.modules or part.carried):
             return None
         plan = part.plan(self.form.dtype)
-        return (part, plan) if all(len(piece.modules) == 1 for piece in plan.pieces) else None
+        there = [piece.modules[0] in known for piece in plan.pieces if len(piece.modules) == 1]
+        return (part, plan) if len(there) == len(plan.pieces) and all(there) else None
 
     def _split(self, stack: Stack) -> tuple[Findings, Sequence[str]]:
         """Split a stack and take up its parts."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,23 +12,24 @@ from torch import Tensor
 
 from devec.adapter import Adapter
 from devec.delta import Delta
-from devec.errors import DevecWarning, FormatError, UnsupportedError, listed, located
+from devec.errors import DevecWarning, FormatError, listed, located
 from devec.formats import card, peft_config, peft_dora
 from devec.formats.base_model import base_model
 from devec.formats.magnitudes import warn_of_signs
 from devec.formats.peft_config import CONFIG_NAME, Config
 from devec.formats.peft_dora import BaseWeights
+from devec.formats.peft_found import slots_of, unlisted_targets
+from devec.formats.peft_keys import SortedKeys, sort_keys
 from devec.formats.peft_layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
-from devec.formats.peft_slots import Slot, slot_for
+from devec.formats.peft_slots import Slot
 from devec.formats.tensors import read_tensors, require_factor, require_finite
 from devec.layout import ReadOptions
 from devec.lazy import Lazy, mapped, only, outlines
 
 _PICKLED_NAME = "adapter_model.bin"
-
-_FACTOR = re.compile(
-    r"(?P<path>.+)\.(?:(?P<embedding>lora_embedding_)|lora_)"
-    r"(?P<factor>[AB](?!\.bias)|B)(?P<end>\.weight|\.bias)?"
+_UNUSED = (
+    "belong to a second adapter of an output projection of nn.MultiheadAttention, which PEFT's "
+    "forward pass never uses,"
 )
 
 
@@ -87,18 +86,21 @@ def parsed(
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
     with located(where):
-        keys = _sort_keys(config, tensors)
+        keys = sort_keys(config, tensors)
         for path, kept, key in keys.repeated:
             peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
         copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
         carried = mapped(only(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
-        slots = _slots(config, keys, outlines(tensors))
+        slots = slots_of(config, keys, outlines(tensors))
         weights = BaseWeights(base, family(config, slots)[1], copies)
         modules = _Stored(tensors, keys, slots, weights, where).modules()
         warn_of_signs(where, keys.magnitudes(tensors))
-    _warn_of_left_out(where, keys.training_only)
-    layout = PeftLayout(config, tuple(slots), base, copies)
+    _warn_of_left_out(where, "serve training only", keys.training_only)
+    _warn_of_left_out(where, _UNUSED, keys.unused)
+    layout = PeftLayout(
+        config, tuple(slots), base, copies, unlisted=unlisted_targets(config, keys, slots)
+    )
     return Adapter(name, modules, layout, carried, source=where)
 
 
@@ -111,7 +113,7 @@ class _Stored:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        keys: _SortedKeys,
+        keys: SortedKeys,
         slots: Sequence[Slot],
         weights: BaseWeights,
         where: str,
@@ -172,139 +174,11 @@ def _has_peft_keys(path: Path) -> bool:
         return False
 
 
-@dataclass
-class _SortedKeys:
-    """The keys of a file by what they are.
-
-    Attributes:
-        factors: Path of a module → part → key.
-        embeddings: Paths of the modules that are embeddings.
-        repeated: Keys of magnitudes that stand in a file twice: path, first and further key.
-        base_copies: Keys of weights of the base model.
-        carried: Keys of whole trained tensors.
-        training_only: Keys of what takes no part in the forward pass.
-    """
-
-    factors: dict[str, dict[str, str]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
-    repeated: list[tuple[str, str, str]] = field(default_factory=list)
-    base_copies: list[str] = field(default_factory=list)
-    carried: dict[str, None] = field(default_factory=dict)
-    training_only: list[str] = field(default_factory=list)
-
-    def magnitudes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The modules that have magnitudes, with them."""
-        for path, factors in self.factors.items():
-            if "magnitude" in factors:
-                yield path.removeprefix(PREFIX), tensors[factors["magnitude"]]
-
-
-def _sort_keys(config: Config, keys: Iterable[str]) -> _SortedKeys:
-    """Account for every key of a file, by its name alone."""
-    trained = (".base_layer.bias",) if config.get("bias", "none") != "none" else ()
-    result = _SortedKeys()
-    for key in keys:
-        match = _FACTOR.fullmatch(key)
-        if match:
-            part = "bias" if match["end"] == ".bias" else match["factor"]
-            result.factors.setdefault(match["path"], {})[part] = key
-            if match["embedding"]:
-                result.embeddings.add(match["path"])
-        elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):
-            result.training_only.append(key)
-        elif path := peft_dora.owner(key):
-            known = result.factors.setdefault(path, {}).setdefault("magnitude", key)
-            if known != key:
-                result.repeated.append((path, known, key))
-        elif ".lora_" in key:
-            raise UnsupportedError(f"{key!r} belongs to no kind of LoRA layer that is known")
-        elif ".base_layer." in key and not key.endswith(trained):
-            result.base_copies.append(key)
-        else:
-            result.carried[key] = None
-    lone = [k for k in result.base_copies if k.split(".base_layer.")[0] not in result.factors]
-    result.base_copies = [key for key in result.base_copies if key not in lone]
-    result.carried |= dict.fromkeys(lone)
-    return result
-
-
-def _slots(config: Config, keys: _SortedKeys, known: Mapping[str, Tensor]) -> list[Slot]:
-    """The slots of a file, by the shapes of its tensors."""
-    slots: list[Slot] = []
-    factors = {path: {p: known[k] for p, k in held.items()} for path, held in keys.factors.items()}
-    for path, tensors in factors.items():
-        name = path.removeprefix(PREFIX)
-        missing = {"A", "B"} - tensors.keys()
-        if missing:
-            raise FormatError(f"module {name!r} has no factor {missing.pop()}")
-        with located(f"module {name!r}"):
-            slots.append(_slot(config, path, tensors, embedding=path in keys.embeddings))
-        if slots[-1].name != slots[-1].base_name and not slots[-1].parameters:
-            _warn_of_attention(name)
-    if not slots:
-        raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
-    _require_as_said(config, slots, factors)
-    return slots
-
-
-def _slot(config: Config, path: str, tensors: Mapping[str, Tensor], *, embedding: bool) -> Slot:
-    """The slot of a pair of factors."""
-    name = path.removeprefix(PREFIX)
-    owners = peft_config.owners(config, re.sub(r"(\.base_layer)+$", "", name))
-    ranks: dict[tuple[int, float], list[str]] = {}
-    for owner in owners or [name]:
-        key = peft_config.rank_and_scaling(config, owner)
-        ranks.setdefault(key, []).extend([owner] if owners else [])
-    return slot_for(
-        path,
-        name,
-        tensors,
-        ranks,
-        embedding=embedding,
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-    )
-
-
-def _require_as_said(
-    config: Config, slots: Sequence[Slot], factors: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Check that modules and their tensors are those that the configuration speaks of."""
-    unexpected = [
-        slot.name
-        for slot in slots
-        if not slot.parameters
-        and not peft_config.targets(config, slot.name.partition(".base_layer")[0])
-    ]
-    if unexpected:
-        raise FormatError(
-            f"the file has modules that target_modules of {CONFIG_NAME} does not name, which no "
-            f"host would load: {listed(unexpected)}"
-        )
-    if bool(config.get("lora_bias")) != any("bias" in t for t in factors.values()):
-        raise FormatError(
-            f"lora_bias is {config.get('lora_bias')} in {CONFIG_NAME}, which the tensors contradict"
-        )
-    peft_dora.require_everywhere(
-        config, {path.removeprefix(PREFIX): tensors for path, tensors in factors.items()}
-    )
-
-
-def _warn_of_left_out(where: str, keys: Sequence[str]) -> None:
+def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
     """Name the tensors that take no part in the forward pass."""
     if keys:
         warnings.warn(
-            f"{where}: {len(keys)} tensors serve training only and are left out: "
-            f"{listed(list(keys))}",
+            f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}",
             DevecWarning,
             stacklevel=5,
         )
-
-
-def _warn_of_attention(name: str) -> None:
-    """PEFT's forward pass of nn.MultiheadAttention is not the one its factors say."""
-    warnings.warn(
-        f"module {name!r} is inside nn.MultiheadAttention, where PEFT applies the change of the "
-        "output projection twice; parts add up all the same",
-        DevecWarning,
-        stacklevel=6,
-    )

@@ -288,29 +288,27 @@ def targets(config: Config, name: str) -> bool:
         Whether it does: as an ending of the name if it is a list, as a pattern if a string.
     """
     wanted = config.get("target_modules")
-    if not wanted or config.get("ensure_weight_tying") or wanted == "all-linear":
+    if not wanted:
+        return wanted is None or not config.get("target_parameters")
+    if config.get("ensure_weight_tying") or str(wanted).lower() == "all-linear":
         return True
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
 
 
-def owners(config: Config, name: str) -> list[str]:
-    """Full names of the parameters of a module that ``target_parameters`` names.
+def is_saved_whole(config: Config, name: str) -> bool:
+    """Whether a module is in ``modules_to_save``, inside of which PEFT adapts nothing.
 
     Args:
         config: The configuration.
         name: The module's name in the base model.
 
     Returns:
-        The names, none for an ordinary module.
+        Whether it is, or is inside of such a module.
     """
-    found = []
-    for entry in config.get("target_parameters") or []:
-        module, _, parameter = entry.rpartition(".")
-        if name == module or name.endswith(f".{module}"):
-            found.append(f"{name}.{parameter}")
-    return found
+    saved = config.get("modules_to_save") or []
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)
 
 
 def experts_input_side(config: Config) -> str:

@@ -142,7 +142,7 @@ def _require_kinds(present: Mapping[Slot, Delta]) -> None:
             f"the change of the bias of {listed(biased)} cannot be written: PEFT supports no "
             "lora_bias beside use_dora, and other modules are DoRAs"
         )
-    layers = [slot.name for slot in present if slot.parameters or slot.name != slot.base_name]
+    layers = [slot.name for slot in present if slot.parameters or slot.attention]
     if layers:
         raise UnsupportedError(
             f"PEFT supports no DoRA of {listed(layers)}, which are parameters or inside "

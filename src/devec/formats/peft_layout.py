@@ -14,7 +14,7 @@ from torch import Tensor
 from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.dora import require_representable
-from devec.errors import IncompatibleError, OutputError, UnsupportedError
+from devec.errors import IncompatibleError, UnsupportedError
 from devec.formats import peft_config, peft_dora, peft_written
 from devec.formats.align import aligned
 from devec.formats.base_model import BaseModel, base_model
@@ -23,6 +23,7 @@ from devec.formats.families import Family
 from devec.formats.peft_config import Config
 from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_slots import Slot, has_biases, padded
+from devec.formats.peft_units import held_by, merged_copies, merged_slots, named_ranks, ranks_of
 from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.plan import FilePlan, Piece
 from devec.layout import Layout
@@ -43,6 +44,7 @@ class PeftLayout:
         base_copies: Weights of the base model that PEFT stores beside adapted embeddings.
         merged_from: Configurations of all the adapters that the slots come from, if they are
             several, so that `config` does not speak for all of them.
+        unlisted: Names of modules that their ``target_modules`` name and that have no slot.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class PeftLayout:
     base: BaseModel = field(default_factory=lambda: base_model(None))
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     merged_from: tuple[Config, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
     suffix = ""
     joins = False
@@ -144,33 +147,14 @@ class PeftLayout:
         for name in peft_config.POOL_FIELDS:
             peft_config.require_same(name, [layout.config.get(name) for layout in layouts])
         peft_config.require_same_parameters([layout.config for layout in layouts])
-        slots: dict[str, Slot] = {}
-        copies: dict[str, Tensor] = {}
-        for layout in layouts:
-            for slot in layout.slots:
-                known = slots.setdefault(slot.path, slot)
-                if (known.kind, known.kernel, known.experts) != (
-                    slot.kind,
-                    slot.kernel,
-                    slot.experts,
-                ):
-                    raise IncompatibleError(
-                        f"module {slot.name!r} is {known.kind} {known.kernel or ''} in one adapter "
-                        f"and {slot.kind} {slot.kernel or ''} in another"
-                    )
-            for key, tensor in layout.base_copies.items():
-                if not torch.equal(copies.setdefault(key, tensor), tensor):
-                    raise IncompatibleError(
-                        f"the adapters hold different base weights under {key!r}, so they are "
-                        "adapters of different base models"
-                    )
         configs = tuple(c for layout in layouts for c in layout.merged_from or (layout.config,))
         return dataclasses.replace(
             self,
-            slots=tuple(slots.values()),
+            slots=merged_slots([layout.slots for layout in layouts]),
             base=next((o.base for o in layouts if o.base.given is not None), self.base),
-            base_copies=copies,
+            base_copies=merged_copies([layout.base_copies for layout in layouts]),
             merged_from=configs if others else self.merged_from,
+            unlisted=tuple(dict.fromkeys(n for layout in layouts for n in layout.unlisted)),
         )
 
     def carrying(self, other: Layout) -> PeftLayout:
@@ -230,7 +214,7 @@ class PeftLayout:
         # ranks are written as patterns.
         known = {name: delta.outline for name, delta in outlines(adapter.modules).items()}
         require_places({n: slot.shape for slot in self.slots for n in slot.modules}, known)
-        held: dict[Slot, list[Delta]] = {slot: slot.held(known) for slot in self.slots}
+        held = held_by(self.slots, known, outlines(adapter.carried))
         config = peft_written.plain(self.config, carried=bool(adapter.carried))
         with_bias = has_biases(held)
         dora = any(delta.gain is not None for delta in known.values())
@@ -244,10 +228,22 @@ class PeftLayout:
             require_representable(adapter.modules)
             held = {slot: [doras[slot](d) for d in deltas] for slot, deltas in held.items()}
         as_read = self._as_read(held)
+        ranks = ranks_of(held)
         if not as_read:
-            config, held = self._with_ranks(config, held)
+            held = {
+                slot: padded(deltas, ranks[slot.unit]) for slot, deltas in held.items() if deltas
+            }
+            config = peft_written.with_ranks(config, *named_ranks(held))
+        if not as_read or self._reaches_further(config):
+            config = self._with_targets(config, held)
         pieces = [
-            _piece(slot, doras.get(slot), padding=not as_read, with_bias=with_bias, dtype=dtype)
+            _piece(
+                slot,
+                doras.get(slot),
+                rank=None if as_read else ranks[slot.unit],
+                with_bias=with_bias,
+                dtype=dtype,
+            )
             for slot in held
         ]
         prefixes = tuple(f"{slot.path}." for slot in held)
@@ -262,22 +258,22 @@ class PeftLayout:
         )
         return config, plan
 
-    def _with_ranks(
-        self, config: dict[str, Any], held: Mapping[Slot, Sequence[Delta]]
-    ) -> tuple[dict[str, Any], dict[Slot, list[Delta]]]:
-        """A configuration with the ranks that there are, and the slots that are left."""
-        left_out = [slot.name for slot, deltas in held.items() if not deltas]
-        left = {slot: padded(deltas) for slot, deltas in held.items() if deltas}
-        if not left:
-            raise OutputError("the adapter changes no module; there is nothing to write")
-        config = peft_written.with_ranks(
+    def _with_targets(self, config: Config, held: Mapping[Slot, Sequence[Delta]]) -> Config:
+        """A configuration that targets the slots that are left, and nothing else."""
+        targets = dict.fromkeys(slot.target for slot in held if not slot.parameters)
+        missing = [slot.target for slot in self.slots if slot not in held]
+        return peft_written.with_targets(
             config,
-            {name: d[0].rank for s, d in left.items() for name in s.parameters or (s.name,)},
-            [slot.name for slot in left if not slot.parameters],
-            left_out,
+            list(targets),
+            [name for name in (*missing, *self.unlisted) if name not in targets],
             listed=all(map(peft_written.is_plain_list, self.merged_from or (self.config,))),
         )
-        return config, left
+
+    def _reaches_further(self, config: Config) -> bool:
+        """Whether a configuration that was read targets modules that the result does not have."""
+        tied = config.get("ensure_weight_tying") and not config.get("modules_to_save")
+        saved = peft_config.is_saved_whole
+        return bool(tied) or any(not saved(config, name) for name in self.unlisted)
 
     def _as_read(self, held: Mapping[Slot, Sequence[Delta]]) -> bool:
         """Whether ranks and scalings are still what the configuration says."""
@@ -316,16 +312,16 @@ def _piece(
     slot: Slot,
     dora: Callable[[Delta], Delta] | None,
     *,
-    padding: bool,
+    rank: int | None,
     with_bias: bool,
     dtype: torch.dtype | None,
 ) -> Piece:
-    """What is stored of the modules of a slot."""
+    """What is stored of the modules of a slot, brought to a rank if one is given."""
 
     def tensors(modules: Mapping[str, Delta]) -> dict[str, Tensor]:
-        deltas = slot.held(modules)
+        deltas = slot.held(modules, always=True)
         deltas = deltas if dora is None else [dora(delta) for delta in deltas]
-        deltas = padded(deltas) if padding else deltas
+        deltas = deltas if rank is None else padded(deltas, rank)
         return slot.write(deltas, with_bias=with_bias, dtype=dtype)
 
     return Piece(slot.name, tuple(slot.modules), tensors)

@@ -9,6 +9,7 @@ pairs of factors stacked, A by expert and B by rank.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,16 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.errors import FormatError, IncompatibleError, UnsupportedError, listed
+from devec.formats import peft_names
 from devec.formats.magnitudes import magnitude_dtype
 from devec.formats.tensors import storable
 from devec.gain import Magnitude
 from devec.weights import BaseWeight
+
+# Projections of experts as transformers 4 names them. With transformers 5 PEFT makes one parameter
+# of them when it loads an adapter, for which it takes the rank that the configuration names first.
+EXPERTS = "*.experts.*"
+_EXPERT = re.compile(r"\.experts\.\d+\.(?:w1|w2|w3|gate_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Slot:
         kernel: Shape of a convolution's kernel.
         experts: Number of experts.
         parameters: Full names of the parameters the slot may belong to, if it is not a module.
+        attention: Name of the nn.MultiheadAttention that the slot is a projection of, if it is one.
         fan_in_fan_out: Whether the configuration says that linear layers are stored transposed.
     """
 
@@ -51,6 +59,7 @@ class Slot:
     kernel: tuple[int, ...] = ()
     experts: int = 1
     parameters: tuple[str, ...] = ()
+    attention: str = ""
     fan_in_fan_out: bool = False
 
     @property
@@ -72,7 +81,23 @@ class Slot:
     @property
     def base_name(self) -> str:
         """Name of the layer in a base model that is not wrapped by PEFT."""
-        return self.name.replace(".base_layer", "")
+        return peft_names.plain(self.name)
+
+    @property
+    def target(self) -> str:
+        """Name by which PEFT targets the layer and looks up its rank and alpha."""
+        return peft_names.plain(self.attention or self.name)
+
+    @property
+    def unit(self) -> str:
+        """Name of the slots that PEFT makes together, with one rank; of others the path.
+
+        They are the projections of an nn.MultiheadAttention, the parameters of a module, and the
+        experts of transformers 4, of which transformers 5 makes one parameter.
+        """
+        if self.attention or self.parameters:
+            return self.target
+        return EXPERTS if _EXPERT.search(self.name) else self.path
 
     @property
     def modules(self) -> list[str]:
@@ -81,17 +106,18 @@ class Slot:
             return [f"{self.name}[{expert}]" for expert in range(self.experts)]
         return [self.name]
 
-    def held(self, modules: Mapping[str, Delta]) -> list[Delta]:
+    def held(self, modules: Mapping[str, Delta], *, always: bool = False) -> list[Delta]:
         """The deltas of the slot among those of an adapter.
 
         Args:
             modules: Name → delta of the adapter.
+            always: Whether modules that the adapter does not change are zeros.
 
         Returns:
             One for each of `modules`, or none if the adapter does not change the module. A
-            parameter stays, with zeros: PEFT wants all adapters of a model to target the same.
+            parameter is always written: PEFT wants all adapters of a model to target the same.
         """
-        if not self.parameters:
+        if not self.parameters and not always:
             return [modules[self.name]] if self.name in modules else []
         device = next((modules[n].B.device for n in self.modules if n in modules), None)
         B, A = (torch.zeros(s, device=device) for s in ((self.shape[0], 0), (0, self.shape[1])))
@@ -172,17 +198,17 @@ class Slot:
         return stored
 
 
-def padded(deltas: Sequence[Delta]) -> list[Delta]:
+def padded(deltas: Sequence[Delta], rank: int) -> list[Delta]:
     """Deltas of a slot brought to one rank with zeros, scaling folded into B.
 
     Args:
         deltas: The deltas, without gains or with magnitudes.
+        rank: The rank, of which none has more.
 
     Returns:
-        Deltas of the same effect; of rank 1 at least, since PEFT knows no rank 0.
+        Deltas of the same effect.
     """
     result = []
-    rank = max([1, *(delta.rank for delta in deltas)])
     for delta in (d.folded() for d in deltas):
         short = rank - delta.rank
         if not short:
@@ -194,34 +220,17 @@ def padded(deltas: Sequence[Delta]) -> list[Delta]:
     return result
 
 
-def slot_for(
-    path: str,
-    name: str,
-    tensors: Mapping[str, Tensor],
-    ranks: Mapping[tuple[int, float], Sequence[str]],
-    *,
-    embedding: bool,
-    fan_in_fan_out: bool = False,
-) -> Slot:
-    """Recognise the kind of layer from the shapes of its tensors and check them.
+def require_shapes(A: Tensor, B: Tensor) -> None:
+    """Check that two tensors are the factors of a layer that PEFT can merge.
 
     Args:
-        path: Key of the module without the suffix of the factor.
-        name: Name of the module in the base model.
-        tensors: ``"A"`` and ``"B"``, and ``"bias"`` if stored.
-        ranks: The (rank, scaling) that the configuration gives the module, or its parameters, with
-            the names of those parameters.
-        embedding: Whether the keys are those of an embedding.
-        fan_in_fan_out: Whether the configuration says that linear layers are stored transposed.
-
-    Returns:
-        The slot.
+        A: The factor on the input side.
+        B: The factor on the output side.
 
     Raises:
-        FormatError: If the tensors contradict each other or the configuration.
+        FormatError: If they contradict each other.
         UnsupportedError: If the layer is one whose delta PEFT itself cannot form.
     """
-    A, B = tensors["A"], tensors["B"]
     if A.ndim != B.ndim or not 2 <= A.ndim <= 5 or 0 in (*A.shape, *B.shape):
         raise FormatError(
             f"factors have shapes A {tuple(A.shape)} and B {tuple(B.shape)}; expected two "
@@ -237,43 +246,6 @@ def slot_for(
             f"ranks disagree: A {tuple(A.shape)} has {A.shape[0]} rows, B {tuple(B.shape)} has "
             f"{B.shape[1]} columns"
         )
-    (rank, scaling), parameters = _fitting(A.shape[0], ranks)
-    kind = "conv" if A.ndim > 2 else "embedding" if embedding else "linear"
-    experts = A.shape[0] // rank
-    shape = (B.shape[0], A[0].numel())
-    return Slot(
-        path=path,
-        name=name,
-        kind="experts" if parameters and experts > 1 else kind,
-        shape=shape,
-        rank=rank,
-        scaling=scaling,
-        dtypes=(A.dtype, B.dtype),
-        kernel=tuple(A.shape[2:]),
-        experts=experts,
-        parameters=tuple(parameters),
-        fan_in_fan_out=fan_in_fan_out,
-    )
-
-
-def _fitting(
-    rows: int, ranks: Mapping[tuple[int, float], Sequence[str]]
-) -> tuple[tuple[int, float], Sequence[str]]:
-    """The one rank and scaling of the configuration that fits the rows of A."""
-    fitting = [
-        (key, names)
-        for key, names in ranks.items()
-        if key[0] == rows or (names and rows % key[0] == 0)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    said = " or ".join(str(rank) for rank, _ in ranks)
-    if not fitting:
-        raise FormatError(f"the config says rank {said}, the tensors have rank {rows}")
-    raise UnsupportedError(
-        f"several parameters of this module have different ranks or alphas ({said}) and the keys "
-        "do not tell which is which; give them one rank and alpha"
-    )
 
 
 def has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 from devec.formats import card
 from devec.formats.peft_config import CARRIED_FIELDS, CONFIG_NAME, TRAINING_ONLY_FIELDS, Config
 
+# Tasks for which PEFT's own classes train a head whole and refuse adapters without one.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 Number = TypeVar("Number", int, float)
 
 
@@ -33,7 +36,7 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "target_modules": alternation(modules),
+        **exact_targets(modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
@@ -62,7 +65,7 @@ def _escaped(name: str, optional: str) -> str:
 
 
 def rank_pattern(
-    ranks: Mapping[str, Number], optional: str = ""
+    ranks: Mapping[str, Number], optional: str = "", usual: Number | None = None
 ) -> tuple[Number, dict[str, Number]]:
     """The most frequent rank (or alpha), and patterns for modules of others.
 
@@ -72,11 +75,12 @@ def rank_pattern(
     Args:
         ranks: Name (of a module or parameter) in the base model → rank or alpha.
         optional: What the names may begin with or not.
+        usual: The rank that needs no pattern; by default the most frequent.
 
     Returns:
         The rank, and ``rank_pattern``.
     """
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    common = Counter(ranks.values()).most_common(1)[0][0] if usual is None else usual
     others = sorted({rank for rank in ranks.values() if rank != common})
     named = {rank: [name for name, r in ranks.items() if r == rank] for rank in others}
     return common, {f"^{alternation(named[rank], optional)}": rank for rank in others}
@@ -97,73 +101,109 @@ def plain(config: Config, *, carried: bool) -> Config:
     if config.get("init_lora_weights", True) is not True:
         changes["init_lora_weights"] = True
     if not carried:
+        if config.get("modules_to_save") and config.get("task_type") in _TASKS_WITH_HEADS:
+            changes["task_type"] = None
         for field in ("modules_to_save", "trainable_token_indices", "bias"):
             if config.get(field, CARRIED_FIELDS[field]) != CARRIED_FIELDS[field]:
                 changes[field] = CARRIED_FIELDS[field]
     return {**config, **changes}
 
 
-def with_ranks(
-    config: Config,
-    ranks: Mapping[str, int],
-    modules: Sequence[str],
-    left_out: Sequence[str],
-    *,
-    listed: bool,
-) -> Config:
-    """A configuration for modules of these ranks, with alpha = r, so that the scaling is 1.
+def with_ranks(config: Config, ranks: Mapping[str, int], usual: int | None) -> Config:
+    """A configuration for layers of these ranks, with alpha = r, so that the scaling is 1.
 
     Args:
         config: The input's configuration.
         ranks: Name (of a module or parameter) in the base model → rank.
-        modules: Names of the modules to target by name, which excludes those of parameters.
-        left_out: Names of the modules that the input had and the result has not.
-        listed: Whether all inputs named their modules by lists, and by nothing else.
+        usual: The rank that is to need no pattern; by default the most frequent.
 
     Returns:
         The configuration.
     """
-    common, pattern = rank_pattern(ranks)
-    changes: Config = {
+    common, pattern = rank_pattern(ranks, usual=usual)
+    return {
+        **config,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "use_rslora": False,
-        "target_modules": _exact_targets(config, modules, left_out, listed=listed),
     }
+
+
+def with_targets(
+    config: Config, modules: Sequence[str], others: Sequence[str], *, listed: bool
+) -> Config:
+    """A configuration that targets these modules and no other.
+
+    A list of names also matches the endings of names. That is exact where the inputs' own lists
+    were, since whatever ends like one of their modules was a module of theirs, and no module that
+    the result lacks ends like one that stays. Otherwise names that only end alike are excluded.
+
+    Args:
+        config: The input's configuration.
+        modules: Names of the modules to target by name, which excludes those of parameters.
+        others: Names of modules that the inputs' configurations target and the result lacks.
+        listed: Whether all inputs named their modules by lists, and by nothing else.
+
+    Returns:
+        The configuration.
+    """
+    changes: Config = {"target_modules": list(modules)}
+    if not modules:
+        wanted = config.get("target_modules")
+        changes["target_modules"] = [] if others or isinstance(wanted, list) else wanted
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config.get(field) is not None:
             changes[field] = None
+    if config.get("ensure_weight_tying") and not config.get("modules_to_save"):
+        changes["ensure_weight_tying"] = False
+    if modules and not (listed and not _endings(modules, others)):
+        changes |= exact_targets(modules)
     return {**config, **changes}
 
 
 def is_plain_list(config: Config) -> bool:
     """Whether a configuration names its modules by a list, and by nothing else."""
-    narrowed = any(config.get(field) for field in ("exclude_modules", "layers_to_transform"))
+    fields = ("exclude_modules", "layers_to_transform", "ensure_weight_tying")
+    narrowed = any(config.get(field) for field in fields)
     return isinstance(config.get("target_modules"), list) and not narrowed
 
 
-def _exact_targets(
-    config: Config, modules: Sequence[str], left_out: Sequence[str], *, listed: bool
-) -> list[str] | str | None:
-    """``target_modules`` that names these modules and no other.
+def exact_targets(modules: Sequence[str]) -> Config:
+    """Fields that make PEFT adapt the modules of these names and no other.
 
-    A list matches names and endings of names. That is exact where the inputs' own lists were, since
-    whatever ends like one of their modules was a module of theirs, and no module left out ends like
-    one that stays. Otherwise an alternation, which is matched as a whole.
+    PEFT widens a pattern to the last parts of the names that it matches in models whose experts
+    transformers 5 stores in another way, and leaves a list of full names as it is. A list also
+    matches modules whose names only end like one of these, so that they are excluded. The module
+    that contains the first is excluded with them: PEFT warns where nothing is.
+
+    Args:
+        modules: Their names in the base model.
 
     Returns:
-        The value of the field.
+        The fields.
     """
-    if not modules:
-        wanted: list[str] | str | None = config.get("target_modules")
-        return [] if left_out or isinstance(wanted, list) else wanted
-    endings = {f".{name}" for name in modules}
-    ambiguous = any(name.endswith(end) for name in left_out for end in endings)
-    if listed and not ambiguous:
-        return list(modules)
-    return alternation(modules)
+    names = set(modules)
+    parents = (name.rpartition(".")[0] for name in modules)
+    parent = next((name for name in parents if name and name not in names), "")
+    longer = sorted(_endings(modules, modules))
+    but = f"(?!{alternation(longer)}$)" if longer else ""
+    excluded = f"{but}.+\\.{alternation(modules)}"
+    if parent:
+        excluded = f"{re.escape(parent)}|{excluded}"
+    return {"target_modules": list(modules), "exclude_modules": excluded}
+
+
+def _endings(modules: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Those of other names that end like one of the modules' names, and are not that name."""
+    names = set(modules)
+    found = set()
+    for other in others:
+        parts = other.split(".")
+        if any(".".join(parts[start:]) in names for start in range(1, len(parts))):
+            found.add(other)
+    return found
 
 
 def write_beside(

@@ -15,7 +15,8 @@ from devec.errors import FormatError, IncompatibleError, OutputError, Unsupporte
 from devec.formats.magnitudes import MAGNITUDE_VECTOR
 from devec.formats.peft_config import Config, rank_and_scaling, targets
 from devec.formats.peft_layout import PREFIX
-from devec.formats.peft_written import alternation, rank_pattern
+from devec.formats.peft_names import lookup_name
+from devec.formats.peft_written import exact_targets, rank_pattern
 from devec.hosts.layers import Parts, is_wrapper, walk
 
 
@@ -59,30 +60,50 @@ def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
     config = {"peft_version": peft.__version__, **config}
     layers = _layers(parts)
-    found = {n: at for n, layer in layers.items() if (at := _rank(layer, name))}
+    found = _ranks(layers, name)
     if any(rank_and_scaling(config, n) != at for n, at in found.items()):
         ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
         alphas, alphas_of = rank_pattern({n: rank * s for n, (rank, s) in found.items()})
         patterns = {"rank_pattern": ranks_of, "alpha_pattern": alphas_of}
         config |= {"r": ranks, "lora_alpha": alphas, "use_rslora": False, **patterns}
-    if any(not targets(config, n) for n in found):
-        config["target_modules"] = alternation(list(found))
+    modules = list(_ranks({n: m for n, m in layers.items() if not _is_parameter(m)}, name))
+    if any(not targets(config, n) for n in modules):
+        config |= exact_targets(modules)
     return config
 
 
-def _rank(layer: Any, name: str) -> tuple[int, float] | None:  # noqa: ANN401
-    """Rank and scaling of an adapter in a layer; None if it is not there, or in a parameter."""
+def _ranks(layers: Mapping[str, Any], name: str) -> dict[str, tuple[int, float]]:
+    """Name by which PEFT looks a layer or parameter up → its rank and scaling of an adapter."""
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    attentions = {n for n, layer in layers.items() if isinstance(layer, MultiheadAttention)}
+    ranks = {}
+    for n, layer in layers.items():
+        at = _rank(layer, name)
+        if at is not None:
+            known = lookup_name(n, attentions)
+            ranks[f"{known}.{layer.parameter_name}" if _is_parameter(layer) else known] = at
+    return ranks
+
+
+def _is_parameter(layer: object) -> bool:
+    """Whether a layer adapts a parameter of a module and not the module."""
     from peft.tuners.lora.layer import ParamWrapper
 
+    return isinstance(layer, ParamWrapper)
+
+
+def _rank(layer: Any, name: str) -> tuple[int, float] | None:  # noqa: ANN401
+    """Rank and scaling of an adapter in a layer, of each expert; None if it is not there."""
     A = layer.lora_embedding_A if name in layer.lora_embedding_A else layer.lora_A
-    if name not in A or isinstance(layer, ParamWrapper):
+    if name not in A:
         return None
     factor = A[name] if isinstance(A, nn.ParameterDict) else A[name].weight
     scaling = layer.scaling[name]
     if not isinstance(scaling, Tensor):  # of hotswapping, which leaves r and alpha as they were
         rank = layer.r[name]
         scaling = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora[name] else rank)
-    return factor.shape[0], float(scaling)
+    return factor.shape[0] // getattr(layer, "num_experts", 1), float(scaling)
 
 
 class _Place(NamedTuple):
@@ -281,7 +302,7 @@ def _at(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
 
 def _require_scalings(layers: Mapping[str, Any], name: str, config: Config) -> None:
     """Check that the layers have the ranks and scalings that the configuration gives them."""
-    found = {module: _rank(layer, name) for module, layer in layers.items()}
-    wrong = [m for m, at in found.items() if at and at != rank_and_scaling(config, m)]
+    found = _ranks(layers, name)
+    wrong = [m for m, at in found.items() if at != rank_and_scaling(config, m)]
     if wrong:
         raise FormatError(f"it gives other ranks or scalings to {listed(wrong)}")

@@ -1,0 +1,56 @@
+"""Names of layers inside PEFT's wrappers, and the names under which PEFT looks them up.
+
+PEFT keeps the layer that it wraps as ``base_layer``, so keys of layers inside a wrapper contain
+that word. Targets and patterns are matched against the names in the base model. The projections of
+nn.MultiheadAttention are one target: the attention itself, whose rank and alpha both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+_WRAPPED = ".base_layer"
+_OUT_PROJ = "out_proj"
+
+
+def plain(name: str) -> str:
+    """The name of a layer in a base model that PEFT has not wrapped."""
+    return name.replace(_WRAPPED, "")
+
+
+def depth(name: str) -> int:
+    """The number of wrappers of a module outside the one that is named."""
+    inner = name.removesuffix(_WRAPPED)
+    return 0 if inner == name else 1 + depth(inner)
+
+
+def attentions_in(names: Iterable[str], parameters: Collection[str]) -> set[str]:
+    """The modules that are nn.MultiheadAttention.
+
+    Args:
+        names: Names of all layers that have factors.
+        parameters: Those of them that are parameters, inside which a module may have the same name.
+
+    Returns:
+        Names of those that contain an adapted output projection.
+    """
+    known = set(names)
+    return {
+        name for name in known.difference(parameters) if f"{name}{_WRAPPED}.{_OUT_PROJ}" in known
+    }
+
+
+def attention_of(name: str, attentions: Collection[str]) -> str:
+    """The nn.MultiheadAttention that a layer is a projection of, empty if there is none."""
+    owner = name.removesuffix(f"{_WRAPPED}.{_OUT_PROJ}")
+    return owner if owner in attentions else ""
+
+
+def unused_projection(attention: str) -> str:
+    """The name of an output projection as a module of its own, which PEFT's forward never calls."""
+    return f"{attention}.{_OUT_PROJ}"
+
+
+def lookup_name(name: str, attentions: Collection[str]) -> str:
+    """The name by which PEFT targets a layer and looks up its rank and alpha."""
+    return plain(attention_of(name, attentions) or name)
