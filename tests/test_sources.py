@@ -11,8 +11,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from cases import save_adapter
+from cases import make_base, save_adapter
 from huggingface_hub import constants
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from devec import Adapter, DevecError, decompose
@@ -336,3 +337,58 @@ def test_names_that_no_repository_has(hub, name):
     with pytest.raises(DevecError, match="cannot push"):
         Adapter.from_pretrained(KOHYA).push_to_hub(name, token="hf_secret")
     assert not hub.commits
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A directory in which PEFT saved two adapters of a model, each in a folder of its name."""
+    paths = {
+        n: save_adapter(tmp_path / "made" / n, "linear", "plain", i) for i, n in enumerate("ab")
+    }
+    host = PeftModel.from_pretrained(make_base("linear"), paths["a"], adapter_name="anime")
+    host.load_adapter(paths["b"], "pixel")
+    host.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved/adapter_config.json").exists()
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+def test_adapters_in_subfolders_are_named_with_how_to_read_one(
+    several, levels, capsys, monkeypatch
+):
+    directory = several if levels == 0 else several.parent
+    names = ["anime", "pixel"] if levels == 0 else ["saved/anime", "saved/pixel"]
+    if levels:
+        shutil.rmtree(directory / "made")
+    parts = ("is not an adapter", *names, f"subfolder='{names[0]}'", f"{directory}/{names[0]}")
+    refused(directory, parts=parts)
+    read = Adapter.from_pretrained(directory, subfolder=names[0])
+    assert read == Adapter.from_pretrained(directory / names[0])
+    monkeypatch.setattr(sys, "argv", ["devec", "inspect", str(directory)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert all(part in said for part in parts)
+
+
+def test_a_subfolder_that_is_not_there_is_answered_with_those_that_are(several):
+    refused(several, subfolder="anmie", parts=("no such file", "anmie", "'anime', 'pixel'"))
+
+
+def test_the_default_adapter_is_read_where_others_are_beside_it(several, tmp_path):
+    host = PeftModel.from_pretrained(make_base("linear"), several / "anime")
+    host.load_adapter(several / "pixel", "pixel")
+    host.save_pretrained(tmp_path / "out")
+    assert Adapter.from_pretrained(tmp_path / "out") == Adapter.from_pretrained(several / "anime")
+    other = Adapter.from_pretrained(tmp_path / "out", subfolder="pixel")
+    assert other == Adapter.from_pretrained(several / "pixel")
+
+
+def test_repositories_with_adapters_in_subfolders_are_answered_alike(cache, several):
+    files = {f.relative_to(several).as_posix(): f for f in several.rglob("*") if f.is_file()}
+    stored(cache, "user/several", files)
+    refused("user/several", parts=("holds no", "'anime', 'pixel'", "user/several/anime"))
+    assert Adapter.from_pretrained("user/several/anime") == Adapter.from_pretrained(
+        several / "anime"
+    )

@@ -31,7 +31,7 @@ from devec.errors import FormatError, IncompatibleError, UnsupportedError, locat
 from devec.layout import MAX_RANK, READERS, Layout, Plan, ReadOptions
 from devec.lazy import outlines
 from devec.output import Writer, write_all
-from devec.sources import default_name, exists, locate, upload
+from devec.sources import adapters_inside, default_name, exists, locate, upload
 
 # Two adapters are equal in effect when they differ by less than this fraction of their factors: a
 # few units of float32 roundoff, the precision factors are combined in. Of the factors, not of the
@@ -123,7 +123,7 @@ class Adapter:
                 return adapter if lazy else adapter.loaded()
         raise FormatError(
             f"{found} is not an adapter: expected a .safetensors file, a directory with one, or a "
-            "PEFT adapter directory"
+            f"PEFT adapter directory{adapters_inside(found)}"
         )
 
     def save_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +20,7 @@ _ANSWERS = (400, 401, 403, 404)  # whatever else happens, the cache may still ha
 _TIMEOUT = 10.0  # seconds for an answer of the Hub, before its cache is looked at
 # Of several files, the one that a library writes by that name.
 _USUAL_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+_OF_ADAPTERS = (CONFIG, *_USUAL_WEIGHTS)
 
 
 def locate(
@@ -52,7 +54,9 @@ def locate(
             )
         found = Path(path).joinpath(*filter(None, (subfolder, weight_name)))
         if not exists(found):
-            raise FormatError(f"no such file or directory: {str(found)!r}")
+            raise FormatError(
+                f"no such file or directory: {str(found)!r}{adapters_inside(Path(path))}"
+            )
         return found
     match = _REPOSITORY.fullmatch(str(path))
     if not match or match["repo"].endswith(_FILE_ENDINGS):
@@ -86,6 +90,39 @@ def exists(path: str | Path) -> bool:
         return bool(str(path).strip()) and Path(path).exists()
     except (OSError, ValueError):
         return False
+
+
+def adapters_inside(directory: Path) -> str:
+    """What to say of a directory whose subfolders hold adapters, empty of others.
+
+    PEFT saves each adapter of a model in a folder of its name, but for the one named ``default``.
+
+    Args:
+        directory: The directory, or what else there is or is not at a path.
+
+    Returns:
+        The continuation of a message, which names the subfolders.
+    """
+    for pattern in ("*", "*/*"):
+        with suppress(OSError):  # of folders that may not be read
+            paths = sorted(directory.glob(pattern))
+            folders = [p.relative_to(directory).as_posix() for p in paths if _has_adapter(p)]
+            if folders:
+                return _one_of(str(directory), folders)
+    return ""
+
+
+def _has_adapter(path: Path) -> bool:
+    """Whether a path is a folder with the files of an adapter."""
+    return any((path / name).is_file() for name in _OF_ADAPTERS)
+
+
+def _one_of(place: str, folders: list[str]) -> str:
+    """How to read an adapter in one of the subfolders of a directory or repository."""
+    return (
+        f"; there are adapters in the subfolders {listed(folders)}: name one of them "
+        f"(subfolder={folders[0]!r}, or {place}/{folders[0]})"
+    )
 
 
 def default_name(path: Path) -> str:
@@ -162,9 +199,12 @@ def _wanted(repo: str, files: Sequence[str], subfolder: str, weight_name: str | 
             f"{repo}/FILE): {listed(sorted(chosen))}"
         )
     if not chosen:
+        folders = {str(p.parent) for p in map(PurePosixPath, files) if p.name in _OF_ADAPTERS}
+        folders -= {"."}
         raise FormatError(
             f"repository {repo!r} holds no {weight_name or '.safetensors file'} in "
             f"{'its root' if subfolder == '.' else subfolder!r}; it holds {listed(sorted(files))}"
+            + (_one_of(repo, sorted(folders)) if folders else "")
         )
     config = [here[CONFIG]] if CONFIG in here and chosen[0].startswith("adapter_model") else []
     return [*config, here[chosen[0]]]
