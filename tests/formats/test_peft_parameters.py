@@ -91,6 +91,14 @@ CASES = {
             "rank_pattern": {"mixer.A_log": 2, r"mixer\.in_proj": 5},
         },
     ),
+    "weights of layers": (
+        Inside,
+        {
+            "target_modules": ["attn"],
+            "target_parameters": ["mixer.conv.weight", "mixer.out_proj.weight"],
+            "rank_pattern": {"conv.weight": 2},
+        },
+    ),
     "layers inside": (
         Inside,
         {
@@ -139,7 +147,7 @@ def test_sums_do_what_their_adapters_do(tmp_path, case):
     make, fields = seeded(CASES[case][0]), CASES[case][1]
     a, b = pool(tmp_path, make, fields)
     combine([a, b], [1, 1e-9]).save_pretrained(tmp_path / "sum")
-    inputs = torch.randn(2, 12) if case not in ("layers inside",) else torch.randn(2, 5, 12)
+    inputs = torch.randn(2, 5, 12) if CASES[case][0] is Inside else torch.randn(2, 12)
     inputs = small_moe.TOKENS if hasattr(make(), "config") else inputs
     with torch.no_grad():
         made = [

@@ -28,7 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from devec import Adapter, combine, compress, decompose
+from devec import Adapter, DevecError, combine, compress, decompose
 from devec.formats.convert import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -234,3 +234,27 @@ def test_whole_trained_heads_stay_with_one_part(tmp_path):
     combine([a, b], [1, 1], carried_from="b").save_pretrained(tmp_path / "sum")
     held = load_file(tmp_path / "sum/adapter_model.safetensors")
     assert {key for key in held if ".classifier." in key} == b.carried.keys()
+
+
+@pytest.mark.parametrize(
+    ("whole", "layer"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [1, 2]}, "embed_tokens"),
+        ({"modules_to_save": ["mlp"]}, "up_proj"),
+    ],
+)
+def test_factors_and_whole_tensors_of_one_layer_are_not_written_together(tmp_path, whole, layer):
+    make = maker("llama")
+    (a, _), (b, _) = (
+        pool(tmp_path / name, make, fields)
+        for name, fields in {
+            "one": {"target_modules": ["q_proj"], **whole},
+            "two": {"target_modules": ["q_proj", layer]},
+        }.items()
+    )
+    combine([a, b], [1, 1], carried_from="none").save_pretrained(tmp_path / "sum")
+    require_exact(make, tmp_path / "sum")
+    with pytest.raises(DevecError, match=rf"{layer}.*whole trained tensors.*carried_from='none'"):
+        combine([a, b], [1, 1], carried_from="a").save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

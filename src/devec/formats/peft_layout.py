@@ -23,7 +23,15 @@ from devec.formats.families import Family
 from devec.formats.peft_config import Config
 from devec.formats.peft_dora import BaseWeights
 from devec.formats.peft_slots import Slot, has_biases, padded
-from devec.formats.peft_units import held_by, merged_copies, merged_slots, named_ranks, ranks_of
+from devec.formats.peft_units import (
+    held_by,
+    merged_copies,
+    merged_slots,
+    named_ranks,
+    ranks_of,
+    require_apart,
+    units_of,
+)
 from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.plan import FilePlan, Piece
 from devec.layout import Layout
@@ -214,25 +222,23 @@ class PeftLayout:
         # ranks are written as patterns.
         known = {name: delta.outline for name, delta in outlines(adapter.modules).items()}
         require_places({n: slot.shape for slot in self.slots for n in slot.modules}, known)
-        held = held_by(self.slots, known, outlines(adapter.carried))
-        config = peft_written.plain(self.config, carried=bool(adapter.carried))
-        with_bias = has_biases(held)
         dora = any(delta.gain is not None for delta in known.values())
+        units = units_of(self.slots, dora=dora)
+        held = held_by(units, known, outlines(adapter.carried))
+        config = peft_written.plain(self.config, carried=bool(adapter.carried))
+        require_apart(config, held, outlines(adapter.carried))
+        with_bias = has_biases(held)
         for name, value in {"lora_bias": with_bias, "use_dora": dora}.items():
             if value != bool(config.get(name)):
                 config[name] = value
-        doras: dict[Slot, Callable[[Delta], Delta]] = {}
+        doras = self._dora_forms(config, held) if dora else {}
         if dora:
-            weights = BaseWeights(self.base, family(config, self.slots)[1], self.base_copies)
-            doras = peft_dora.dora_forms(config, held, weights)
             require_representable(adapter.modules)
             held = {slot: [doras[slot](d) for d in deltas] for slot, deltas in held.items()}
         as_read = self._as_read(held)
-        ranks = ranks_of(held)
+        ranks = ranks_of(units, held)
         if not as_read:
-            held = {
-                slot: padded(deltas, ranks[slot.unit]) for slot, deltas in held.items() if deltas
-            }
+            held = {slot: padded(deltas, ranks[slot]) for slot, deltas in held.items() if deltas}
             config = peft_written.with_ranks(config, *named_ranks(held))
         if not as_read or self._reaches_further(config):
             config = self._with_targets(config, held)
@@ -240,7 +246,7 @@ class PeftLayout:
             _piece(
                 slot,
                 doras.get(slot),
-                rank=None if as_read else ranks[slot.unit],
+                rank=None if as_read else ranks[slot],
                 with_bias=with_bias,
                 dtype=dtype,
             )
@@ -257,6 +263,13 @@ class PeftLayout:
             beside=partial(peft_written.write_beside, adapter.name, config, adapter.provenance),
         )
         return config, plan
+
+    def _dora_forms(
+        self, config: Config, held: Mapping[Slot, Sequence[Delta]]
+    ) -> dict[Slot, Callable[[Delta], Delta]]:
+        """How deltas become DoRAs."""
+        weights = BaseWeights(self.base, family(config, self.slots)[1], self.base_copies)
+        return peft_dora.dora_forms(config, held, weights)
 
     def _with_targets(self, config: Config, held: Mapping[Slot, Sequence[Delta]]) -> Config:
         """A configuration that targets the slots that are left, and nothing else."""

@@ -8,17 +8,24 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.errors import IncompatibleError, OutputError
+from devec.errors import IncompatibleError, OutputError, listed
+from devec.formats.peft_config import Config, is_saved_whole
+from devec.formats.peft_names import plain
 from devec.formats.peft_slots import EXPERTS, Slot
 
 
+def units_of(slots: Sequence[Slot], *, dora: bool) -> dict[Slot, str]:
+    """Slot → the unit that PEFT makes it in; PEFT has no DoRA of any that is more than one slot."""
+    return {slot: slot.path if dora else slot.unit for slot in slots}
+
+
 def held_by(
-    slots: Sequence[Slot], modules: Mapping[str, Delta], carried: Iterable[str]
+    units: Mapping[Slot, str], modules: Mapping[str, Delta], carried: Iterable[str]
 ) -> dict[Slot, list[Delta]]:
     """The deltas of each slot.
 
     Args:
-        slots: The slots.
+        units: Slot → its unit.
         modules: Name → delta of an adapter.
         carried: Keys of its whole trained tensors. PEFT loads a bias beside factors only.
 
@@ -26,18 +33,49 @@ def held_by(
         Slot → its deltas: none where the adapter changes nothing, zeros where it changes another
         slot of the same unit.
     """
-    units = {s.unit for s in slots if any(name in modules for name in s.modules)}
     beside = {key.rpartition(".base_layer.")[0] for key in carried}
-    units |= {slot.unit for slot in slots if slot.path in beside}
-    return {slot: slot.held(modules, always=slot.unit in units) for slot in slots}
+    changed = {
+        unit
+        for slot, unit in units.items()
+        if slot.path in beside or any(name in modules for name in slot.modules)
+    }
+    return {slot: slot.held(modules, always=unit in changed) for slot, unit in units.items()}
 
 
-def ranks_of(held: Mapping[Slot, Sequence[Delta]]) -> dict[str, int]:
-    """Unit → its rank: the largest in it, and 1 at least, since PEFT knows no rank 0."""
+def require_apart(
+    config: Config, held: Mapping[Slot, Sequence[Delta]], carried: Iterable[str]
+) -> None:
+    """Refuse deltas of layers that are trained whole, which PEFT does not adapt.
+
+    Args:
+        config: The configuration to write.
+        held: Slot → its deltas.
+        carried: Keys of the whole trained tensors beside them.
+
+    Raises:
+        IncompatibleError: If there is one.
+    """
+    whole = {plain(key) for key in carried if ".base_layer." not in key}
+    inside = {key[:end] for key in whole for end, dot in enumerate(key) if dot == "."}
+    twice = [
+        slot.name
+        for slot, deltas in held.items()
+        if deltas and (is_saved_whole(config, slot.target) or plain(slot.path) in inside)
+    ]
+    if twice:
+        raise IncompatibleError(
+            f"the factors of {listed(twice)} cannot be written beside whole trained tensors of the "
+            "same layers, which PEFT does not adapt; leave the tensors out (carried_from='none', "
+            "--carried-from none) or the factors"
+        )
+
+
+def ranks_of(units: Mapping[Slot, str], held: Mapping[Slot, Sequence[Delta]]) -> dict[Slot, int]:
+    """Slot → its rank: the largest in its unit, and 1 at least, since PEFT knows no rank 0."""
     ranks: dict[str, int] = {}
-    for slot, deltas in held.items():
-        ranks[slot.unit] = max([1, ranks.get(slot.unit, 0), *(delta.rank for delta in deltas)])
-    return ranks
+    for slot, unit in units.items():
+        ranks[unit] = max([1, ranks.get(unit, 0), *(delta.rank for delta in held[slot])])
+    return {slot: ranks[unit] for slot, unit in units.items()}
 
 
 def named_ranks(held: Mapping[Slot, Sequence[Delta]]) -> tuple[dict[str, int], int | None]:
