@@ -117,8 +117,10 @@ class Slot:
             One for each of `modules`, or none if the adapter does not change the module. A
             parameter is always written: PEFT wants all adapters of a model to target the same.
         """
+        if all(name in modules for name in self.modules):
+            return [modules[name] for name in self.modules]
         if not self.parameters and not always:
-            return [modules[self.name]] if self.name in modules else []
+            return []
         device = next((modules[n].B.device for n in self.modules if n in modules), None)
         B, A = (torch.zeros(s, device=device) for s in ((self.shape[0], 0), (0, self.shape[1])))
         return [modules.get(name) or Delta(B, A) for name in self.modules]
