@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cases import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import BASES, deflate, dora_truth
@@ -577,3 +578,58 @@ def test_norms_of_whole_adapters_add_in_squares():
     _, adapters, truths = pool(("out", "in"))
     both = Adapter("both", {"first": adapters[0].modules["m"], "second": adapters[1].modules["m"]})
     assert both.norm() == pytest.approx(math.hypot(*map(np.linalg.norm, truths)), rel=1e-10)
+
+
+@pytest.mark.parametrize("decades", [0, 1, 2, 3])
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_how_the_factors_are_written_does_not_matter(decades, axis):
+    """The error is that of float32 factors, whose products are formed densely in float32."""
+    g = torch.Generator().manual_seed(0)
+    W, B, A = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((64, 48), (64, 6), (6, 48))
+    )
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
+    G = Q * 10.0 ** -torch.linspace(0, decades, 6, dtype=torch.float64) @ Q.mT
+    b, a = (B @ G).float(), torch.linalg.solve(G, A).float()
+    W = W.float()
+    dim = 1 if axis == "out" else 0
+    m = ((W.double() + B @ A).norm(dim=dim) * 1.1).float()
+    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
+    truth = dora_truth(*(x.double().numpy() for x in (W, b, a)), 1.0, m.double().numpy(), axis)
+    V = W + b @ a
+    norms = V.norm(dim=dim)
+    plain = (m / norms)[:, None] * V - W if axis == "out" else V * (m / norms) - W
+    error = relative_error(dense_change(delta), truth)
+    assert error < max(3 * relative_error(plain, truth), 1e-6)
+    doubled = relative_error(dense_change(delta + delta), 2 * truth)
+    assert doubled < max(3 * relative_error(plain, truth), 1e-6)
+    assert delta.norm() == pytest.approx(np.linalg.norm(truth), rel=1e-6 * 10**decades)
+
+
+def dense_change(delta):
+    """ΔW of a delta with gains, in float64."""
+    delta = delta.resolved()
+    W = delta.gain.base.read(torch.float64, torch.device("cpu"))
+    change = delta.scaling * delta.B.double() @ delta.A.double()
+    axes = delta.gain.axes
+    if "out" in axes:
+        change = change + axes["out"].values.double()[:, None] * W
+    if "in" in axes:
+        change = change + W * axes["in"].values.double()
+    return change.numpy()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_the_precision_is_that_of_the_wider_factor(dtypes, axis):
+    g = torch.Generator().manual_seed(1)
+    W, B, A = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((64, 48), (64, 4), (4, 48))
+    )
+    W, B, A = W.float(), B.float().to(dtypes[0]), A.float().to(dtypes[1])
+    V = W.double() + B.double() @ A.double()
+    m = V.norm(dim=1 if axis == "out" else 0) * 1.1
+    delta = Delta(B, A, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
+    truth = dora_truth(*(x.double().numpy() for x in (W, B, A)), 1.0, m.numpy(), axis)
+    assert delta.dtype == torch.float64
+    assert relative_error(dense_change(delta), truth) < 1e-13

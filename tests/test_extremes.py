@@ -221,6 +221,36 @@ def test_parts_without_bias_are_left_out_as_before(tmp_path):
     assert set(decompose_to(tmp_path / "out", lazy).written) == {"a0-unique", "a1-unique"}
 
 
+def save_cancelling(path, index, dtype):
+    """A PEFT directory with rows of A that are all alike, so that ΔW is (Σ b_j)·aᵀ."""
+    path.mkdir()
+    B = normal(24, 5, seed=index).half().double()
+    B[:, 4] += 3.0 - 2 * index - B.sum(dim=1)
+    A = normal(1, 40, seed=9).expand(5, 40).contiguous()
+    tensors = {"x.lora_B.weight": B.to(dtype), "x.lora_A.weight": A.to(dtype)}
+    save_file(
+        {f"base_model.model.{key}": tensor for key, tensor in tensors.items()},
+        path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 5, "lora_alpha": 5, "target_modules": ["x"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scope", ["all", "iterative"])
+def test_zero_is_told_before_rounding_to_the_type_of_the_files(tmp_path, dtype, scope):
+    """The factor of a unique part that is zero need not be: its columns cancel, unless rounded."""
+    paths = [save_cancelling(tmp_path / f"a{i}", i, dtype) for i in range(2)]
+    options = {"threshold": 0.5, "scope": scope, "target": "a0" if scope == "iterative" else None}
+    lazy = [Adapter.from_pretrained(path, lazy=True) for path in paths]
+    held = decompose([a.loaded() for a in lazy], **options).outputs()
+    assert set(decompose_to(tmp_path / "out", lazy, **options).written) == set(held)
+    if dtype == torch.float16:
+        assert "a0-unique" not in held
+        assert "a0-shared" in held
+
+
 # --- NaN and infinity -----------------------------------------------------------------------------
 
 CALLS = {

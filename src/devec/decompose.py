@@ -23,11 +23,12 @@ from devec.findings import (
     EMPTY_RTOL,
     Findings,
     Kind,
-    Level,
     ModuleSplit,
+    Norms,
     Part,
     Question,
     Threshold,
+    is_rounding,
 )
 from devec.layout import Layout
 from devec.parallel import in_parallel
@@ -101,14 +102,16 @@ class Decomposition:
         for key, adapter in parts.items():
             of = key.rpartition("-")[0]
             scales = self._scale(of)
-            level = Level.below(scales.values(), self._bias_scale(of))
-            if adapter.carried or level.is_exceeded_by(adapter.modules):
+            original = Norms(math.hypot(*scales.values()), math.hypot(*self._bias_scale(of)))
+            if adapter.carried or not is_rounding(adapter.modules, original):
                 named = dataclasses.replace(adapter, name=key)
                 yield key, _compacted(named, scales) if compact else named
         if self.common is not None:
-            norms = (norm for split in self.splits for norm in split.norms)
+            weights = (norm for split in self.splits for norm in split.norms)
             biases = (norm for name in self.bias_norms for norm in self._bias_scale(name))
-            if Level.below(norms, biases).is_exceeded_by(self.common.modules):
+            if not is_rounding(
+                self.common.modules, Norms(math.hypot(*weights), math.hypot(*biases))
+            ):
                 yield "common", self.common
 
     def _scale(self, name: str) -> Mapping[str, float]:

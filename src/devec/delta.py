@@ -161,7 +161,8 @@ class Delta:
         if not isinstance(self.gain, Magnitude):
             return self
         m, delta = self.gain, self.folded()
-        D, gain = gain_of(m.values, *oriented(delta.B, delta.A, m.base, m.axis))
+        factors = delta.B.to(self.dtype), delta.A.to(self.dtype)
+        D, gain = gain_of(m.values, *oriented(*factors, m.base, m.axis))
         D = D.to(self.dtype)
         B, A = (D[:, None] * delta.B, delta.A) if m.axis == "out" else (delta.B, delta.A * D)
         return Delta(B, A, bias=delta.bias, gain=Gain(m.base, {m.axis: gain}))
@@ -361,7 +362,7 @@ def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:
     if isinstance(delta.gain, Gain) and axis in delta.gain.axes:
         return delta.gain.axes[axis].overlap
     _, A, weight = oriented(delta.B, delta.A, base, axis)
-    return overlap_of(A, weight)
+    return overlap_of(A.to(delta.dtype), weight)
 
 
 def _gain_inner(left: Delta, right: Delta) -> float:

@@ -68,7 +68,7 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
         raise UnsupportedError(one_axis_only())
     base = delta.gain.base if isinstance(delta.gain, Gain) else base
     B, A, weight = oriented(delta.B, delta.A, base, axis)
-    known = axes.get(axis) or no_gain(A, weight)
+    known = axes.get(axis) or no_gain(A.to(delta.dtype), weight)
     D = 1 + known.values
     small = D.abs() < _SMALLEST
     if bool(small.any()) and bool((small & _moved(B, A, known)).any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -97,41 +97,46 @@ class Part(NamedTuple):
         name: The adapter, or of scope ``"pairwise"`` the pair, that it belongs to; empty for the
             common vector.
         deltas: Module → delta; None where the part is zero.
+        norms: ‖ΔW‖_F of each, of parts of an adapter.
     """
 
     kind: Kind
     name: str
     deltas: Mapping[str, Delta | None]
+    norms: Sequence[float] = ()
 
 
-class Level(NamedTuple):
-    """Norms up to which a part is rounding beside the original, of weights and of biases apart.
-
-    A part of the bias may be all that there is, however large the weights are.
+class Norms(NamedTuple):
+    """Norms over all modules, of weights and of biases apart: either may be all that there is.
 
     Attributes:
-        weights: For the Frobenius norm of ΔW over all modules.
-        biases: For the norm of the changes of biases.
+        weights: Frobenius norm of ΔW.
+        biases: Norm of the changes of biases.
     """
 
-    weights: float
-    biases: float
+    weights: float = 0.0
+    biases: float = 0.0
 
-    @classmethod
-    def below(cls, weights: Iterable[float], biases: Iterable[float]) -> Level:
-        """The level that belongs to the norms of the original's modules."""
-        return cls(EMPTY_RTOL * math.hypot(*weights), EMPTY_RTOL * math.hypot(*biases))
+    def are_rounding_beside(self, original: Norms) -> bool:
+        """Whether nothing is left of an original; NaN is something, which must not go unseen."""
+        return (
+            self.weights <= EMPTY_RTOL * original.weights
+            and self.biases <= EMPTY_RTOL * original.biases
+        )
 
-    def is_exceeded_by(self, modules: Mapping[str, Delta]) -> bool:
-        """Whether a part is more than rounding; NaN is, which must not vanish unseen."""
-        weights = biases = 0.0
-        for delta in modules.values():
-            delta = delta.resolved()
-            weights = math.hypot(weights, delta.weight_norm())
-            biases = math.hypot(biases, delta.bias_norm())
-            if not (weights <= self.weights and biases <= self.biases):
-                return True
-        return False
+
+def is_rounding(modules: Mapping[str, Delta], original: Norms) -> bool:
+    """Whether a part is rounding beside the original; measured no further than it must be."""
+    norms = Norms()
+    for delta in modules.values():
+        delta = delta.resolved()
+        norms = Norms(
+            math.hypot(norms.weights, delta.weight_norm()),
+            math.hypot(norms.biases, delta.bias_norm()),
+        )
+        if not norms.are_rounding_beside(original):
+            return False
+    return True
 
 
 @dataclass
@@ -142,11 +147,13 @@ class Findings:
         rows: A row for every module and group.
         norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
         bias_norms: Adapter → module → ‖Δb‖ of originals that change the bias.
+        parts: Kind and adapter → norms of the part, as far as it was measured.
     """
 
     rows: list[ModuleSplit] = field(default_factory=list)
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     bias_norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    parts: dict[tuple[Kind, str], Norms] = field(default_factory=dict)
 
     def add(self, other: Findings) -> None:
         """Take up what was found elsewhere."""
@@ -154,11 +161,29 @@ class Findings:
         for mine, others in ((self.norms, other.norms), (self.bias_norms, other.bias_norms)):
             for name, norms in others.items():
                 mine.setdefault(name, {}).update(norms)
+        for key, of_part in other.parts.items():
+            self._add_to(key, of_part)
+
+    def add_part(self, part: Part) -> None:
+        """Add the norms of some modules of a part."""
+        biases = (delta.bias_norm() for delta in part.deltas.values() if delta is not None)
+        norms = Norms(math.hypot(*part.norms), math.hypot(*biases))
+        self._add_to((part.kind, part.name), norms)
+
+    def _add_to(self, key: tuple[Kind, str], norms: Norms) -> None:
+        """Add the norms of other modules of a part."""
+        before = self.parts.get(key, Norms())
+        self.parts[key] = Norms(*map(math.hypot, before, norms))
+
+    def of_original(self, name: str) -> Norms:
+        """The norms of an adapter that was split."""
+        both = (self.norms, self.bias_norms)
+        return Norms(*(math.hypot(*norms.get(name, {}).values()) for norms in both))
 
     def outlined(self) -> Findings:
         """The same with the shapes alone of the shared bases."""
         rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
-        return Findings(rows, self.norms, self.bias_norms)
+        return dataclasses.replace(self, rows=rows)
 
     def add_norms(self, name: str, stack: Stack) -> None:
         """Add the norms of an adapter."""

@@ -19,7 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.errors import DevecWarning, FormatError, IncompatibleError
-from devec.linalg import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
+from devec.linalg import (
+    BLOCK_ROWS,
+    CANCELLED,
+    RANK_RTOL,
+    basis_dtype,
+    nearly_dependent,
+    working_dtype,
+)
 from devec.precision import full_precision
 from devec.weights import BaseWeight, HeldWeight, transposed
 
@@ -59,7 +66,8 @@ class AxisGain:
 
     Attributes:
         values: g, shape (out,).
-        overlap: W·Aᵀ, shape (out, rank): with it norms and inner products need W no more.
+        overlap: W·Aᵀ, shape (out, rank): with it norms and inner products need W no more. In
+            float64 where float32 would lose digits, see `overlap_of`.
         squares: ‖w_i‖², shape (out,).
     """
 
@@ -121,9 +129,25 @@ def oriented(
 
 @full_precision
 def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "out rank"]:
-    """W·Aᵀ in the working precision; O(out·in·rank)."""
-    W = base.read(working_dtype(A), A.device)
-    return W @ A.to(W.dtype).mT
+    """W·Aᵀ in the working precision, or in float64 where rows of A nearly depend on each other.
+
+    Products b·A of rows of B then cancel most of their terms, and so do b·(W·Aᵀ)ᵀ. With Aᵀ = Q·R
+    the overlap is (W·Q)·R, whose rounding is that of orthonormal columns.
+
+    Args:
+        A: The factor.
+        base: W.
+
+    Returns:
+        The overlap; O(out·in·rank).
+    """
+    dtype = working_dtype(A)
+    W, A = base.read(dtype, A.device), A.to(dtype)
+    if dtype == basis_dtype(A.device) or not nearly_dependent(A):
+        return W @ A.mT
+    Q, R = torch.linalg.qr(A.mT.to(basis_dtype(A.device)))
+    overlap: Tensor = (W @ Q.to(dtype)).to(R) @ R
+    return overlap
 
 
 @full_precision
@@ -233,7 +257,11 @@ def row_norms(
     dtype = working_dtype(B, A)
     b, a = B.to(dtype), A.to(dtype)
     own = D.square() * known.squares
-    low = row_dots(b @ (a @ a.mT), b)
+    if known.overlap.dtype == dtype:
+        low = row_dots(b @ (a @ a.mT), b)
+    else:  # rows of A nearly depend on each other: their Gram matrix would lose what is left
+        R = torch.linalg.qr(a.mT.to(known.overlap), mode="r").R
+        low = (b.to(R) @ R.mT).square().sum(dim=1)
     squares = own + 2 * D * row_dots(b, known.overlap) + low
     lossy = (squares < CANCELLED * (own + low)).nonzero()[:, 0]
     if len(lossy):

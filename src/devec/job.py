@@ -8,8 +8,6 @@ inputs nor the outputs are ever in memory as a whole.
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -32,8 +30,8 @@ from devec.decompose import (
     record_of,
 )
 from devec.delta import Delta
-from devec.errors import DevecWarning, IncompatibleError, listed
-from devec.findings import Findings, Kind, Level, ModuleSplit, Question
+from devec.errors import IncompatibleError, listed
+from devec.findings import Findings, Kind, ModuleSplit, Norms, Question
 from devec.form import Form
 from devec.formats.record import made_by_devec
 from devec.layout import Plan
@@ -48,9 +46,6 @@ from devec.split import split
 from devec.stack import Pool, Stack, stacks
 from devec.taking import Direct, PutBy, Taken
 from devec.threads import threads
-
-# Norms are known to this fraction of their squares.
-_SURE = 1e-5
 
 Key = tuple[Kind, str]
 
@@ -243,6 +238,7 @@ class Job:
         what = f"{modules}, which need about {size:.0f} MB beside all else"
         with memory_for(what), reused():
             for part in split(self.question, stack, found):
+                found.add_part(part)
                 self.parts[part.kind, part.name].take(part.deltas)
                 del part  # before the next one is made
         stack.release()
@@ -278,7 +274,8 @@ class Job:
         for (kind, name), part in self.parts.items():
             if isinstance(part, Direct):
                 with memory_for(f"output {part.adapter.name!r}"):
-                    if self._holds_anything(part, kind, name, found):
+                    if not self._is_zero(part, kind, name, found):
+                        part.complete(self.originals[name].modules)
                         held[part.adapter.name] = part.adapter
         with memory_for("outputs that were put by"):
             for label, adapter in self._put_by(found).each_output(compact=self.form.compact):
@@ -315,26 +312,10 @@ class Job:
         original = self.originals[name]
         return part_of(original, outlines(original.modules), self.record, "unique")
 
-    def _holds_anything(self, part: Direct, kind: Kind, name: str, found: Findings) -> bool:
-        """Complete a part unless it is zero to rounding, told from norms where it can be."""
-        norms = found.norms.get(name, {})
-        biases = found.bias_norms.get(name, {})
-        level = Level.below(norms.values(), biases.values())
-        shared = _shared_squares(name, found)
-        if kind == "shared":
-            certain = math.sqrt(math.fsum(shared.values())) > level.weights
-            if not (certain or biases):
-                return False
-        else:
-            # differences of squares are exact to rounding of the squares
-            rest = (n**2 - shared.get(m, 0.0) - _SURE * n**2 for m, n in norms.items())
-            certain = math.fsum(max(0.0, r) for r in rest) > level.weights**2
-        part.complete(self.originals[name].modules)
-        if certain or part.adapter.carried:
-            return True
-        with warnings.catch_warnings():  # the user knows the input, and not what is being made
-            warnings.simplefilter("ignore", DevecWarning)
-            return level.is_exceeded_by(Adapter.from_pretrained(part.path, lazy=True).modules)
+    def _is_zero(self, part: Direct, kind: Kind, name: str, found: Findings) -> bool:
+        """Whether nothing of a part is to be written."""
+        norms = found.parts.get((kind, name), Norms())
+        return not part.adapter.carried and norms.are_rounding_beside(found.of_original(name))
 
     def _put_by(self, found: Findings) -> Decomposition:
         """The parts that were put by, as a decomposition."""
@@ -362,13 +343,3 @@ class Job:
     def _common(self, group: Sequence[Adapter], modules: Mapping[str, Delta], name: str) -> Adapter:
         """The common vector of a group."""
         return common_part(group, merged_layout(group), modules, self.record, name)
-
-
-def _shared_squares(name: str, found: Findings) -> dict[str, float]:
-    """Module → squared norm of the shared part of an adapter, over all rows."""
-    squares: dict[str, float] = {}
-    for row in found.rows:
-        if name in row.group:
-            norm = row.shared_norms[row.group.index(name)]
-            squares[row.module] = squares.get(row.module, 0.0) + norm**2
-    return squares

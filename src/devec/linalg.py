@@ -38,6 +38,9 @@ BLOCK_ROWS = 128
 # Singular values of a product below this many roundings of its terms are rounding themselves.
 _ROUNDING = 10
 
+# Squares of singular values of rows of length 1 below which the rows nearly depend on each other.
+_DEPENDENT = 0.1
+
 # Matrices of fewer rows are decomposed before a thread would have begun.
 _LARGE = 64
 
@@ -230,6 +233,17 @@ def core_svd(R_B: Float[Tensor, "p r"], R_A: Float[Tensor, "q r"]) -> ProductSVD
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     terms = (R_B.norm(dim=0) * R_A.norm(dim=0)).sum()
     return ProductSVD(U, torch.where(S > _ROUNDING * torch.finfo(S.dtype).eps * terms, S, 0), Vh)
+
+
+@full_precision
+def nearly_dependent(A: Float[Tensor, "r n"]) -> bool:
+    """Whether rows, brought to one length, have a singular value below about a third."""
+    # sums of such rows may cancel most of their terms
+    lengths = torch.linalg.vector_norm(A, dim=1, keepdim=True)
+    rows = A / torch.where(lengths > 0, lengths, 1)
+    identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
+    gram = rows @ rows.mT + identity * (lengths == 0)
+    return bool(torch.linalg.cholesky_ex(gram - _DEPENDENT * identity).info)
 
 
 def numerical_rank(S: Float[Tensor, " k"], rtol: float) -> int:

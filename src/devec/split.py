@@ -31,6 +31,9 @@ from devec.subspace import (
 )
 from devec.weighted_mean import WeightedMean
 
+# Differences of squares of norms are known to this fraction of the squares.
+_SURE = 1e-4
+
 
 @dataclass(frozen=True)
 class _Bases:
@@ -181,6 +184,18 @@ def nothing_of(delta: Delta) -> Delta:
     return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias)
 
 
+def _rest_norms(
+    norms: Sequence[float], shared: Sequence[float], rest: Sequence[Delta]
+) -> list[float]:
+    """‖ΔW - shared‖_F of each module: by Pythagoras, and measured where squares lose it."""
+    result = []
+    for norm, part, delta in zip(norms, shared, rest, strict=True):
+        fraction = 1 - (part / norm) ** 2 if norm else 0.0
+        lost = not fraction > _SURE and delta.gain is None
+        result.append(delta.weight_norm() if lost else norm * math.sqrt(max(0.0, fraction)))
+    return result
+
+
 def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
     """Scope ``all``: one shared subspace for the whole pool (Eq. 8-14)."""
     everywhere = len(stack.names) == len(question.names)
@@ -191,9 +206,12 @@ def split_all(question: Question, stack: Stack, found: Findings) -> Iterator[Par
         if group is not None:
             shared, unique = group.parts(name)
         found.add_norms(name, stack)
-        yield Part("unique", name, stack.named(unique or stack.unchanged(name)))
+        norms = [0.0] * len(shared) if group is None else group.shared_norms[-1]
+        unique = unique or stack.unchanged(name)
+        rest = _rest_norms(stack.norms(name), norms, unique)
+        yield Part("unique", name, stack.named(unique), rest)
         unique = []  # nothing is held that is not needed any more
-        yield Part("shared", name, stack.named(shared))
+        yield Part("shared", name, stack.named(shared), norms)
         shared = []
     if group is not None:
         yield Part("common", "", stack.named(group.common()))
@@ -247,10 +265,12 @@ def split_target(question: Question, stack: Stack, found: Findings) -> Iterator[
     Z = torch.cat([U[:, :0], *(step.basis for step in steps)], dim=1)
     shared: Sequence[Delta | None] = [None]
     unique: Sequence[Delta] = stack.unchanged(target)
+    norms = [0.0]
     if Z.shape[1]:
-        shared, unique, *_ = stack.projected(target, Z[None], [Z.shape[1]])
-    yield Part("unique", target, stack.named(unique))
-    yield Part("shared", target, stack.named(shared))
+        shared, unique, *_, norms = stack.projected(target, Z[None], [Z.shape[1]])
+    rest = _rest_norms(stack.norms(target), norms, unique)
+    yield Part("unique", target, stack.named(unique), rest)
+    yield Part("shared", target, stack.named(shared), norms)
 
 
 SCOPES: dict[str, Callable[[Question, Stack, Findings], Iterator[Part]]] = {

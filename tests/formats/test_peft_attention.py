@@ -11,7 +11,7 @@ from peft_loaded import load, require_exact, save
 from safetensors.torch import load_file
 from wrapped_models import Block, Blocks
 
-from devec import Adapter, DevecWarning, combine, compress, decompose
+from devec import Adapter, DevecError, DevecWarning, combine, compress, decompose
 from devec.stream import decompose_to
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -173,3 +173,16 @@ def test_a_compressed_adapter_is_decomposed_from_files_to_files(tmp_path):
     decompose_to(tmp_path / "out", [halved, pair[1]], threshold=0.3)
     for path in (tmp_path / "out").iterdir():
         require_exact(make, path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_layer_under_two_names_is_refused(tmp_path, order, lazy):
+    """As part of the attention in one adapter, and as a linear layer of its own in another."""
+    make = maker("top")
+    save(make, tmp_path / "a", 1, r=3, lora_alpha=3, target_modules=["attn", "fc"])
+    save(make, tmp_path / "b", 2, r=3, lora_alpha=3, target_modules=["attn.out_proj", "fc"])
+    pool = [Adapter.from_pretrained(tmp_path / name, lazy=lazy) for name in "ab"][::order]
+    for call in (lambda: combine(pool, [1, 1]), lambda: decompose(pool)):
+        with pytest.raises(DevecError, match=r"'attn.out_proj'.*are one layer"):
+            call()

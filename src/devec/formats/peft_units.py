@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.errors import IncompatibleError, OutputError, listed
+from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats.peft_config import Config, is_saved_whole
 from devec.formats.peft_names import plain
 from devec.formats.peft_slots import EXPERTS, Slot
@@ -109,6 +109,7 @@ def merged_slots(groups: Iterable[Sequence[Slot]]) -> tuple[Slot, ...]:
 
     Raises:
         IncompatibleError: If a layer is of another kind in one adapter than in another.
+        UnsupportedError: If it is adapted inside a wrapper in one and outside of it in another.
     """
     slots: dict[str, Slot] = {}
     for slot in (slot for group in groups for slot in group):
@@ -118,7 +119,21 @@ def merged_slots(groups: Iterable[Sequence[Slot]]) -> tuple[Slot, ...]:
                 f"module {slot.name!r} is {known.kind} {known.kernel or ''} in one adapter and "
                 f"{slot.kind} {slot.kernel or ''} in another"
             )
+    _require_one_place(slots.values())
     return tuple(slots.values())
+
+
+def _require_one_place(slots: Iterable[Slot]) -> None:
+    """Refuse a layer that has factors under two names: of its own, and as part of an attention."""
+    first: dict[str, Slot] = {}
+    for slot in slots:
+        known = first.setdefault(slot.base_name, slot)
+        if known.path != slot.path and not (known.parameters or slot.parameters):
+            raise UnsupportedError(
+                f"{known.name!r} and {slot.name!r} are one layer, adapted as part of "
+                "nn.MultiheadAttention in one adapter and by itself in another; PEFT would load "
+                "only one of them, so train both with the same target_modules"
+            )
 
 
 def merged_copies(groups: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
