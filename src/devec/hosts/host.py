@@ -151,6 +151,8 @@ class Host:
                 for name, adapter in adapters.items():
                     with located(f"adapter {name!r}"):
                         stored = self._stored(adapter, foreign=foreign)
+                        for slot, (config, _) in stored.items():
+                            state.require_same_replication(self.models[slot], config)
                         for slot, (config, tensors) in stored.items():
                             added.append((self.models[slot], name))
                             state.put(self.models[slot], name, config, tensors)

@@ -54,7 +54,12 @@ def has_merged(parts: Parts) -> str:
 def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
     """Keep what is active and trainable in a model, whatever is added to it meanwhile.
 
-    Where adding fails, layers that were not wrapped before are so no more.
+    PEFT's calls switch other adapters on and off when one is added, and a host may have set a
+    wrapper and the layer inside it differently; so each module's own state is restored, and no
+    call of PEFT is used for it.
+
+    Where adding fails, layers that were not wrapped before are so no more, and the model says no
+    more of adapters than it did.
 
     Args:
         model: The model.
@@ -62,34 +67,63 @@ def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    wrappers = _wrappers(model)
-    before = {id(m): (list(m.active_adapters), m.disable_adapters) for m in wrappers}
-    layers = [before[id(m)] for m in wrappers if isinstance(m, BaseTunerLayer)]
-    active = layers[0][0] if layers else []
-    disabled = any(off for _, off in layers)
+    before = {id(module): (module, _state(module)) for module in model.modules()}
+    records = {key: model.__dict__.get(key, _ABSENT) for key in _RECORDS}
+    active, disabled = _active(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         _unwrap(model, before)
+        _restore_records(model, records)
         raise
     finally:
-        for module in _wrappers(model):
-            new = active if isinstance(module, BaseTunerLayer) else []
-            names, off = before.get(id(module), (new, disabled))
-            if list(module.active_adapters) != names:
-                module.set_adapter(names)
-            if module.disable_adapters != off:
-                module.enable_adapters(enabled=not off)
+        for module in list(model.modules()):
+            if id(module) in before:
+                module.__dict__.update(before[id(module)][1])
+            elif is_wrapper(module):
+                module._active_adapter = list(active) if _is_tuner(module) else []
+                module._disable_adapters = disabled
+                module.training = _inside(module)[1].training
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 
 
-def _wrappers(model: nn.Module) -> list[Any]:
-    """All wrappers in a model."""
-    return [module for _, module in walk(model) if is_wrapper(module)]
+_ABSENT = object()
+# What a model says of adapters: their configurations, and for some hosts whether it has any.
+_RECORDS = ("peft_config", "_hf_peft_config_loaded")
+# What a wrapper, or a model of PEFT, says of the adapters that are active in it.
+_STATE = ("_active_adapter", "active_adapter", "_disable_adapters", "training")
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What is active in a module, if it says so, and its mode, as its own attributes."""
+    own = {key: module.__dict__[key] for key in _STATE if key in module.__dict__}
+    return {key: list(v) if isinstance(v, list) else v for key, v in own.items()}
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    """Whether a wrapper holds adapters' factors, of which several may be active."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+
+
+def _active(model: nn.Module) -> tuple[Sequence[str], bool]:
+    """The adapters that are active in the layers of a model, and whether all are disabled."""
+    layers: list[Any] = [module for module in model.modules() if _is_tuner(module)]
+    active = layers[0].active_adapters if layers else []
+    return list(active), any(layer.disable_adapters for layer in layers)
+
+
+def _restore_records(model: nn.Module, records: Mapping[str, object]) -> None:
+    """Let a model say of adapters what it did."""
+    for key, value in records.items():
+        if value is not _ABSENT:
+            setattr(model, key, value)
+        elif key in model.__dict__:
+            delattr(model, key)
 
 
 def _unwrap(model: nn.Module, known: Mapping[int, object]) -> None:

@@ -25,6 +25,60 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
     return dict(getattr(model, "peft_config", None) or {})
 
 
+def replication_of(model: nn.Module) -> list[list[int]] | None:
+    """How the layers of a model were replicated for its adapters.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The field ``layer_replication`` of its adapters, None if no layer was replicated.
+
+    Raises:
+        UnsupportedError: If they were replicated for one adapter and again for another.
+    """
+    found = [_ranges(config) for config in adapters_of(model).values()]
+    found = [ranges for ranges in found if ranges]
+    if any(ranges != found[0] for ranges in found):
+        raise UnsupportedError(
+            f"the layers of {type(model).__name__} were replicated for one adapter and again for "
+            f"another (layer_replication {listed([str(r) for r in found])}), so that no name of a "
+            "layer says which it is; load each of the adapters into a model of its own"
+        )
+    return found[0] if found else None
+
+
+def require_same_replication(model: nn.Module, config: Config) -> None:
+    """Refuse an adapter whose layers are not numbered as those of a model are.
+
+    Args:
+        model: The model that the adapter is to be added to.
+        config: The configuration of the adapter.
+
+    Raises:
+        IncompatibleError: If one of the two has replicated layers and the other not the same.
+    """
+    own, wanted = replication_of(model), config.get("layer_replication") or None
+    wanted = None if wanted is None else [list(pair) for pair in wanted]
+    if own == wanted:
+        return
+    kind = type(model).__name__
+    if wanted is None:
+        what = f"{kind} has replicated layers (layer_replication={own}), and it has none"
+    else:
+        has = f"layer_replication={own}" if own else "none"
+        what = f"it is for replicated layers (layer_replication={wanted}), and {kind} has {has}"
+    raise IncompatibleError(
+        f"{what}, so the same number is another layer, and adding it would have to change the "
+        "model; load it with PEFT into a base model of its own (PeftModel.from_pretrained)"
+    )
+
+
+def _ranges(config: Any) -> list[list[int]]:  # noqa: ANN401
+    """The field ``layer_replication`` of a configuration as JSON has it."""
+    return [list(pair) for pair in getattr(config, "layer_replication", None) or []]
+
+
 def _layers(parts: Parts) -> dict[str, Any]:
     """Name → LoRA layer, by the names that the base model has for them."""
     from peft.tuners.lora import LoraLayer
@@ -59,6 +113,8 @@ def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
         )
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
     config = {"peft_version": peft.__version__, **config}
+    if replicated := replication_of(model):  # the names are those of the layers as they are now
+        config["layer_replication"] = replicated
     layers = _layers(parts)
     found = _ranks(layers, name)
     if any(rank_and_scaling(config, n) != at for n, at in found.items()):
@@ -201,10 +257,7 @@ def remove(model: Any, name: str) -> None:  # noqa: ANN401
                 module.delete_adapter(name)
         elif is_wrapper(module) and name in module._adapters:
             module.delete_adapter(name, new_active_adapters=[])
-    held = getattr(model, "peft_config", {})
-    held.pop(name, None)
-    if not held and hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
+    getattr(model, "peft_config", {}).pop(name, None)
 
 
 def _inject(model: Any, name: str, config: Config) -> None:  # noqa: ANN401
@@ -214,17 +267,20 @@ def _inject(model: Any, name: str, config: Config) -> None:  # noqa: ANN401
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"peft_type"}
     made = LoraConfig(**{key: value for key, value in config.items() if key in fields})
     made.inference_mode = True
+    # PEFT would replicate the layers of a model again that are replicated
+    replication, made.layer_replication = made.layer_replication, None
     if isinstance(model, PeftModel):
         # the classes for tasks would give it a classifier, too, that is not its own
         PeftModel.add_adapter(
             model, name, made, low_cpu_mem_usage=True, autocast_adapter_dtype=False
         )
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # as is meant here
-        inject_adapter_in_model(made, model, adapter_name=name, low_cpu_mem_usage=True)
-    if hasattr(model, "_hf_peft_config_loaded"):  # without it, diffusers takes it for unadapted
-        model._hf_peft_config_loaded = True
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # as is meant here
+            inject_adapter_in_model(made, model, adapter_name=name, low_cpu_mem_usage=True)
+        if hasattr(model, "_hf_peft_config_loaded"):  # else diffusers takes it for unadapted
+            model._hf_peft_config_loaded = True
+    made.layer_replication = replication
 
 
 def _assign(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
