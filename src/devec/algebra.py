@@ -127,6 +127,7 @@ def linear_combination(
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
     if layout is not None and carrier is not None and carrier.layout is not None:
+        _require_no_replaced(adapters, carrier, carrier.layout)
         layout = layout.carrying(carrier.layout)
     return dataclasses.replace(
         adapters[0],
@@ -269,6 +270,23 @@ def same_base_models(a: Adapter, b: Adapter) -> bool:
         if len({gain.base.source for gain in gains if gain is not None}) > 1:
             return False
     return True
+
+
+def _require_no_replaced(adapters: Sequence[Adapter], carrier: Adapter, layout: Layout) -> None:
+    """Refuse sums of which a host would load the whole module of one adapter and lose the others.
+
+    Raises:
+        IncompatibleError: If another adapter changes a module that a carried tensor replaces.
+    """
+    for adapter in adapters:
+        lost = [] if adapter is carrier else layout.replaced(carrier.carried, adapter.modules)
+        if lost:
+            raise IncompatibleError(
+                f"{carrier.label} replaces {listed(lost)} by whole trained tensors, and "
+                f"{adapter.label} changes the same by factors, which no host adds to them. "
+                "Leave the whole tensors out (carried_from='none', --carried-from none), or leave "
+                f"the modules out of {adapter.name!r} (dataclasses.replace(adapter, modules=...))"
+            )
 
 
 def same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +101,9 @@ class Layout(Protocol):
 
     def carrying(self, other: Layout) -> Layout:
         """The layout of a result that keeps the whole trained tensors of another adapter."""
+
+    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
+        """The modules of another adapter that whole tensors of this one replace in a host."""
 
     @property
     def joins(self) -> bool:

@@ -9,7 +9,7 @@ if they share A, else as a block-diagonal B with the As stacked, which is exact,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -154,6 +154,12 @@ class AlignedLayout:
             return dataclasses.replace(self, inner=self.inner.carrying(other))
         inner = self.inner.carrying(other.inner)
         return dataclasses.replace(self, inner=inner, carried=other.carried)
+
+    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
+        """The whole modules of another adapter that whole tensors of this one replace."""
+        pieces = set(modules)
+        whole = [m for m, t in self.targets.items() if any(name in pieces for name, _ in t.pieces)]
+        return self.inner.replaced([self.carried.get(key, key) for key in carried], whole)
 
     def rebased(self, base: str) -> AlignedLayout:
         """The same layout with another base model on record."""

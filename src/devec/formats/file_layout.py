@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -119,6 +119,10 @@ class FileLayout:
     def carrying(self, other: Layout) -> FileLayout:  # noqa: ARG002
         """This layout; carried tensors are stored under their own keys."""
         return self
+
+    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:  # noqa: ARG002
+        """No module: hosts of files add what they are given to the weights that are there."""
+        return []
 
     def rebased(self, base: str) -> FileLayout:
         """The same layout with another base model on record.

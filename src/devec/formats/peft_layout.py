@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +15,7 @@ from devec.adapter import Adapter
 from devec.delta import Delta
 from devec.dora import require_representable
 from devec.errors import IncompatibleError, UnsupportedError
-from devec.formats import peft_config, peft_dora, peft_written
+from devec.formats import peft_carried, peft_config, peft_dora, peft_written
 from devec.formats.align import aligned
 from devec.formats.base_model import BaseModel, base_model
 from devec.formats.conventions import Naming, family_of, naming_of
@@ -35,7 +35,7 @@ from devec.formats.peft_units import (
 from devec.formats.places import Places, require_places, usual_dtype
 from devec.formats.plan import FilePlan, Piece
 from devec.layout import Layout
-from devec.lazy import joined, outlines
+from devec.lazy import joined, outlines, renamed
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -180,6 +180,19 @@ class PeftLayout:
                 config[name] = other.config.get(name, peft_config.CARRIED_FIELDS[name])
         return dataclasses.replace(self, config=config)
 
+    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
+        """Modules on which PEFT can have no LoRA beside whole tensors of this adapter.
+
+        Args:
+            carried: Keys of the tensors.
+            modules: Names of modules that another adapter changes.
+
+        Returns:
+            Those that a tensor replaces, or that are inside of a module that is replaced.
+        """
+        keys = (key.removeprefix(PREFIX) for key in carried)
+        return peft_carried.replaced(self.config, keys, modules)
+
     def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> FilePlan:
         """What is written of an adapter as a PEFT directory.
 
@@ -224,9 +237,9 @@ class PeftLayout:
         require_places({n: slot.shape for slot in self.slots for n in slot.modules}, known)
         dora = any(delta.gain is not None for delta in known.values())
         units = units_of(self.slots, dora=dora)
-        held = held_by(units, known, outlines(adapter.carried))
+        held = held_by(units, known)
         config = peft_written.plain(self.config, carried=bool(adapter.carried))
-        require_apart(config, held, outlines(adapter.carried))
+        require_apart(config, held, (key.removeprefix(PREFIX) for key in adapter.carried))
         with_bias = has_biases(held)
         for name, value in {"lora_bias": with_bias, "use_dora": dora}.items():
             if value != bool(config.get(name)):
@@ -254,10 +267,14 @@ class PeftLayout:
         ]
         prefixes = tuple(f"{slot.path}." for slot in held)
         copies = {k: t for k, t in self.base_copies.items() if k.startswith(prefixes)}
+        adapted = {slot.path for slot, deltas in held.items() if deltas}
+        keys = peft_carried.keys_beside(config, adapter.carried, adapted)
+        if config.get("bias", "none") != (bias := peft_carried.bias_field(config, keys.values())):
+            config = {**config, "bias": bias}
         plan = FilePlan(
             modules=adapter.modules,
             pieces=pieces,
-            whole=joined(copies, adapter.carried),
+            whole=joined(copies, renamed(adapter.carried, keys)),
             strings=lambda _: {"format": "pt"},
             file=WEIGHTS_NAME,
             beside=partial(peft_written.write_beside, adapter.name, config, adapter.provenance),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from devec.delta import Delta
 from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
-from devec.formats.peft_config import Config, is_saved_whole
-from devec.formats.peft_names import plain
+from devec.formats.peft_carried import replaced
+from devec.formats.peft_config import Config
 from devec.formats.peft_slots import EXPERTS, Slot
 
 
@@ -19,25 +19,19 @@ def units_of(slots: Sequence[Slot], *, dora: bool) -> dict[Slot, str]:
     return {slot: slot.path if dora else slot.unit for slot in slots}
 
 
-def held_by(
-    units: Mapping[Slot, str], modules: Mapping[str, Delta], carried: Iterable[str]
-) -> dict[Slot, list[Delta]]:
+def held_by(units: Mapping[Slot, str], modules: Mapping[str, Delta]) -> dict[Slot, list[Delta]]:
     """The deltas of each slot.
 
     Args:
         units: Slot → its unit.
         modules: Name → delta of an adapter.
-        carried: Keys of its whole trained tensors. PEFT loads a bias beside factors only.
 
     Returns:
         Slot → its deltas: none where the adapter changes nothing, zeros where it changes another
         slot of the same unit.
     """
-    beside = {key.rpartition(".base_layer.")[0] for key in carried}
     changed = {
-        unit
-        for slot, unit in units.items()
-        if slot.path in beside or any(name in modules for name in slot.modules)
+        unit for slot, unit in units.items() if any(name in modules for name in slot.modules)
     }
     return {slot: slot.held(modules, always=unit in changed) for slot, unit in units.items()}
 
@@ -50,18 +44,12 @@ def require_apart(
     Args:
         config: The configuration to write.
         held: Slot → its deltas.
-        carried: Keys of the whole trained tensors beside them.
+        carried: Keys of the whole trained tensors beside them, without PEFT's prefix.
 
     Raises:
         IncompatibleError: If there is one.
     """
-    whole = {plain(key) for key in carried if ".base_layer." not in key}
-    inside = {key[:end] for key in whole for end, dot in enumerate(key) if dot == "."}
-    twice = [
-        slot.name
-        for slot, deltas in held.items()
-        if deltas and (is_saved_whole(config, slot.target) or plain(slot.path) in inside)
-    ]
+    twice = replaced(config, carried, [slot.name for slot, deltas in held.items() if deltas])
     if twice:
         raise IncompatibleError(
             f"the factors of {listed(twice)} cannot be written beside whole trained tensors of the "

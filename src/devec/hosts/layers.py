@@ -78,7 +78,8 @@ def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
         _restore_records(model, records)
         raise
     finally:
-        for module in list(model.modules()):
+        modules: list[Any] = list(model.modules())
+        for module in modules:
             if id(module) in before:
                 module.__dict__.update(before[id(module)][1])
             elif is_wrapper(module):
