@@ -31,10 +31,11 @@ from devec.formats.metadata import ADAPTER_KEY
 from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
 from devec.formats.tensors import TensorFile
-from devec.hosts import state
+from devec.hosts import state, towers
 from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
 from devec.layout import ReadOptions
+from devec.lazy import outlines
 
 Stored = tuple[Config, dict[str, Tensor]]  # of one model: configuration, and PEFT's key → tensor
 
@@ -181,9 +182,9 @@ class Host:
         adapter = _whole(adapter)
         layout = adapter.layout
         if isinstance(layout, PeftLayout):
-            slots = [slot for slot in self.models if self._has_all(slot, adapter)]
-            if len(slots) == 1:
-                return {slots[0]: self._as_it_is(slots[0], adapter, layout, foreign=foreign)}
+            slot = self._only_slot(adapter)
+            if slot is not None:
+                return {slot: self._as_it_is(slot, adapter, layout, foreign=foreign)}
         if adapter.carried:
             raise UnsupportedError(
                 f"it holds whole trained tensors ({listed(sorted(adapter.carried))}) that are no "
@@ -197,10 +198,21 @@ class Host:
             for slot, modules in placed.items()
         }
 
+    def _only_slot(self, adapter: Adapter) -> str | None:
+        """The model that has all modules of a PEFT adapter by their names, None if none has."""
+        slots = [slot for slot in self.models if self._has_all(slot, adapter)]
+        slots = [slot for slot in slots if self._fits(slot, adapter)] or slots
+        return towers.own_slot(slots, self.models, towers.declared_class(adapter.layout))
+
     def _has_all(self, slot: str, adapter: Adapter) -> bool:
         """Whether a model has all modules of a PEFT adapter, by the same names."""
         known = {_base_name(name.removeprefix(PREFIX)) for name, _ in walk(self.models[slot])}
         return all(_base_name(module) in known for module in adapter.modules)
+
+    def _fits(self, slot: str, adapter: Adapter) -> bool:
+        """Whether a model's layers of the names of an adapter's modules have their shapes."""
+        known, modules = self._layers[slot], outlines(adapter.modules)
+        return towers.fit((modules[m].shape, known[m]) for m in modules if m in known)
 
     def _as_it_is(
         self, slot: str, adapter: Adapter, layout: PeftLayout, *, foreign: bool
@@ -225,7 +237,7 @@ class Host:
                 "it was made in memory and says nothing of layers; give it the layout of another "
                 "(dataclasses.replace(adapter, layout=other.layout))"
             )
-        if all(self._found(module) for module in adapter.modules):
+        if len(self._found(adapter)) == len(adapter.modules):
             return adapter
         if not self.of_diffusers:
             return _whole(convert(adapter, "peft"))
@@ -233,9 +245,15 @@ class Host:
 
     def _placed(self, adapter: Adapter) -> dict[str, dict[str, str]]:
         """Model → name of a layer → module of the adapter that changes it."""
+        found = self._found(adapter)
         placed: dict[str, dict[str, str]] = {}
         for module, delta in adapter.modules.items():
-            slot, name = self._layer(module)
+            if module not in found:
+                raise IncompatibleError(
+                    f"{self.label} has no layer for module {module!r}; the adapter is of another "
+                    "base model, or of one that names its layers otherwise"
+                )
+            slot, name = found[module]
             _require_shape(module, delta, self.models[slot], name, self._layers[slot][name])
             placed.setdefault(slot, {})[name] = module
         return placed
@@ -248,27 +266,20 @@ class Host:
             for slot, model in self.models.items()
         }
 
-    def _layer(self, module: str) -> tuple[str, str]:
-        """The model and the layer that a module of an adapter is."""
-        found = self._found(module)
-        if found is None:
-            raise IncompatibleError(
-                f"{self.label} has no layer for module {module!r}; the adapter is of another base "
-                "model, or of one that names its layers otherwise"
-            )
-        return found
-
-    def _found(self, module: str) -> tuple[str, str] | None:
-        """The model and the layer that a module is, None if there is no such layer."""
+    def _found(self, adapter: Adapter) -> dict[str, tuple[str, str]]:
+        """Module of an adapter → the model and the layer that it is, if there is such a layer."""
+        declared = towers.declared_class(adapter.layout)
+        modules, found = outlines(adapter.modules), dict[str, tuple[str, str]]()
         for slot, known in self._layers.items():
-            name = module.removeprefix(f"{slot}.") if slot else module
-            if name == module and slot and len(self._layers) > 1:
-                continue
-            # CLIP has a part of this name in some versions of transformers and not in others
-            for spelled in (name, f"text_model.{name}", name.removeprefix("text_model.")):
-                if spelled in known:
-                    return slot, spelled
-        return None
+            inside = {
+                module: module.removeprefix(f"{slot}.") if slot else module
+                for module in modules
+                if not slot or len(self._layers) == 1 or module.startswith(f"{slot}.")
+            }
+            shapes = {name: modules[module].shape for module, name in inside.items()}
+            layers = towers.layers_for(shapes, known, self.models[slot], declared)
+            found |= {m: (slot, layers[name]) for m, name in inside.items() if name in layers}
+        return found
 
     @staticmethod
     def _as_peft(
@@ -332,7 +343,7 @@ def _require_shape(
     module: str, delta: Delta, model: nn.Module, layer: str, shape: tuple[int, int]
 ) -> None:
     """Refuse a module that is of another shape than the layer; some hosts would fill it up."""
-    if delta.shape not in (shape, shape[::-1]):  # some layers store their weight transposed
+    if not towers.fit([(delta.shape, shape)]):
         raise IncompatibleError(
             f"module {module!r} is {delta.shape} (out, in), and the layer {layer!r} of "
             f"{type(model).__name__} is {shape}; the adapter is of another base model"
