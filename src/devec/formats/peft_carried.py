@@ -41,6 +41,30 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
     ]
 
 
+def of_base(config: Config, keys: Iterable[str]) -> list[str]:
+    """Keys of tensors that no field of a configuration has trained: weights of the base model.
+
+    PEFT saves embeddings so if the vocabulary was resized, and loads them into the base model.
+
+    Args:
+        config: The configuration.
+        keys: Keys of whole tensors.
+
+    Returns:
+        Those of the base model.
+    """
+    biases = config.get("bias", "none") != "none"
+    saved = tuple(config.get("modules_to_save") or ())
+    return [
+        key
+        for key in keys
+        if not (biases and key.endswith(_BIAS))
+        and ".trainable_tokens" not in key
+        and not (path := key.rpartition(".")[0]).endswith(saved)
+        and not any(f".{whole}." in f".{path}." for whole in saved)
+    ]
+
+
 def keys_beside(config: Config, keys: Iterable[str], adapted: Collection[str]) -> dict[str, str]:
     """Keys of whole tensors as PEFT reads them beside these factors.
 
@@ -72,6 +96,32 @@ def bias_field(config: Config, keys: Iterable[str]) -> str:
     field: str = config.get("bias", "none")
     alone = any(_is_bias(key) and ".base_layer." not in key for key in keys)
     return "all" if field == "lora_only" and alone else field
+
+
+def copies_beside(
+    keys: Iterable[str], carried: Collection[str], adapted: Collection[str]
+) -> dict[str, str]:
+    """Keys of weights of the base model as PEFT reads them beside these factors and tensors.
+
+    Args:
+        keys: The keys, with or without the part that PEFT has for the layer inside an adapted one.
+        carried: Keys of whole tensors that are written.
+        adapted: Paths of the layers that have factors.
+
+    Returns:
+        Key → key to write; weights that a whole tensor replaces are left out.
+    """
+    result: dict[str, str] = {}
+    for key in keys:
+        path, _, last = key.rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if path in adapted:
+            result[key] = f"{path}.base_layer.{last}"
+        elif any(other.startswith(f"{path}.token_adapter.") for other in carried):
+            result[key] = f"{path}.token_adapter.base_layer.{last}"
+        elif f"{path}.{last}" not in carried:
+            result[key] = f"{path}.{last}"
+    return result
 
 
 def _is_bias(key: str) -> bool:

@@ -49,7 +49,8 @@ class PeftLayout:
         config: The configuration, as read.
         slots: The stored pairs of factors, in the order of the file.
         base: The base model that was given with the adapter.
-        base_copies: Weights of the base model that PEFT stores beside adapted embeddings.
+        base_copies: Weights of the base model that PEFT stores: embeddings that an adapter is on,
+            or of a vocabulary that was resized.
         merged_from: Configurations of all the adapters that the slots come from, if they are
             several, so that `config` does not speak for all of them.
         unlisted: Names of modules that their ``target_modules`` name and that have no slot.
@@ -265,12 +266,12 @@ class PeftLayout:
             )
             for slot in held
         ]
-        prefixes = tuple(f"{slot.path}." for slot in held)
-        copies = {k: t for k, t in self.base_copies.items() if k.startswith(prefixes)}
         adapted = {slot.path for slot, deltas in held.items() if deltas}
         keys = peft_carried.keys_beside(config, adapter.carried, adapted)
         if config.get("bias", "none") != (bias := peft_carried.bias_field(config, keys.values())):
             config = {**config, "bias": bias}
+        bases = peft_carried.copies_beside(self.base_copies, adapter.carried, adapted)
+        copies = {bases[k]: t for k, t in self.base_copies.items() if k in bases}
         plan = FilePlan(
             modules=adapter.modules,
             pieces=pieces,

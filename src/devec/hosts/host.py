@@ -28,10 +28,11 @@ from devec.formats.base_live import live_model
 from devec.formats.base_model import base_model
 from devec.formats.convert import convert
 from devec.formats.metadata import ADAPTER_KEY
+from devec.formats.peft_carried import of_base
 from devec.formats.peft_config import Config, require_lora
 from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
 from devec.formats.tensors import TensorFile
-from devec.hosts import state, towers
+from devec.hosts import embeddings, state, towers
 from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
 from devec.layout import ReadOptions
@@ -99,8 +100,22 @@ class Host:
         options = ReadOptions(base=self.given)
         if self.of_diffusers:
             return files.parsed(_as_file(held, self.given), name, options, where)
-        ((config, tensors),) = held.values()
-        return peft.parsed(config, tensors, name, options, where)
+        ((slot, (config, tensors)),) = held.items()
+        adapter = peft.parsed(config, tensors, name, options, where)
+        copies = self._base_copies(slot, name, config)
+        layout = dataclasses.replace(adapter.layout, base_copies=copies)  # type: ignore[type-var]
+        return dataclasses.replace(adapter, layout=layout)
+
+    def _base_copies(self, slot: str, name: str, config: Config) -> dict[str, Tensor]:
+        """Weights of the base model that are stored with an adapter, copied once for all."""
+        model = self.models[slot]
+        found = embeddings.base_copies(model, list(walk(model)), name, config)
+        return {key: self._copied.setdefault(key, tensor) for key, tensor in found.items()}
+
+    @cached_property
+    def _copied(self) -> dict[str, Tensor]:
+        """Key → the copy of a weight that all adapters have in common."""
+        return {}
 
     def _require_there(self, name: str) -> None:
         """Refuse names that the host does not know."""
@@ -223,8 +238,9 @@ class Host:
             shape = self._layers[slot].get(module)
             if shape is not None:  # a parameter is no layer
                 _require_shape(module, delta, model, module, shape)
-        own = {key: tensor.clone() for key, tensor in adapter.carried.items()}
-        _require_base_copies(layout, model)
+        bases = {key: adapter.carried[key] for key in of_base(layout.config, adapter.carried)}
+        _require_base_copies({**layout.base_copies, **bases}, model)
+        own = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         placed = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _wide_enough(model, adapter) if foreign else None
         return placed.stored(dataclasses.replace(adapter, carried=own), dtype)
@@ -350,12 +366,11 @@ def _require_shape(
         )
 
 
-def _require_base_copies(layout: PeftLayout, model: nn.Module) -> None:
+def _require_base_copies(copies: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuse base weights beside an adapter, as PEFT saves embeddings, that the model has not."""
-    layers = live_model(model).layers if layout.base_copies else {}
-    for key, copy in layout.base_copies.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.weight", "")
-        own = layers[name].load() if name in layers else None
+    parts = list(walk(model)) if copies else []
+    for key, copy in copies.items():
+        own = embeddings.own_tensor(parts, key)
         if own is None or own.shape != copy.shape or not torch.equal(own.to(copy), copy):
             raise UnsupportedError(
                 f"it was saved with a base weight ({key!r}) that is not the one of "

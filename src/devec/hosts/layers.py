@@ -19,8 +19,8 @@ def is_wrapper(module: object) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def _inside(wrapper: Any) -> tuple[str, nn.Module]:  # noqa: ANN401
-    """The module that a wrapper is around, and what it is called there."""
+def inside(wrapper: Any) -> tuple[str, nn.Module]:  # noqa: ANN401
+    """What a wrapper calls the module that it is around, and the module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     name = "base_layer" if isinstance(wrapper, BaseTunerLayer) else "original_module"
@@ -40,8 +40,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
     while left:
         name, module = left.pop()
         yield name, module
-        inside = [_inside(module)] if is_wrapper(module) else list(module.named_children())
-        left += [(f"{name}.{child}" if name else child, part) for child, part in reversed(inside)]
+        parts = [inside(module)] if is_wrapper(module) else list(module.named_children())
+        left += [(f"{name}.{child}" if name else child, part) for child, part in reversed(parts)]
 
 
 def has_merged(parts: Parts) -> str:
@@ -85,7 +85,7 @@ def otherwise_unchanged(model: nn.Module) -> Iterator[None]:
             elif is_wrapper(module):
                 module._active_adapter = list(active) if _is_tuner(module) else []
                 module._disable_adapters = disabled
-                module.training = _inside(module)[1].training
+                module.training = inside(module)[1].training
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 
@@ -132,7 +132,7 @@ def _unwrap(model: nn.Module, known: Mapping[int, object]) -> None:
     for name, module in reversed(list(walk(model))):
         if is_wrapper(module) and id(module) not in known:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _inside(module)[1])
+            setattr(model.get_submodule(parent), last, inside(module)[1])
 
 
 def offload_again(model: nn.Module) -> None:
