@@ -58,7 +58,7 @@ def of_base(config: Config, keys: Iterable[str]) -> list[str]:
     return [
         key
         for key in keys
-        if not (biases and key.endswith(_BIAS))
+        if not (biases and _is_bias(key))
         and ".trainable_tokens" not in key
         and not (path := key.rpartition(".")[0]).endswith(saved)
         and not any(f".{whole}." in f".{path}." for whole in saved)

@@ -182,15 +182,7 @@ class PeftLayout:
         return dataclasses.replace(self, config=config)
 
     def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
-        """Modules on which PEFT can have no LoRA beside whole tensors of this adapter.
-
-        Args:
-            carried: Keys of the tensors.
-            modules: Names of modules that another adapter changes.
-
-        Returns:
-            Those that a tensor replaces, or that are inside of a module that is replaced.
-        """
+        """Modules on which PEFT can have no LoRA beside whole tensors of this adapter."""
         keys = (key.removeprefix(PREFIX) for key in carried)
         return peft_carried.replaced(self.config, keys, modules)
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from devec.errors import DevecWarning
+from devec.errors import DevecWarning, UnsupportedError
 from devec.formats.peft_config import Config
 from devec.formats.peft_layout import PREFIX
-from devec.hosts.layers import Parts, inside, is_wrapper
+from devec.hosts.layers import Parts, inside, is_wrapper, walk
 
 # The layers by whose names PEFT tells that an adapter is on an embedding.
 _NAMES = ("embed_tokens", "lm_head")
@@ -122,16 +124,28 @@ def _vocabulary(config: Any) -> int | None:  # noqa: ANN401
     return size if isinstance(size, int) else None
 
 
-def own_tensor(parts: Parts, key: str) -> Tensor | None:
-    """The tensor of a model that a copy of a base weight is of, None if there is none.
+def require_same(copies: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse base weights beside an adapter that are not those of a model.
 
     Args:
-        parts: The modules of the model.
-        key: The key of the copy.
+        copies: Key → weight of the base model that an adapter was saved with.
+        model: The model that it is to be added to.
 
-    Returns:
-        The tensor.
+    Raises:
+        UnsupportedError: If the model has another weight there, or none.
     """
+    parts = list(walk(model)) if copies else []
+    for key, copy in copies.items():
+        own = _own(parts, key)
+        if own is None or own.shape != copy.shape or not torch.equal(own.to(copy), copy):
+            raise UnsupportedError(
+                f"it was saved with a base weight ({key!r}) that is not the one of "
+                f"{type(model).__name__}; load it with the host's own load_adapter"
+            )
+
+
+def _own(parts: Parts, key: str) -> Tensor | None:
+    """The tensor of a model that a copy of a base weight is of, None if there is none."""
     path, _, last = key.removeprefix(PREFIX).rpartition(".")
     path = path.replace(".token_adapter", "").replace(".base_layer", "")
     layer = next((module for at, module in parts if at.removeprefix(PREFIX) == path), None)

@@ -35,6 +35,7 @@ from devec.formats.tensors import TensorFile
 from devec.hosts import embeddings, state, towers
 from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
+from devec.hosts.scaling import runs_as_its_own
 from devec.layout import ReadOptions
 from devec.lazy import outlines
 
@@ -93,10 +94,11 @@ class Host:
         self._require_there(name)
         where = f"adapter {name!r} of {self.label}"
         held: dict[str, Stored] = {}
+        runs = runs_as_its_own(self.models, name, self.label, mixes=self.of_diffusers)
         for slot, model in self.models.items():
             if name in state.adapters_of(model):
                 with located(where):
-                    held[slot] = self._held(model, name)
+                    held[slot] = self._held(model, name, runs=runs)
         options = ReadOptions(base=self.given)
         if self.of_diffusers:
             return files.parsed(_as_file(held, self.given), name, options, where)
@@ -129,10 +131,10 @@ class Host:
             )
 
     @staticmethod
-    def _held(model: nn.Module, name: str) -> Stored:
+    def _held(model: nn.Module, name: str, *, runs: bool) -> Stored:
         """What one model holds of an adapter, checked."""
         parts = list(walk(model))
-        config = json.loads(json.dumps(state.config_of(model, parts, name)))
+        config = json.loads(json.dumps(state.config_of(model, parts, name, runs=runs)))
         require_lora(config, type(model).__name__)
         _require_unmerged(model, parts)
         tensors = state.tensors_of(parts, name)
@@ -237,9 +239,9 @@ class Host:
         for module, delta in adapter.modules.items():
             shape = self._layers[slot].get(module)
             if shape is not None:  # a parameter is no layer
-                _require_shape(module, delta, model, module, shape)
+                towers.require_shape(module, delta, model, module, shape)
         bases = {key: adapter.carried[key] for key in of_base(layout.config, adapter.carried)}
-        _require_base_copies({**layout.base_copies, **bases}, model)
+        embeddings.require_same({**layout.base_copies, **bases}, model)
         own = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         placed = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _wide_enough(model, adapter) if foreign else None
@@ -270,7 +272,7 @@ class Host:
                     "base model, or of one that names its layers otherwise"
                 )
             slot, name = found[module]
-            _require_shape(module, delta, self.models[slot], name, self._layers[slot][name])
+            towers.require_shape(module, delta, self.models[slot], name, self._layers[slot][name])
             placed.setdefault(slot, {})[name] = module
         return placed
 
@@ -353,29 +355,6 @@ def host_of(given: object) -> Host:
         return Host(whole, found, of_diffusers=True, unreached=unreached)
     hint = "; give its .model" if isinstance(getattr(whole, "model", None), nn.Module) else ""
     raise IncompatibleError(f"expected {_HOSTS}, got {type(whole).__name__}{hint}")
-
-
-def _require_shape(
-    module: str, delta: Delta, model: nn.Module, layer: str, shape: tuple[int, int]
-) -> None:
-    """Refuse a module that is of another shape than the layer; some hosts would fill it up."""
-    if not towers.fit([(delta.shape, shape)]):
-        raise IncompatibleError(
-            f"module {module!r} is {delta.shape} (out, in), and the layer {layer!r} of "
-            f"{type(model).__name__} is {shape}; the adapter is of another base model"
-        )
-
-
-def _require_base_copies(copies: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse base weights beside an adapter, as PEFT saves embeddings, that the model has not."""
-    parts = list(walk(model)) if copies else []
-    for key, copy in copies.items():
-        own = embeddings.own_tensor(parts, key)
-        if own is None or own.shape != copy.shape or not torch.equal(own.to(copy), copy):
-            raise UnsupportedError(
-                f"it was saved with a base weight ({key!r}) that is not the one of "
-                f"{type(model).__name__}; load it with the host's own load_adapter"
-            )
 
 
 def _require_unmerged(model: nn.Module, parts: Parts) -> None:

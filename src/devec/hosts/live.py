@@ -37,8 +37,10 @@ def decompose_adapters(
         devec.decompose_adapters(pipe, ["anime", "pixel"])
         pipe.set_adapters(["anime_unique", "pixel_unique"])
 
-    The weights that are set for mixing are no part of an adapter: each is taken at weight 1. What
-    is active stays active. The parts are `devec.decompose`'s, in the types and on the devices of
+    The weights that are set for mixing are no part of an adapter: each is taken at weight 1, and
+    with the alpha of an adapter that was hotswapped in its place. Where a scaling could be either,
+    a warning states the reading, or the adapter is refused. What is active stays active. The parts
+    are `devec.decompose`'s, in the types and on the devices of
     the adapters; every tensor is compared after it was added.
 
     Args:
@@ -60,8 +62,9 @@ def decompose_adapters(
         would have; parts that hold nothing are not.
 
     Raises:
-        IncompatibleError: If an adapter is not known, merged or unloaded, a name is taken or cannot
-            be had, no module is in two adapters, or an argument is out of range.
+        IncompatibleError: If an adapter is not known, merged or unloaded, or has a weight that
+            could be the alpha of a hotswapped adapter; if a name is taken or cannot be had, no
+            module is in two adapters, or an argument is out of range.
         UnsupportedError: If an adapter is not a plain low-rank delta.
         OutputError: If the host does not hold what it was given; nothing is added then.
 
@@ -181,10 +184,12 @@ def extract_adapter(host: object, adapter_name: str) -> Adapter:
 
     Returns:
         The adapter, at weight 1, its tensors copied. It is stored as its host would store it: as a
-        PEFT directory, or as one file of diffusers.
+        PEFT directory, with embeddings of the base model where PEFT saves them (if the vocabulary
+        was resized, or the adapter is on them), or as one file of diffusers.
 
     Raises:
-        IncompatibleError: If the adapter is not known, merged or unloaded.
+        IncompatibleError: If the adapter is not known, merged or unloaded, or has a weight that
+            could be the alpha of a hotswapped adapter.
         UnsupportedError: If it is not a plain low-rank delta.
     """
     return host_of(host).read(adapter_name)
@@ -201,7 +206,7 @@ def add_adapter(host: object, adapter: Adapter, adapter_name: str) -> None:
 
     Raises:
         IncompatibleError: If the name cannot be had, or the adapter changes layers that the model
-            does not have.
+            does not have, or that are in several parts of it and nothing shows which is meant.
         UnsupportedError: If the model cannot hold it.
         OutputError: If the host does not hold what it was given; nothing is added then.
     """

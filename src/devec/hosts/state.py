@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from devec.formats.peft_layout import PREFIX
 from devec.formats.peft_names import lookup_name
 from devec.formats.peft_written import exact_targets, rank_pattern
 from devec.hosts.layers import Parts, is_wrapper, walk
+from devec.hosts.scaling import scaling_of
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -86,16 +86,16 @@ def _layers(parts: Parts) -> dict[str, Any]:
     return {n.removeprefix(PREFIX): m for n, m in parts if isinstance(m, LoraLayer)}
 
 
-def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
+def config_of(model: nn.Module, parts: Parts, name: str, *, runs: bool) -> Config:
     """The configuration of an adapter as PEFT would save it, true of the layers as they are.
 
     Ranks and alphas are those of the layers: hotswapping changes them, and not the configuration.
-    The weights that were set for mixing (`set_scale`, `set_adapters`) are no part of an adapter.
 
     Args:
         model: The model.
         parts: Its modules.
         name: Name of an adapter that it holds.
+        runs: Whether its scaling is the one that it runs with, as `runs_as_its_own` finds.
 
     Returns:
         The configuration, by which every layer of the adapter has its rank and scaling.
@@ -116,7 +116,7 @@ def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
     if replicated := replication_of(model):  # the names are those of the layers as they are now
         config["layer_replication"] = replicated
     layers = _layers(parts)
-    found = _ranks(layers, name)
+    found = _ranks(layers, name, runs=runs)
     if any(rank_and_scaling(config, n) != at for n, at in found.items()):
         ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
         alphas, alphas_of = rank_pattern({n: rank * s for n, (rank, s) in found.items()})
@@ -128,14 +128,16 @@ def config_of(model: nn.Module, parts: Parts, name: str) -> Config:
     return config
 
 
-def _ranks(layers: Mapping[str, Any], name: str) -> dict[str, tuple[int, float]]:
+def _ranks(
+    layers: Mapping[str, Any], name: str, *, runs: bool = False
+) -> dict[str, tuple[int, float]]:
     """Name by which PEFT looks a layer or parameter up → its rank and scaling of an adapter."""
     from peft.tuners.lora.layer import MultiheadAttention
 
     attentions = {n for n, layer in layers.items() if isinstance(layer, MultiheadAttention)}
     ranks = {}
     for n, layer in layers.items():
-        at = _rank(layer, name)
+        at = _rank(layer, name, runs=runs)
         if at is not None:
             known = lookup_name(n, attentions)
             ranks[f"{known}.{layer.parameter_name}" if _is_parameter(layer) else known] = at
@@ -149,17 +151,14 @@ def _is_parameter(layer: object) -> bool:
     return isinstance(layer, ParamWrapper)
 
 
-def _rank(layer: Any, name: str) -> tuple[int, float] | None:  # noqa: ANN401
+def _rank(layer: Any, name: str, *, runs: bool = False) -> tuple[int, float] | None:  # noqa: ANN401
     """Rank and scaling of an adapter in a layer, of each expert; None if it is not there."""
     A = layer.lora_embedding_A if name in layer.lora_embedding_A else layer.lora_A
     if name not in A:
         return None
     factor = A[name] if isinstance(A, nn.ParameterDict) else A[name].weight
-    scaling = layer.scaling[name]
-    if not isinstance(scaling, Tensor):  # of hotswapping, which leaves r and alpha as they were
-        rank = layer.r[name]
-        scaling = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora[name] else rank)
-    return factor.shape[0] // getattr(layer, "num_experts", 1), float(scaling)
+    experts = getattr(layer, "num_experts", 1)
+    return factor.shape[0] // experts, scaling_of(layer, name, runs=runs)
 
 
 class _Place(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from devec.delta import Delta
 from devec.errors import IncompatibleError, listed
 
 Shape = tuple[int, int]
@@ -79,6 +80,28 @@ def declared_class(layout: Any) -> str:  # noqa: ANN401
 def fit(shapes: Iterable[tuple[Shape, Shape]]) -> bool:
     """Whether modules have the shapes of their layers, some of which store weights transposed."""
     return all(shape in (own, own[::-1]) for shape, own in shapes)
+
+
+def require_shape(
+    module: str, delta: Delta, model: nn.Module, layer: str, shape: tuple[int, int]
+) -> None:
+    """Refuse a module that is of another shape than the layer; some hosts would fill it up.
+
+    Args:
+        module: Name of the module.
+        delta: Its change.
+        model: The model.
+        layer: Name of the layer that the module is.
+        shape: Shape of the layer's weight.
+
+    Raises:
+        IncompatibleError: If the shapes differ.
+    """
+    if not fit([(delta.shape, shape)]):
+        raise IncompatibleError(
+            f"module {module!r} is {delta.shape} (out, in), and the layer {layer!r} of "
+            f"{type(model).__name__} is {shape}; the adapter is of another base model"
+        )
 
 
 def own_slot(slots: Sequence[str], models: Mapping[str, nn.Module], declared: str) -> str | None:
