@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from live_models import LLAMA, changes, layers, trained
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pipelines import make_pipeline
 from transformers import (
     BlipConfig,
@@ -258,3 +258,12 @@ def test_a_language_model_inside_of_another_is_found_by_its_class(tmp_path):
     adapter, _ = adapter_of(model.model, tmp_path)
     devec.add_adapter(model, adapter, "x")
     assert set(layers(model)) == {f"model.{name}" for name in adapter.modules}
+
+
+def test_what_a_host_holds_already_is_where_it_belongs(tmp_path):
+    """PEFT loads by names alone; what is made of it goes where it was."""
+    model = make("clip")
+    adapter_of(model.vision_model, tmp_path)
+    host = PeftModel.from_pretrained(model.text_model, tmp_path, adapter_name="x")
+    devec.negate_adapter(host, "x", "y")
+    assert "y" in host.peft_config

@@ -199,7 +199,8 @@ class Host:
         adapter = _whole(adapter)
         layout = adapter.layout
         if isinstance(layout, PeftLayout):
-            slot = self._only_slot(adapter)
+            declared = towers.declared_class(layout) if foreign else ""
+            slot = self._only_slot(adapter, declared)
             if slot is not None:
                 return {slot: self._as_it_is(slot, adapter, layout, foreign=foreign)}
         if adapter.carried:
@@ -215,11 +216,11 @@ class Host:
             for slot, modules in placed.items()
         }
 
-    def _only_slot(self, adapter: Adapter) -> str | None:
+    def _only_slot(self, adapter: Adapter, declared: str) -> str | None:
         """The model that has all modules of a PEFT adapter by their names, None if none has."""
         slots = [slot for slot in self.models if self._has_all(slot, adapter)]
         slots = [slot for slot in slots if self._fits(slot, adapter)] or slots
-        return towers.own_slot(slots, self.models, towers.declared_class(adapter.layout))
+        return towers.own_slot(slots, self.models, declared)
 
     def _has_all(self, slot: str, adapter: Adapter) -> bool:
         """Whether a model has all modules of a PEFT adapter, by the same names."""
