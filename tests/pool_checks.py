@@ -1,58 +1,18 @@
-"""What must hold of a pool's parts, checked against dense truth; all faults of a pool are told."""
+"""What must hold of a pool's parts, checked against dense truth."""
 
-import contextlib
 import math
-import warnings
 from functools import cache
 from itertools import combinations
 
 import numpy as np
-import pytest
 import torch
 from dense_spaces import CLEAR, DENSE, METHODS, Shared, deflated, projector, space
 from random_pools import Change, Pool, dense
 
-from devec import DevecWarning, decompose
+from devec import decompose
 
 EMPTY = 1e-6  # of its original: a part below it may be left out, a singular value cut off
 NORMS = 1e-5  # norms are read off Gram matrices, whose loss is bounded by this
-
-
-class Faults:
-    """Collects what is wrong with a case, and tells all of it at the end."""
-
-    def __init__(self, case):
-        self.case, self.found, self.count = case, [], 0
-
-    def near(self, what, got, want, limit):
-        """‖got - want‖ is at most the limit."""
-        self.count += 1
-        error = np.linalg.norm(np.subtract(got, want))
-        if not error <= limit:
-            self.found.append(f"{what}: off by {error:.3g}, allowed are {limit:.3g}")
-
-    def holds(self, what, true):
-        """A statement."""
-        self.count += 1
-        if not true:
-            self.found.append(what)
-
-    @contextlib.contextmanager
-    def step(self, what):
-        """Nothing is raised inside."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DevecWarning)
-                yield
-        except Exception as error:  # whatever it is, it is what is looked for
-            self.found.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
-
-    def settle(self):
-        """Fail if anything is wrong."""
-        assert self.count, f"nothing was checked of {self.case}"
-        if self.found:
-            some = "\n".join(self.found[:12])
-            pytest.fail(f"{len(self.found)} of {self.count} checks\n{some}\n{self.case}", False)
 
 
 class Truth:
@@ -217,7 +177,7 @@ def originals(parts, truth):
 
 
 def check_outputs(faults, truth, parts, at):
-    """What is not among the outputs is zero beside its original, and compact parts are the parts."""
+    """What is not among the outputs is zero beside its original; compact parts are the parts."""
     known = originals(parts, truth)
     whole, compact = parts.outputs(), parts.outputs(compact=True)
     faults.holds(f"compact outputs {at}", list(whole) == list(compact))

@@ -49,7 +49,7 @@ def write_pool(pool, folder):
         stored = {m: as_stored(delta) for m, delta in adapter.modules.items()}
         truth[adapter.name] = {
             m: (truth_of_lora if d.gain is None else truth_of_dora)(
-                d, pool.truth[adapter.name][m].text
+                d, pool.truth[adapter.name][m].text.removesuffix(", DoRA out")
             )
             for m, (d, _) in stored.items()
         }

@@ -244,7 +244,7 @@ def truth_of_dora(delta, text=""):
     )
 
 
-def weighted(weights, changes, text=""):
+def weighted(weights, changes):
     """The truth of Σ w_i·ΔW_i."""
     some = [c for c in changes if c.bias is not None]
     return Change(
@@ -257,8 +257,8 @@ def weighted(weights, changes, text=""):
         bias_off=sum(abs(w) * c.bias_off for w, c in zip(weights, changes, strict=True)),
         dtype=max((c.dtype for c in changes), key=lambda dtype: dtype == torch.float64),
         gained=any(c.gained for c in changes),
-        text=text or " + ".join(f"{w:.3g}·({c.text})" for w, c in zip(weights, changes, strict=True)),
-    )  # fmt: skip
+        text=" + ".join(f"{w:.3g}·({c.text})" for w, c in zip(weights, changes, strict=True)),
+    )
 
 
 def draw_module(rng, kind, shape, planted, base, dtype, decades, biased, *, stored=False):
@@ -278,7 +278,7 @@ def draw_module(rng, kind, shape, planted, base, dtype, decades, biased, *, stor
 
 
 def draw_pool(seed, *, stored=False):
-    """A pool of two to five adapters of one base model; `stored` for what files of PEFT can hold."""
+    """A pool of two to five adapters of one base model; `stored`: as files of PEFT can hold."""
     rng = np.random.default_rng(seed)
     k, doras = int(rng.integers(2, 6)), rng.random() < 0.4
     modules = MODULES[: rng.integers(1, 5)]

@@ -18,10 +18,10 @@ from algebra_checks import (
     check_nearest,
     check_overlaps,
 )
+from faults import Faults
 from file_checks import check_saved, check_streamed
 from pool_checks import (
     ALL_METHODS,
-    Faults,
     Truth,
     check_pool,
     check_target,
