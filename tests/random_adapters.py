@@ -1,5 +1,7 @@
 """Adapters that PEFT makes of random configurations, and what PEFT says that they do."""
 
+import copy
+import json
 import warnings
 from functools import cache
 from pathlib import Path
@@ -40,36 +42,41 @@ def draw_pool(seed, kind, folder):
     experts, paths, story = drawn_experts(rng, kind), {}, [f"seed {seed}, {kind}"]
     fields, alike = None, rng.random() < 0.5
     for name in "abc"[: rng.integers(2, 4)]:
-        dtype = TYPES[rng.integers(len(TYPES))]
-        if fields is None or not alike:
-            fields = accepted(rng, kind, experts)
-        else:
-            fields = {**fields, "r": int(rng.integers(1, 7))}
-        model = get_peft_model(make_model(kind), LoraConfig(**fields))
-        trained(model, rng, dtype)
-        paths[name] = Path(folder) / name
-        model.save_pretrained(str(paths[name]))
+        dtype, path = TYPES[rng.integers(len(TYPES))], Path(folder) / name
+        if fields is not None and alike:  # orthogonal initialisation wants an even rank
+            fields = {**fields, "r": 2 * int(rng.integers(1, 4))}
+            made = saved(kind, fields, rng, dtype, path)
+        while fields is None or not alike or not made:
+            fields = draw_config(rng, kind, experts)
+            made = saved(kind, fields, rng, dtype, path)
+            if made:
+                break
+        paths[name] = path
         story.append(f"  {name} {str(dtype)[6:]} {fields}")
     return paths, "\n".join(story)
 
 
-def accepted(rng, kind, experts):
-    """Fields that PEFT accepts for a model, and of which something is adapted."""
-    while True:
-        fields = draw_config(rng, kind, experts)
-        try:
-            model = get_peft_model(make_model(kind), LoraConfig(**fields))
-        except Exception:  # noqa: S112  # PEFT refuses in many ways
-            continue
-        if any(".lora_" in name for name, _ in model.named_parameters()):
-            return fields
+def saved(kind, fields, rng, dtype, path):
+    """Have PEFT make and save an adapter; whether it takes the configuration and its own files.
+
+    PEFT sorts patterns when it saves them, so that those that overlap may come to mean another
+    rank, with which it does not load what it saved.
+    """
+    try:
+        model = get_peft_model(make_model(kind), LoraConfig(**copy.deepcopy(fields)))
+        trained(model, rng, dtype)
+        model.save_pretrained(str(path))
+        return any(".lora_" in key for key in stored_keys(path)) and not loaded(kind, path)[1]
+    except Exception:  # PEFT refuses in many ways
+        return False
 
 
-def loaded(kind, path, **options):
+def loaded(kind, path, *, base=None, **options):
     """A PeftModel with an adapter, and the keys that its files lack."""
+    base = make_model(kind) if base is None else base
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(make_model(kind), str(path), **options)
+        model = PeftModel.from_pretrained(base, str(path), **options)
     missing = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
     return model.eval(), missing
 
@@ -80,6 +87,11 @@ def stored_keys(path):
         return list(file.keys())
 
 
+def trains_rows(path):
+    """Whether rows of an embedding are trained; PEFT loads no other adapter beside such a one."""
+    return any("trainable_tokens" in key for key in stored_keys(path))
+
+
 def parameters(model):
     """Name → parameter in float64, each once."""
     return {n: p.detach().double().clone() for n, p in model.named_parameters()}
@@ -88,8 +100,11 @@ def parameters(model):
 @cache
 def merged_change(kind, path):
     """Parameter → what an adapter changes it by, as PEFT merges it in float64."""
-    before = parameters(make_model(kind))
-    model, _ = loaded(kind, path)
+    config = json.loads((Path(path) / "adapter_config.json").read_text())
+    whole = {name.rpartition(".")[2] for name in config["modules_to_save"] or ()}
+    before = parameters(make_model(kind, biased=config["lora_bias"], but=whole))
+    base = make_model(kind, biased=config["lora_bias"], but=whole)
+    model, _ = loaded(kind, path, base=base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         after = parameters(model.double().merge_and_unload())
@@ -111,26 +126,53 @@ class Host:
 
     Attributes:
         kind: The model.
-        first: Directory of the first adapter.
-        loads_all: Whether PEFT loads the originals beside each other.
+        paths: Name → directory of an original.
         agrees: Whether its forward pass is that of the weights it merges. Some models read a weight
             past its layer, which leaves the adapter out; of nn.MultiheadAttention PEFT applies the
             change of the output projection twice.
     """
 
     def __init__(self, kind, paths):
-        self.kind, self.first = kind, next(iter(paths.values()))
+        self.kind, self.paths = kind, paths
         self.agrees = all(self._agrees(path) for path in paths.values())
+
+    @property
+    def loads_all(self):
+        """Whether PEFT loads the originals beside each other."""
         try:
-            all_loaded(kind, paths)
-            self.loads_all = True
-        except (KeyError, ValueError):  # of rows that one adapter trains and another does not
-            self.loads_all = False
+            all_loaded(self.kind, self.paths)
+        except Exception:  # PEFT refuses in many ways
+            return False
+        return True
 
     def _agrees(self, path):
         want = outputs(with_changes(self.kind, merged_change(self.kind, path)), self.kind)
         got = outputs(loaded(self.kind, path)[0].double(), self.kind)
         return np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+    def beside(self, path, name, **options):
+        """Load a directory beside the original of an adapter that has the same carried tensors.
+
+        Returns:
+            Keys that it lacks and has left over; none where PEFT does not load even the original
+            beside itself, which it says in many ways.
+        """
+        try:
+            model, _ = loaded(self.kind, self.paths[name], adapter_name="x")
+            usual = model.load_adapter(str(self.paths[name]), "y").unexpected_keys
+        except Exception:
+            return [], []
+        if trains_rows(self.paths[name]) != trains_rows(path):
+            return [], []
+        model, _ = loaded(self.kind, self.paths[name], adapter_name="x")
+        try:
+            found = model.load_adapter(str(path), "y", **options)
+        except ValueError as error:
+            if "Wrapper" in str(error):  # a layer that one trains whole and the other adapts
+                return [], []
+            raise
+        missing = [key for key in found.missing_keys if ".y." in f"{key}."]
+        return missing, [key for key in found.unexpected_keys if key not in usual]
 
 
 def carried_parameters(adapter):
@@ -144,7 +186,7 @@ def carried_parameters(adapter):
 
 def with_changes(kind, changes):
     """The base model in float64 with changes added to its parameters."""
-    model = make_model(kind).double()
+    model = make_model(kind, biased=True).double()
     held = dict(model.named_parameters())
     for name, change in changes.items():
         held[name].data += change

@@ -73,7 +73,10 @@ _WHISPER = {
     "num_mel_bins": 8,
     "max_source_positions": 8,
     "max_target_positions": 12,
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
 }
 _VIT = {k: v for k, v in SIZES.items() if k != "vocab_size"}
 _LLAMA = {**SIZES, "num_key_value_heads": 1}
@@ -92,7 +95,7 @@ MODELS = {
     "t5": (
         _hf("T5ForConditionalGeneration", "T5Config", **_T5),
         {**TOKENS, **DECODER},
-        ["lm_head"],
+        ["final_layer_norm"],
     ),
     "mixtral": (
         _hf("MixtralForCausalLM", "MixtralConfig", **EXPERTS, num_local_experts=3),
@@ -158,8 +161,17 @@ LEFT_OUT = {
 ADAPTED = (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
-def make_model(kind):
-    """A model, the same each time, whose layers have effects one can see."""
+def make_model(kind, *, biased=False, but=()):
+    """A model, the same each time, whose layers have effects one can see.
+
+    Args:
+        kind: A key of `MODELS`.
+        biased: Whether linear layers without biases have some of zeros, to which PEFT can merge.
+        but: Layers that have none, since they are trained whole.
+
+    Returns:
+        The model.
+    """
     torch.manual_seed(0)
     model = MODELS[kind][0]().eval()
     for parameter in model.parameters():
@@ -167,6 +179,10 @@ def make_model(kind):
             parameter.data *= 5
     if "moe" in kind or kind == "mixtral":
         model.config._experts_implementation = "eager"  # the others do not compute in float64
+    for name, module in model.named_modules() if biased else ():
+        whole = any(part in but for part in name.split("."))
+        if isinstance(module, nn.Linear) and module.bias is None and not whole:
+            module.bias = nn.Parameter(torch.zeros(len(module.weight)))
     return model.requires_grad_(False)
 
 
@@ -174,10 +190,7 @@ def make_model(kind):
 def outputs(model, kind):
     """What a model computes, in float64."""
     held = {k: t.double() if t.is_floating_point() else t for k, t in MODELS[kind][1].items()}
-    if kind == "attention":
-        found = model(held["x"])
-    else:
-        found = model(**held)
+    found = model(held["x"]) if kind == "attention" else model(**held)
     return (found if isinstance(found, torch.Tensor) else found[0]).double().numpy()
 
 
@@ -252,7 +265,8 @@ def draw_config(rng, kind, experts=()):
         fields["use_dora"] = True
     else:
         maybe(rng, 0.2, fields, lora_bias=True)
-    maybe(rng, 0.1, fields, bias=str(rng.choice(["all", "lora_only"])))
+    if "lora_bias" not in fields:  # one bias would change in two ways
+        maybe(rng, 0.1, fields, bias=str(rng.choice(["all", "lora_only"])))
     maybe(rng, 0.15, fields, exclude_modules=subset(rng, names))
     maybe(rng, 0.15, fields, layers_to_transform=[int(rng.integers(2))])
     maybe(rng, 0.2, fields, modules_to_save=subset(rng, whole, 1))

@@ -20,7 +20,9 @@ from random_adapters import (
     draw_pool,
     loaded,
     merged_change,
+    parameters,
     stored_keys,
+    trains_rows,
     with_changes,
 )
 from random_models import MODELS, generator, make_model, outputs
@@ -102,29 +104,39 @@ def check_read(faults, kind, path, adapter, remarks):
             faults.near(f"magnitudes {name} {module}", delta.gain.values.double(), m, off)
 
 
-def check_loads(faults, host, what, path, low):
-    """PEFT loads a directory alone and beside another: no key is missing, none is left over."""
+def check_loads(faults, host, what, path, name, low):
+    """PEFT loads a directory alone and beside an original: no key is missing, none left over."""
     _, missing = loaded(host.kind, path, low_cpu_mem_usage=low)
     faults.holds(f"{what} alone: {missing}", not missing)
-    if not host.loads_all:
-        return
-    host, _ = loaded(host.kind, host.first, adapter_name="x")
-    result = host.load_adapter(str(path), "y", low_cpu_mem_usage=low)
-    missing = [k for k in result.missing_keys if ".y." in f"{k}."]
-    faults.holds(f"{what} lacks {missing[:4]}", not missing)
-    faults.holds(f"{what} has beside {result.unexpected_keys[:4]}", not result.unexpected_keys)
+    with faults.step(f"{what} beside {name}"):
+        missing, unexpected = host.beside(path, name, low_cpu_mem_usage=low)
+        faults.holds(f"{what} lacks {missing[:4]}", not missing)
+        faults.holds(f"{what} has beside {unexpected[:4]}", not unexpected)
 
 
-def check_changes(faults, what, got, want, tolerance):
-    """Changes of parameters are the same."""
-    size = {n: float(c.norm()) for n, c in want.items()}
+def check_changes(faults, what, got, want, tolerance, sizes):
+    """Changes of parameters are the same, to rounding of the terms and, of DoRAs, of the whole."""
     faults.holds(
         f"parameters of {what}: {sorted(n for n in got.keys() - want.keys())[:4]}",
         all(float(got[n].norm()) < 1e-5 for n in got.keys() - want.keys()),
     )
     for name, change in want.items():
         found = got.get(name, torch.zeros_like(change))
-        faults.near(f"{what} {name}", found, change, tolerance * max(size[name], 1e-3))
+        faults.near(f"{what} {name}", found, change, tolerance * max(sizes[name], 1e-3))
+
+
+def sizes_of(kind, paths, adapters, weights):
+    """What rounding of sums is relative to: Σ |w_i|·‖change_i‖, and ‖W0‖ if any is a DoRA."""
+    total = {}
+    for path, weight in zip(paths, weights, strict=True):
+        for name, change in merged_change(kind, path).items():
+            total[name] = total.get(name, 0) + abs(weight) * float(change.norm())
+    if any(delta.gain is not None for a in adapters for delta in a.modules.values()):
+        whole = parameters(make_model(kind))
+        total = {
+            n: size + float(whole[n].norm()) if n in whole else size for n, size in total.items()
+        }
+    return total
 
 
 def precision(*adapters):
@@ -149,6 +161,11 @@ def save(faults, adapter, path, **options):
     return path
 
 
+def of_part(label):
+    """The adapter that a part is of; the common vector is of the first, too."""
+    return "a" if label == "common" else label.partition("-")[0]
+
+
 def check_parts(faults, host, paths, adapters, rng, out):
     """Parts load, and unique and shared together are the original."""
     kind = host.kind
@@ -158,30 +175,34 @@ def check_parts(faults, host, paths, adapters, rng, out):
     }
     compact, low = bool(rng.random() < 0.4), bool(rng.random() < 0.4)
     dtype = [None, torch.float32][rng.integers(2)]
-    written = {}
+    written, outputs_of = {}, {}
     with faults.step(f"decompose {options}"):
         try:
             parts = decompose(list(adapters.values()), **options)
         except DevecError as error:
             faults.holds(f"decompose is refused: {error}", refused(error))
             return
-        for label, part in parts.outputs(compact=compact).items():
+        outputs_of = parts.outputs(compact=compact)
+        for label, part in outputs_of.items():
             with faults.step(f"part {label} {options} compact {compact}"):
                 path = save(faults, part, out / label, dtype=dtype)
                 if path is not None:
                     written[label] = merged_change(kind, path)
-                    check_loads(faults, host, f"part {label}", path, low)
+                    check_loads(faults, host, f"part {label}", path, of_part(label), low)
     for name, adapter in adapters.items():
-        held = [written.get(f"{name}-{part}") for part in ("unique", "shared")]
-        if held[0] is None:
+        labels = [f"{name}-{part}" for part in ("unique", "shared")]
+        held = [written.get(label) for label in labels]
+        if held[0] is None or any(label in outputs_of and label not in written for label in labels):
             continue
         with faults.step(f"parts of {name}"):
             want, total = merged_change(kind, paths[name]), dict(held[0])
             for parameter, change in (held[1] or {}).items():
                 total[parameter] = total.get(parameter, 0) + change
             eps = STORED[torch.float32] if dtype else precision(adapter)
-            check_changes(faults, f"parts of {name}", total, want, eps)
-            if held[1] is not None and eps == STORED[torch.float32] and host.agrees:
+            sizes = sizes_of(kind, [paths[name]], [adapter], [1])
+            check_changes(faults, f"parts of {name}", total, want, eps, sizes)
+            alone = held[1] is None or trains_rows(paths[name])
+            if not alone and eps == STORED[torch.float32] and host.agrees:
                 check_together(faults, kind, name, paths[name], out)
 
 
@@ -228,12 +249,12 @@ def check_sum(faults, host, paths, adapters, rng, out):
         path = save(faults, total, out / "sum", dtype=dtype)
         if path is None:
             return
-        check_loads(faults, host, what, path, low)
+        check_loads(faults, host, what, path, carrier if carrier in paths else "a", low)
         wanted = wanted_sum(kind, paths, adapters, weights, carrier)
         eps = STORED[torch.float32] if dtype else precision(*adapters.values())
-        eps *= sum(abs(w) for w in weights) + 1
-        check_changes(faults, what, merged_change(kind, path), wanted, eps)
-        if not host.agrees or eps > STORED[torch.float32] * 30:
+        sizes = sizes_of(kind, paths.values(), adapters.values(), weights)
+        check_changes(faults, what, merged_change(kind, path), wanted, eps, sizes)
+        if not host.agrees or eps > STORED[torch.float32]:
             return
         want = outputs(with_changes(kind, wanted), kind)
         base = outputs(make_model(kind).double(), kind)
