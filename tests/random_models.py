@@ -270,7 +270,8 @@ def draw_config(rng, kind, experts=()):
     maybe(rng, 0.15, fields, exclude_modules=subset(rng, names))
     maybe(rng, 0.15, fields, layers_to_transform=[int(rng.integers(2))])
     maybe(rng, 0.2, fields, modules_to_save=subset(rng, whole, 1))
-    maybe(rng, 0.15, fields, trainable_token_indices=[1, 3, 8])
+    if kind != "t5":  # whose output layer PEFT ties to the tokens
+        maybe(rng, 0.15, fields, trainable_token_indices=[1, 3, 8])
     init = [True, False, "gaussian", "orthogonal"][rng.integers(4)]
     maybe(rng, 0.3, fields, init_lora_weights=init)
     if kind == "roberta":
