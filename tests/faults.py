@@ -21,8 +21,9 @@ class Faults:
     def near(self, what, got, want, limit):
         """‖got - want‖ is at most the limit."""
         self.count += 1
-        error = np.linalg.norm(np.subtract(got, want))
-        if not error <= limit + SMALLEST * np.sqrt(np.size(want)):
+        got, want = np.asarray(got), np.asarray(want)
+        error = np.linalg.norm(got - want)
+        if not error <= limit + SMALLEST * np.sqrt(want.size):
             self.found.append(f"{what}: off by {error:.3g}, allowed are {limit:.3g}")
 
     def holds(self, what, true):

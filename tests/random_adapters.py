@@ -87,9 +87,13 @@ def stored_keys(path):
         return list(file.keys())
 
 
-def trains_rows(path):
-    """Whether rows of an embedding are trained; PEFT loads no other adapter beside such a one."""
-    return any("trainable_tokens" in key for key in stored_keys(path))
+def loads_alone(path):
+    """Whether PEFT loads no other adapter beside one, but such as train the same tensors whole.
+
+    It looks for rows of an embedding, and for the head of a classifier, in all of them.
+    """
+    config = json.loads((Path(path) / "adapter_config.json").read_text())
+    return bool(config["trainable_token_indices"]) or config["task_type"] == "SEQ_CLS"
 
 
 def parameters(model):
@@ -162,7 +166,7 @@ class Host:
             usual = model.load_adapter(str(self.paths[name]), "y").unexpected_keys
         except Exception:
             return [], []
-        if trains_rows(self.paths[name]) != trains_rows(path):
+        if loads_alone(self.paths[name]):
             return [], []
         model, _ = loaded(self.kind, self.paths[name], adapter_name="x")
         try:
