@@ -72,8 +72,8 @@ def wanted_sum(truth, names, weights):
 def check_identities(faults, truth, rng):
     """Equality is that of effect: identities of algebra hold, other adapters are unequal."""
     a, b = (truth.pool.adapters[i] for i in rng.permutation(len(truth.names))[:2])
+    own, other = (list(truth.pool.truth[x.name].values()) for x in (a, b))
     laws = {
-        "(a+b)-b == a": lambda: (a + b) - b == a,
         "(a/3)*3 == a": lambda: (a / 3) * 3 == a,
         "a-a == 0*a": lambda: a - a == 0 * a,
         "0.1a+0.9a == a": lambda: 0.1 * a + 0.9 * a == a,
@@ -81,11 +81,14 @@ def check_identities(faults, truth, rng):
         "-(0-a) == a": lambda: -(0 * a - a) == a,
         "2(a-b) == 2a-2b": lambda: 2 * (a - b) == 2 * a - 2 * b,
     }
+    # changes of biases are added up at once: of much larger ones that cancel only rounding is left
+    known = math.hypot(*(c.factors for c in (*own, *other)), *(c.norm for c in own))
+    if math.hypot(*(float(np.linalg.norm(c.shift)) for c in other)) <= 4 * known:
+        laws["(a+b)-b == a"] = lambda: (a + b) - b == a
     for law, holds in laws.items():
         with faults.step(f"{law} of {a.name}, {b.name}"):
             faults.holds(f"{law} of {a.name}, {b.name}", holds())
-    changes = truth.pool.truth[a.name].values()
-    norm, size = (math.hypot(*x) for x in ([c.norm for c in changes], [c.factors for c in changes]))
+    norm, size = (math.hypot(*x) for x in ([c.norm for c in own], [c.factors for c in own]))
     if norm > 1e-2 * math.hypot(size, norm):
         with faults.step(f"{a.name} == 1.1·{a.name}"):
             faults.holds(f"{a.name} == 1.1·{a.name}", a != 1.1 * a)

@@ -46,6 +46,7 @@ REFUSALS = (
     r"several parameters of this module have different ranks or alphas",
     r"PEFT cannot hold changes of biases \(lora_bias\) beside",
     r"1 \+ g",
+    r"are one layer, adapted as part of nn.MultiheadAttention",
     r"trains biases of the base model itself",
 )
 
