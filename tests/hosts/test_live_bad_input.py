@@ -153,8 +153,8 @@ def test_arguments_out_of_range(model):
     for odd in ("anime", [1, 2], None, 5):
         refused("list of strings", repr(odd))(model, odd)
     for weights in (1.0, None, "11", ["1", "1"], [1, None]):
-        refused("numbers", call=devec.combine_adapters)(model, PAIR, weights, "x")
-    refused("numbers", "None", call=devec.negate_adapter, scale=None)(model, "anime")
+        refused("number", call=devec.combine_adapters)(model, PAIR, weights, "x")
+    refused("number", "None", call=devec.negate_adapter, scale=None)(model, "anime")
     refused("threshold", "True", threshold=True)(model, PAIR)
     refused("one weight for each", call=devec.combine_adapters)(model, PAIR, [1], "x")
     refused("finite", call=devec.combine_adapters)(model, PAIR, [1, float("nan")], "x")

@@ -99,7 +99,10 @@ def bias_field(config: Config, keys: Iterable[str]) -> str:
 
 
 def copies_beside(
-    keys: Iterable[str], carried: Collection[str], adapted: Collection[str]
+    keys: Iterable[str],
+    carried: Collection[str],
+    adapted: Collection[str],
+    missing: Collection[str],
 ) -> dict[str, str]:
     """Keys of weights of the base model as PEFT reads them beside these factors and tensors.
 
@@ -107,9 +110,11 @@ def copies_beside(
         keys: The keys, with or without the part that PEFT has for the layer inside an adapted one.
         carried: Keys of whole tensors that are written.
         adapted: Paths of the layers that have factors.
+        missing: Paths of those that had factors, and have none in the result.
 
     Returns:
-        Key → key to write; weights that a whole tensor replaces are left out.
+        Key → key to write. Weights that a whole tensor replaces are left out, and those that were
+        stored beside factors which are left out.
     """
     result: dict[str, str] = {}
     for key in keys:
@@ -119,7 +124,7 @@ def copies_beside(
             result[key] = f"{path}.base_layer.{last}"
         elif any(other.startswith(f"{path}.token_adapter.") for other in carried):
             result[key] = f"{path}.token_adapter.base_layer.{last}"
-        elif f"{path}.{last}" not in carried:
+        elif path not in missing and f"{path}.{last}" not in carried:
             result[key] = f"{path}.{last}"
     return result
 

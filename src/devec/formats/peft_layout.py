@@ -262,7 +262,8 @@ class PeftLayout:
         keys = peft_carried.keys_beside(config, adapter.carried, adapted)
         if config.get("bias", "none") != (bias := peft_carried.bias_field(config, keys.values())):
             config = {**config, "bias": bias}
-        bases = peft_carried.copies_beside(self.base_copies, adapter.carried, adapted)
+        missing = {slot.path for slot in self.slots} - adapted
+        bases = peft_carried.copies_beside(self.base_copies, adapter.carried, adapted, missing)
         copies = {bases[k]: t for k, t in self.base_copies.items() if k in bases}
         plan = FilePlan(
             modules=adapter.modules,
