@@ -7,7 +7,12 @@ import torch
 from live_models import LLAMA, TOKENS, apart
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import devec
 
@@ -154,3 +159,43 @@ def test_biases_stay_when_their_layer_has_no_factors_left(tmp_path):
         layer = model.get_submodule(key.removesuffix(".base_layer.bias"))
         bias = layer.base_layer.bias if ".q_proj." in key else layer.bias
         assert torch.equal(bias, tensor)
+
+
+HEADS = {"SEQ_CLS": {"task_type": "SEQ_CLS"}, "part of it": {"modules_to_save": ["out_proj"]}}
+
+
+def classifier():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_labels": 3}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 40}
+    return RobertaForSequenceClassification(RobertaConfig(**sizes, **layers)).eval()
+
+
+@pytest.mark.parametrize("kept", HEADS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_task_is_that_of_the_head_that_is_kept(tmp_path, kept, order):
+    """PEFT's class for a task wants all of its head, of which another adapter trained a part."""
+    merged = {}
+    for seed, (name, fields) in enumerate(HEADS.items()):
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["query"], **fields)
+        model = get_peft_model(classifier(), config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator) / 5
+        model.save_pretrained(str(tmp_path / name))
+        merged[name] = weights(model.merge_and_unload())
+    pool = [devec.Adapter.from_pretrained(tmp_path / name) for name in HEADS][::order]
+    devec.combine(pool, [1, 1], carried_from=kept).save_pretrained(tmp_path / "sum")
+    want, base = classifier().double(), weights(classifier())
+    changes = {
+        key: sum(m[key] - W for name, m in merged.items() if "query" in key or name == kept)
+        for key, W in base.items()
+    }
+    want.load_state_dict({key: W + changes[key] for key, W in base.items()})
+    got = PeftModel.from_pretrained(classifier(), tmp_path / "sum").eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            got(tokens).logits.double(), want(tokens).logits, rtol=1e-4, atol=1e-5
+        )

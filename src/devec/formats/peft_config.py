@@ -109,6 +109,9 @@ CARRIED_FIELDS: Config = {
     "ensure_weight_tying": False,
 }
 
+# Tasks for which PEFT's own classes train a head whole and refuse adapters without one.
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 # Adapters that differ in one of these do not change the same model in the same way.
 POOL_FIELDS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "qalora_group_size")
 

@@ -179,6 +179,9 @@ class PeftLayout:
         if isinstance(other, PeftLayout):
             for name in peft_config.CARRIED_FIELDS:
                 config[name] = other.config.get(name, peft_config.CARRIED_FIELDS[name])
+            tasks = [layout.config.get("task_type") for layout in (self, other)]
+            if any(task in peft_config.TASKS_WITH_HEADS for task in tasks):
+                config["task_type"] = tasks[1]  # the head is that of the tensors
         return dataclasses.replace(self, config=config)
 
     def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:

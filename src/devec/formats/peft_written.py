@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from devec.formats import card
-from devec.formats.peft_config import CARRIED_FIELDS, CONFIG_NAME, TRAINING_ONLY_FIELDS, Config
-
-# Tasks for which PEFT's own classes train a head whole and refuse adapters without one.
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+from devec.formats.peft_config import (
+    CARRIED_FIELDS,
+    CONFIG_NAME,
+    TASKS_WITH_HEADS,
+    TRAINING_ONLY_FIELDS,
+    Config,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -101,7 +104,7 @@ def plain(config: Config, *, carried: bool) -> Config:
     if config.get("init_lora_weights", True) is not True:
         changes["init_lora_weights"] = True
     if not carried:
-        if config.get("modules_to_save") and config.get("task_type") in _TASKS_WITH_HEADS:
+        if config.get("modules_to_save") and config.get("task_type") in TASKS_WITH_HEADS:
             changes["task_type"] = None
         for field in ("modules_to_save", "trainable_token_indices", "bias"):
             if config.get(field, CARRIED_FIELDS[field]) != CARRIED_FIELDS[field]:
