@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections import UserDict
 from decimal import Decimal
 from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch
 from cases import make_pool
 
 from devec import Adapter, Delta, DevecError, as_lora, combine, compress, decompose, distance
-from devec.arguments import number, numbers, whole_number
+from devec.arguments import listed_numbers, number, whole_number
 from devec.errors import IncompatibleError
+from devec.stream import Form
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +96,16 @@ REFUSED = [
     (1.0, "weights are a list of numbers"),
     (np.array(1.0), "weights are a list of numbers"),
     ((w for w in (1.0, 0.5)), "weights are a list of numbers"),
-    ([1.0, "0.5"], "a weight must be a number, got '0.5'"),
-    ([1.0, 1j], "a weight must be a number"),
-    ([1.0, None], "a weight must be a number, got None"),
-    ([1.0, math.nan], "a weight must be a finite number, got nan"),
-    (np.array([1.0, np.inf]), "a weight must be a finite number, got inf"),
-    ([1.0, 10**400], "a weight must be a finite number"),
-    (np.ones((2, 2)), "a weight must be a number"),
+    ([1.0, "0.5"], "each of the weights must be a number, got '0.5'"),
+    ([1.0, 1j], "each of the weights must be a number"),
+    ([1.0, True], "each of the weights must be a number, got True"),
+    ([1.0, Decimal("sNaN")], "each of the weights must be a finite number"),
+    (torch.ones(2, device="meta"), "each of the weights must be a number"),
+    ([1.0, None], "each of the weights must be a number, got None"),
+    ([1.0, math.nan], "each of the weights must be a finite number, got nan"),
+    (np.array([1.0, np.inf]), "each of the weights must be a finite number, got inf"),
+    ([1.0, 10**400], "each of the weights must be a finite number"),
+    (np.ones((2, 2)), "each of the weights must be a number"),
 ]
 
 
@@ -107,6 +113,25 @@ REFUSED = [
 def test_what_is_no_list_of_numbers_is_refused(pool, weights, message):
     with pytest.raises(IncompatibleError, match=message):
         combine(pool, weights)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)])
+def test_nothing_is_divided_by_zero(pool, zero):
+    for value in (pool[0], next(iter(pool[0].modules.values()))):
+        with pytest.raises(IncompatibleError, match="must not be zero"):
+            value / zero
+
+
+def test_large_integers_are_weights(pool):
+    assert (pool[0] * 10**20).norm() == pytest.approx(1e20 * pool[0].norm(), rel=1e-6)
+    delta = next(iter(pool[0].modules.values()))
+    assert (delta * 10**20).norm() == pytest.approx(1e20 * delta.norm(), rel=1e-6)
+
+
+def test_the_rank_of_a_form_is_a_whole_number():
+    assert type(Form(as_lora=np.int64(2)).as_lora) is int
+    with pytest.raises(DevecError, match="must be a whole number"):
+        Form(as_lora=2.5)
 
 
 @pytest.mark.parametrize("weight", ["2", None, math.nan, 1j, [1.0]])
@@ -127,7 +152,10 @@ def test_what_is_no_whole_number_is_no_rank(pool, rank):
         compress(pool[0], rank=rank)
 
 
-@pytest.mark.parametrize("threshold", ["high", True, 0, np.float32(1.5), math.nan, None, 1j])
+@pytest.mark.parametrize(
+    "threshold",
+    ["high", True, np.bool_(True), 0, np.float32(1.5), math.nan, None, 1j, np.array([0.5, 0.6])],
+)
 def test_what_is_no_threshold_is_refused(pool, threshold):
     with pytest.raises(DevecError, match="threshold must be"):
         decompose(pool, threshold=threshold)
@@ -147,7 +175,7 @@ def test_a_scaling_is_finite(scaling):
 
 
 def test_numbers_keep_whether_they_are_whole():
-    assert [type(x) for x in numbers([1, 2.0, np.int32(3)], "weight")] == [int, float, int]
+    assert [type(x) for x in listed_numbers([1, 2.0, np.int32(3)], "weights")] == [int, float, int]
     assert type(number(np.float64(1.0), "x")) is float
     assert type(whole_number(np.int8(1), "x")) is int
 
@@ -163,4 +191,16 @@ def test_a_list_that_changes_afterwards_changes_nothing(tmp_path, pool):
     assert distance(total, want) < 1e-6 * want.norm()
     written = Adapter.from_pretrained(total.save_pretrained(tmp_path / "sum"))
     assert written == want
-    assert total.provenance["parameters"]["weights"] == [1.0, 0.5]
+    record = total.provenance["parameters"]["weights"]
+    assert record == [1.0, 0.5]
+    record[1] = 100.0
+    assert distance(total, want) < 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
+def test_adapters_own_their_modules_whatever_mapping_these_come_in(pool, kind):
+    modules = dict(pool[0].modules)
+    given = kind(modules)
+    a = Adapter("a", given)
+    (given if kind is UserDict else modules).clear()
+    assert a == pool[0]

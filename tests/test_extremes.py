@@ -151,6 +151,39 @@ def test_equality_compression_and_norms_hold_at_any_norm(scale):
         assert result.errors[module] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-12, 1e18])
+@pytest.mark.parametrize("last", [0, 2])
+def test_an_adapter_that_shares_nothing_does_not_change_the_common_vector(scale, last):
+    """Two of three share all they have; by a low threshold that is shared by the pool."""
+    U = torch.linalg.qr(normal(OUT, 6, seed=1)).Q
+    pool = [
+        Adapter(name, {"m": Delta(scale * U[:, columns], normal(3, IN, seed=index))})
+        for index, (name, columns) in enumerate(
+            (("a", slice(3)), ("b", slice(3)), ("c", slice(3, 6)))
+        )
+    ]
+    pool.insert(last, pool.pop())
+    parts = decompose(pool, method="mean", threshold=0.1)
+    Z = double(parts.splits[0].basis)
+    shared = [Z @ (Z.T @ dense(a.modules["m"])) for a in pool]
+    norms = [np.linalg.norm(S) for S in shared]
+    assert min(norms) < 1e-5 * max(norms)
+    want = sum(n / sum(norms) * S for n, S in zip(norms, shared, strict=True))
+    common = parts.common.modules["m"]
+    assert np.linalg.norm(dense(common) - want) < 1e-5 * np.linalg.norm(want)
+    assert "common" in parts.outputs()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "scale_B"), [(1e-24, 1e-24), (1e20, 1e20), (1e-42, 1.0), (1e40, 1e-30), (1e45, 1.0)]
+)
+def test_common_is_right_where_the_scaling_leaves_the_range_of_float32(scaling, scale_B):
+    pool = planted(scale_B=scale_B, scaling=scaling)
+    parts = decompose(pool)
+    require_common(parts, pool)
+    assert "common" in parts.outputs()
+
+
 # --- parts that are bias alone --------------------------------------------------------------------
 
 

@@ -18,24 +18,26 @@ import torch
 from torch import Tensor
 
 from devec.algebra import (
-    distance,
+    distances,
     linear_combination,
     on_common_modules,
     same_base_models,
     same_tensors,
 )
-from devec.arguments import number, whole_number
+from devec.arguments import inverse, number, whole_number
 from devec.delta import Delta
 from devec.device import require_device
 from devec.errors import FormatError, IncompatibleError, UnsupportedError, located
 from devec.layout import MAX_RANK, READERS, Layout, Plan, ReadOptions
-from devec.lazy import outlines
+from devec.lazy import Lazy, outlines
 from devec.output import Writer, write_all
+from devec.precision import full_precision
 from devec.sources import adapters_inside, default_name, exists, locate, upload
 
-# Two adapters are equal in effect when they differ by less than this fraction of their factors: a
-# few units of float32 roundoff, the precision factors are combined in. Of the factors, not of the
-# norm: a - a is zero but for rounding of terms as large as a.
+# Two adapters are equal in effect when they differ by less than this fraction of their factors, and
+# their biases by less than this fraction of these: a few units of float32 roundoff, the precision
+# factors are combined in. Of the factors, not of the norm: a - a is zero but for rounding of terms
+# as large as a.
 EFFECT_RTOL = 1e-6
 
 
@@ -64,7 +66,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for name in ("modules", "carried"):
-            if isinstance(value := getattr(self, name), dict):  # which the caller may change
+            if not isinstance(value := getattr(self, name), Lazy):  # the caller may change it
                 object.__setattr__(self, name, dict(value))
 
     @classmethod
@@ -240,6 +242,7 @@ class Adapter:
         """The name, with the source where it is known, for messages."""
         return f"{self.name!r} ({self.source})" if self.source else repr(self.name)
 
+    @full_precision
     def map(self, change: Callable[[str, Delta], Delta], **changes: Any) -> Adapter:  # noqa: ANN401
         """A new adapter with every delta replaced.
 
@@ -272,16 +275,17 @@ class Adapter:
         return linear_combination([self, other], [1.0, -1.0])
 
     def __mul__(self, weight: float) -> Adapter:
-        return linear_combination([self], [weight])
+        return linear_combination([self], [float(number(weight, "weight"))])
 
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Adapter:
-        return self * (1 / number(weight, "weight"))
+        return self * inverse(weight, "weight")
 
     def __neg__(self) -> Adapter:
         return self * -1.0
 
+    @full_precision
     def __eq__(self, other: object) -> bool:
         # of effect: the distance is rounding, and carried tensors are identical
         if not isinstance(other, Adapter):
@@ -295,9 +299,11 @@ class Adapter:
         one, two = one.unlike(two), two.unlike(one)
         if not same_base_models(one, two):
             return False
-        deltas = [*one.modules.values(), *two.modules.values()]
-        scale = math.hypot(*(delta.factor_norm() for delta in deltas))
-        return distance(one, two) <= EFFECT_RTOL * scale
+        terms = [*one.modules.values(), *two.modules.values()]
+        weights, biases = distances(one, two)
+        return weights <= EFFECT_RTOL * math.hypot(
+            *(delta.factor_norm() for delta in terms)
+        ) and biases <= EFFECT_RTOL * math.hypot(*(delta.bias_norm() for delta in terms))
 
     def unlike(self, other: Adapter) -> Adapter:
         """What is left without the modules that are tensor for tensor those of another adapter."""
@@ -310,6 +316,7 @@ class Adapter:
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
 
+    @full_precision
     def norm(self) -> float:
         """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
         norms = []

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from devec.arguments import numbers
+from devec.arguments import listed_numbers
 from devec.delta import Delta
 from devec.errors import IncompatibleError, listed, located
 from devec.joint import resolved_together, weighted_sum
 from devec.layout import Layout
 from devec.lazy import Lazy, outlines
+from devec.precision import full_precision
 
 if TYPE_CHECKING:
     from devec.adapter import Adapter
 
 
+@full_precision
 def inner(a: Adapter, b: Adapter) -> float:
     """Frobenius inner product of two adapters, over the modules that both have.
 
@@ -46,6 +48,7 @@ def inner(a: Adapter, b: Adapter) -> float:
     return math.fsum(products)
 
 
+@full_precision
 def cosine(a: Adapter, b: Adapter) -> float:
     """Cosine of the angle between two adapters as vectors, ⟨a, b⟩/(‖a‖·‖b‖).
 
@@ -77,6 +80,7 @@ def cosine_of(inner: float, first: float, second: float) -> float:
     return math.copysign(1.0, cosine) if abs(cosine) > 1 else cosine
 
 
+@full_precision
 def distance(a: Adapter, b: Adapter) -> float:
     """Frobenius distance ‖a - b‖ of two adapters' effects, however each is factored.
 
@@ -94,15 +98,23 @@ def distance(a: Adapter, b: Adapter) -> float:
     Raises:
         IncompatibleError: If a module has different shapes in the two.
     """
-    a, b = on_common_modules([a, b])
-    norms = []
+    return math.hypot(*distances(*on_common_modules([a, b])))
+
+
+@full_precision
+def distances(a: Adapter, b: Adapter) -> tuple[float, float]:
+    """The distances of the weights and of the biases of adapters on common modules."""
+    weights, biases = [], []
     for module in dict.fromkeys((*a.modules, *b.modules)):
         held = [x.modules[module] for x in (a, b) if module in x.modules]
         with located(f"module {module!r}"):
-            norms.append(weighted_sum(held, (1.0, -1.0)[: len(held)]).norm())
-    return math.hypot(*norms)
+            difference = weighted_sum(held, (1.0, -1.0)[: len(held)]).resolved()
+            weights.append(difference.weight_norm())
+            biases.append(difference.bias_norm())
+    return math.hypot(*weights), math.hypot(*biases)
 
 
+@full_precision
 def linear_combination(
     adapters: Sequence[Adapter], weights: Sequence[float], carried_from: str | None = None
 ) -> Adapter:
@@ -122,8 +134,8 @@ def linear_combination(
         IncompatibleError: If the adapters do not fit together or carry tensors.
     """
     adapters = on_common_modules(adapters)
-    weights = numbers(weights, "weight")
-    sums = _sums([adapter.modules for adapter in adapters], weights)
+    weights = listed_numbers(weights, "weights")
+    sums = _sums([adapter.modules for adapter in adapters], tuple(map(float, weights)))
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
     if layout is not None and carrier is not None and carrier.layout is not None:
@@ -134,7 +146,9 @@ def linear_combination(
         modules=sums,
         layout=layout,
         carried={} if carrier is None else carrier.carried,
-        provenance=provenance("combine", adapters, weights=weights, carried_from=carried_from),
+        provenance=provenance(
+            "combine", adapters, weights=list(weights), carried_from=carried_from
+        ),
         source="",
         sha256="",
     )
@@ -142,7 +156,6 @@ def linear_combination(
 
 def _sums(pool: Sequence[Mapping[str, Delta]], weights: Sequence[float]) -> Mapping[str, Delta]:
     """Weighted sums of modules; those of lazy LoRAs are made when they are asked for."""
-    pool = [m if isinstance(m, Lazy) else dict(m) for m in pool]  # the caller's may change
     known = [outlines(modules) for modules in pool]
     order = dict.fromkeys(module for modules in known for module in modules)
     gained = any(delta.gain is not None for modules in known for delta in modules.values())

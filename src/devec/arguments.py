@@ -1,4 +1,4 @@
-"""Arguments that are numbers: of Python, of NumPy, of torch, whatever prints like one."""
+"""Arguments that are numbers, of Python, of NumPy or of torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,34 @@ def number(value: object, what: str) -> float:
         IncompatibleError: If it is no number, or not finite.
     """
     value = _of_python(value)
-    if not isinstance(value, Real | Decimal):
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         raise IncompatibleError(f"{what} must be a number, got {value!r}")
     try:
         found = float(value)
-    except OverflowError:  # integers have no largest one
-        found = math.inf
+    except (OverflowError, ValueError):  # integers have no largest one, decimals a signalling NaN
+        found = math.nan
     if not math.isfinite(found):
         raise IncompatibleError(f"{what} must be a finite number, got {value}")
     return int(value) if isinstance(value, Integral) else found
+
+
+def inverse(value: object, what: str) -> float:
+    """The inverse of a finite number.
+
+    Args:
+        value: As in `number`.
+        what: What the number is, for messages.
+
+    Returns:
+        The inverse.
+
+    Raises:
+        IncompatibleError: If it is no number, not finite, or zero.
+    """
+    found = number(value, what)
+    if not found:
+        raise IncompatibleError(f"{what} must not be zero to divide by")
+    return 1 / found
 
 
 def whole_number(value: object, what: str) -> int:
@@ -55,12 +74,12 @@ def whole_number(value: object, what: str) -> int:
     return int(value)
 
 
-def numbers(values: object, what: str) -> list[float]:
-    """A sequence of finite numbers as a list of its own.
+def listed_numbers(values: object, what: str) -> list[float]:
+    """A sequence of finite numbers as a new list.
 
     Args:
         values: A list, tuple, array or other ordered collection.
-        what: What each of the numbers is, for messages.
+        what: What they are, for messages, in the plural.
 
     Returns:
         The numbers.
@@ -70,16 +89,17 @@ def numbers(values: object, what: str) -> list[float]:
     """
     scalar = getattr(values, "ndim", None) == 0
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Collection) or scalar:
-        raise IncompatibleError(f"{what}s are a list of numbers, got {values!r}")
+        raise IncompatibleError(f"{what} are a list of numbers, got {values!r}")
     if isinstance(values, Set):
         raise IncompatibleError(
-            f"{what}s are a list of numbers, one for each adapter; the order of a set is chance, "
+            f"{what} are a list of numbers, one for each adapter; the order of a set is chance, "
             f"got {values!r}"
         )
-    return [number(value, f"a {what}") for value in values]
+    return [number(value, f"each of the {what}") for value in values]
 
 
 def _of_python(value: object) -> object:
     """A scalar of NumPy or torch as a number of Python."""
     scalar: Any = value
-    return scalar.item() if getattr(value, "ndim", None) == 0 else value
+    is_scalar = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
+    return scalar.item() if is_scalar else value

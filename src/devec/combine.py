@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from devec.adapter import Adapter
 from devec.algebra import linear_combination, on_common_modules
-from devec.arguments import numbers
+from devec.arguments import listed_numbers
 from devec.errors import IncompatibleError
 from devec.pool import warn_of_strangers
 
@@ -42,7 +42,7 @@ def combine(
 
     Cost: memory O(Σ r_i·(out + in)) per module, no arithmetic beyond scaling B.
     """
-    weights = numbers(weights, "weight")
+    weights = listed_numbers(weights, "weights")
     if not adapters or len(adapters) != len(weights):
         raise IncompatibleError(
             f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "

@@ -353,11 +353,15 @@ def _check_arguments(
         raise IncompatibleError(f"two pairs of adapters are both named {twice!r}; rename one")
 
 
-def _level(threshold: Threshold) -> Threshold:
+def _level(threshold: object) -> Threshold:
     """The threshold as a float of Python, or ``"auto"``; refused if it is neither."""
-    if threshold == "auto":
+    if isinstance(threshold, str) and threshold == "auto":
         return "auto"
-    level = math.nan if isinstance(threshold, str | bool) else float(number(threshold, "threshold"))
+    level = math.nan
+    if isinstance(threshold, float):  # of NumPy, too; NaN is refused as out of range
+        level = float(threshold)
+    elif not isinstance(threshold, str):
+        level = float(number(threshold, "threshold"))
     if not 0 < level <= 1:
         raise IncompatibleError(f"threshold must be in (0, 1] or 'auto', got {threshold!r}")
     return level

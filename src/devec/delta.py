@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec import linalg
-from devec.arguments import number
+from devec.arguments import inverse, number
 from devec.change import Change
 from devec.errors import IncompatibleError
 from devec.gain import (
@@ -68,7 +68,7 @@ class Delta:
 
     def __post_init__(self) -> None:
         if type(self.scaling) is not float or not math.isfinite(self.scaling):
-            object.__setattr__(self, "scaling", number(self.scaling, "scaling"))
+            object.__setattr__(self, "scaling", float(number(self.scaling, "scaling")))
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise IncompatibleError(
                 f"factors disagree: B {tuple(self.B.shape)} should be (out, rank) and "
@@ -174,7 +174,7 @@ class Delta:
 
     @full_precision
     def __mul__(self, weight: float) -> Delta:
-        delta, weight = self.resolved(), number(weight, "weight")
+        delta, weight = self.resolved(), float(number(weight, "weight"))
         bias = None if delta.bias is None else weight * delta.bias.to(delta.dtype)
         gain = delta.gain.scaled(weight, weight) if isinstance(delta.gain, Gain) else None
         return dataclasses.replace(delta, B=weight * delta.B.to(delta.dtype), bias=bias, gain=gain)
@@ -182,7 +182,7 @@ class Delta:
     __rmul__ = __mul__
 
     def __truediv__(self, weight: float) -> Delta:
-        return self * (1 / number(weight, "weight"))
+        return self * inverse(weight, "weight")
 
     def __neg__(self) -> Delta:
         return self * -1.0
@@ -265,12 +265,11 @@ class Delta:
 
     @full_precision
     def factor_norm(self) -> float:
-        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖ + ‖Δb‖, to which rounding in sums is relative."""
+        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
         delta = self.resolved()
         norm = abs(delta.scaling) * linalg.norm(delta.B) * linalg.norm(delta.A)
         axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
-        gains = sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
-        return norm + gains + delta.bias_norm()
+        return norm + sum(math.sqrt(g.values.square() @ g.squares) for g in axes.values())
 
     @full_precision
     def column_space(self) -> linalg.ColumnSpace:

@@ -7,21 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from devec.linalg import small
+from devec.linalg import basis_dtype
 
 # Numbers up to 2^60 and down to 2^-60 have products that float32 represents.
 _LARGEST = 60
 _LIMIT = 1000  # of exponents that a float of Python represents
 
 
-def exponent_of(value: float) -> int:
-    """The e for which |value|/2^e is in [1/2, 1); 0 of zero."""
-    return math.frexp(value)[1]
-
-
 def extreme_exponent(value: float) -> int:
-    """The exponent of a value that is extreme; 0 of others, which need no scaling."""
-    exponent = exponent_of(value)
+    """The e with |value|/2^e in [1/2, 1) if |e| is above 60; else 0, for no scaling is needed."""
+    exponent = math.frexp(value)[1]
     return exponent if abs(exponent) > _LARGEST else 0
 
 
@@ -37,7 +32,7 @@ def times_powers(tensors: Tensor, exponents: Sequence[int]) -> Tensor:
     """
     if not any(exponents):
         return tensors
-    scaled = small(tensors)
+    scaled = tensors.to(basis_dtype(tensors.device))
     powers = [2.0 ** max(-_LIMIT, min(_LIMIT, exponent)) for exponent in exponents]
     factors = scaled.new_tensor(powers).reshape(-1, *(1 for _ in tensors.shape[1:]))
     return (scaled * factors).to(tensors)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from devec.adapter import Adapter
+from devec.arguments import whole_number
 from devec.formats.convert import convert
 from devec.lazy import outlines
 
@@ -28,6 +29,10 @@ class Form:
     compact: bool = False
     as_lora: int | None = None
     format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.as_lora is not None:
+            object.__setattr__(self, "as_lora", whole_number(self.as_lora, "rank (as_lora)"))
 
     @property
     def as_read(self) -> bool:

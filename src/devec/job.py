@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -45,7 +45,6 @@ from devec.reuse import return_memory, reused
 from devec.split import split
 from devec.stack import Pool, Stack, stacks
 from devec.taking import Direct, PutBy, Taken
-from devec.threads import threads
 
 Key = tuple[Kind, str]
 
@@ -246,9 +245,7 @@ class Job:
 
     def finish(self, shares: Sequence[Share], team: Team, report: Report | None) -> Written:
         """Complete all outputs, and the report, and give them their names."""
-        # what is left of parts that were written directly is done in many small steps
-        with threads(1) if self.form.as_read else nullcontext():
-            written = self.complete(self.gather(shares), self.staging, team)
+        written = self.complete(self.gather(shares), self.staging, team)
         kept = list(written.written.values())
         if report is not None:
             report[1](written)(self.staging.place(report[0]))

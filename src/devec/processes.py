@@ -97,6 +97,7 @@ class Team:
 
     def close(self) -> None:
         """Destroy the process group of this team, which is not used afterwards."""
+        self._group = None  # its threads end with the last reference
         self._destroy()
 
     @property
@@ -165,4 +166,5 @@ def _destroy(group: Any) -> None:  # noqa: ANN401
     import torch
 
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group(group)
+        with suppress(ValueError):  # a group of a default group that the caller has destroyed
+            torch.distributed.destroy_process_group(group)

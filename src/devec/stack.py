@@ -58,7 +58,7 @@ class Projected(NamedTuple):
         shared: Z·Zᵀ·ΔW; None where Z has no columns.
         unique: ΔW - Z·Zᵀ·ΔW, where Z has none the delta as it was read.
         coordinates: Zᵀ·ΔW·2^-e.
-        exponents: e, of each module; 0 unless ΔW leaves the range of the precision.
+        exponents: e, of each module; 0 unless the norm is above 2^60 or below 2^-60.
         norms: ‖Z·Zᵀ·ΔW‖_F.
     """
 
@@ -182,11 +182,15 @@ class Stack:
         """
         deltas = self.deltas(name)
         B, Z = self._stacked(deltas, "B"), Z.to(self.dtype)
-        scalings = Z.new_tensor([delta.scaling for delta in deltas])[:, None, None]
+        values = [delta.scaling for delta in deltas]
+        scalings = Z.new_tensor(values)[:, None, None]
         C = Z.mT @ B
         shared_B = product(Z, C)
         squares = (small(C) @ self._measured[name].gram * small(C)).sum(dim=(-2, -1))
-        norms = scalings.flatten().abs().to(squares) * squares.clamp(min=0).sqrt()
+        factors = scalings.flatten().to(squares)
+        if extreme := any(map(extreme_exponent, values)):
+            factors = squares.new_tensor(values)
+        norms = factors.abs() * squares.clamp(min=0).sqrt()
         shared: list[Delta | None] = []
         unique: list[Delta] = []
         rest_B, shared_B = self._returned(B.sub_(shared_B), shared_B)
@@ -198,7 +202,9 @@ class Stack:
             shared.append(self._part(delta, part, along) if made else None)
             unique.append(self._part(delta, rest, beside) if made else self.released(delta))
         exponents = [extreme_exponent(norm) for norm in norms.tolist()]
-        left = times_powers(scalings * C, [-exponent for exponent in exponents])
+        left = scalings * C
+        if extreme or any(exponents):
+            left = times_powers(factors[:, None, None] * C, [-e for e in exponents]).to(C)
         coordinates = left @ self._stacked(deltas, "A")
         return Projected(shared, unique, coordinates, exponents, norms.tolist())
 

@@ -35,6 +35,7 @@ _ALONE = 1e-9
 
 # Of `chance_level`, and that quantile of Tracy-Widom's law of order 1 (Johnstone 2008, Table 1).
 _LEVEL = 0.99
+_LARGEST_Q = 1024
 _TRACY_WIDOM_99 = 2.0234
 
 # A number, or what gives it once the bases, and so their dimensions, are known.
@@ -164,7 +165,7 @@ def chain(bases: Bases, threshold: Level) -> SharedSubspace:
     M = M @ small(left.mT @ first)
     values, vectors = eig(M.cpu())  # which not all devices have
     order = values.real.argsort(descending=True)
-    spectrum = values.real.gather(-1, order)
+    spectrum = values.real.gather(-1, order).clamp(max=1)  # but for rounding
     counts = _shared_count(spectrum, threshold, first.dtype)
     vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
     Y = _orthonormal_spans(vectors, counts)
@@ -344,9 +345,10 @@ def random_edge(n: int, p: int, q: int) -> float:
 def chance_level(n: int, p: int, q: int) -> float:
     """The squared cosine that two random subspaces exceed in one case of a hundred.
 
-    Exact where the smaller subspace has at most `LARGEST_EXACT` dimensions; for a line it is the
-    quantile of Beta(q/2, (n-q)/2). Else log(c²/(1-c²)) is μ + σ·TW1 with the order-1 Tracy-Widom
-    law, which random subspaces exceed in 0.4 to 1 case of a hundred (measured for p from 5 on).
+    Exact where one subspace has at most `LARGEST_EXACT` dimensions and the other at most 1024; for
+    a line it is the quantile of Beta(q/2, (n-q)/2). Else log(c²/(1-c²)) is μ + σ·TW1 with the
+    Tracy-Widom law of order 1, which random subspaces exceed in 0.4 to 1 case of a hundred
+    (measured for p from 5 on).
 
     Args:
         n: Dimension of the space.
@@ -364,7 +366,7 @@ def chance_level(n: int, p: int, q: int) -> float:
     if p + q >= n:
         return math.inf
     p, q = min(p, q), max(p, q)
-    if p <= LARGEST_EXACT:
+    if p <= LARGEST_EXACT and q <= _LARGEST_Q:
         return largest_cosine_quantile(n, p, q, _LEVEL)
     # Johnstone's (p, m, n) are here p, n - q, q, so m + n - 1 = n - 1.
     size = n - 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from devec.delta import Delta
-from devec.exponents import exponent_of, times_powers
+from devec.exponents import extreme_exponent, times_powers
 
 # Norms of matrices whose entries float32 represents with all of their digits.
 _SMALLEST, _LARGEST = -90, 120
@@ -60,14 +60,18 @@ class WeightedMean:
         self._sum = weighted if self._sum is None else self._sum.add_(weighted)
         for index, (part, weight) in enumerate(zip(shared, weights, strict=True)):
             if part is not None and part.bias is not None:
-                term, total = weight * part.scaling * part.bias, self._biases[index]
+                bias = part.bias.double() if extreme_exponent(part.scaling) else part.bias
+                term, total = weight * part.scaling * bias, self._biases[index]
                 self._biases[index] = term if total is None else total + term
 
     def _raised(self, index: int, norm: float, exponent: int) -> tuple[int, int]:
         """The exponents of a module's sums, raised to those of one more term."""
         of_weights, of_values = self._of_weights[index], self._of_values[index]
-        weight = max(exponent_of(norm), exponent_of(norm) if of_weights is None else of_weights)
-        value = max(exponent, exponent if of_values is None else of_values)
+        if not norm:  # adds nothing, and says nothing of the size of others
+            return of_weights or 0, of_values or 0
+        own = extreme_exponent(norm)
+        weight = own if of_weights is None else max(own, of_weights)
+        value = exponent if of_values is None else max(exponent, of_values)
         if of_weights is not None and of_values is not None and self._sum is not None:
             by_weight, by_value = of_weights - weight, of_values - value
             if by_weight or by_value:

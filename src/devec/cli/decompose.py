@@ -217,7 +217,7 @@ def _energy(splits: Sequence[ModuleSplit]) -> float:
     """Share of the squared norm of the adapters that lies in the shared subspaces."""
     total = math.fsum(norm**2 for s in splits for norm in s.norms)
     shared = math.fsum(norm**2 for s in splits for norm in s.shared_norms)
-    return shared / total if total else 0.0
+    return min(1.0, shared / total) if total else 0.0
 
 
 def _percent(fraction: float) -> str:
