@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from devec import reuse
-from devec.reuse import empty, product, reused
+from devec.reuse import Blocks, empty, product, reused
+
+BLOCKS = Blocks()
 
 LARGE = (1 << 20,)
 
@@ -16,6 +18,7 @@ LARGE = (1 << 20,)
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch):
     monkeypatch.setattr(reuse, "_held", reuse._Held())
+    BLOCKS.clear()
 
 
 def place(tensor):
@@ -23,23 +26,23 @@ def place(tensor):
 
 
 def test_a_tensor_takes_the_memory_that_one_of_its_size_has_left():
-    with reused():
+    with reused(BLOCKS):
         first = empty(LARGE, torch.float32)
         before = place(first)
         del first
         assert place(empty((1 << 10, 1 << 10), torch.float32)) == before
-    with reused():
+    with reused(BLOCKS):
         assert place(empty((1 << 21,), torch.bfloat16)) == before
 
 
 def test_what_lives_keeps_its_memory_and_so_do_views_of_it():
-    with reused():
+    with reused(BLOCKS):
         whole = empty(LARGE, torch.float32).fill_(1)
         part = whole[1000:2000]
         del whole
         others = [empty(LARGE, torch.float32).fill_(2) for _ in range(3)]
         assert len({place(part), *map(place, others)}) == 4
-    with reused():
+    with reused(BLOCKS):
         empty(LARGE, torch.float32).fill_(3)
     assert (part == 1).all()
     assert all((other == 2).all() for other in others)
@@ -49,7 +52,7 @@ def test_each_thread_has_memory_of_its_own():
     places = []
 
     def work():
-        with reused():
+        with reused(BLOCKS):
             places.append(place(empty(LARGE, torch.float32)))
             barrier.wait()  # nothing is unmapped before both have looked
 
@@ -63,28 +66,31 @@ def test_each_thread_has_memory_of_its_own():
 
 
 def test_memory_of_sizes_that_are_not_asked_for_any_more_is_let_go():
-    with reused():
+    with reused(BLOCKS):
         empty((1 << 20,), torch.float32)
         empty((1 << 19,), torch.float32)
-    with reused():
+    with reused(BLOCKS):
         empty((1 << 19,), torch.float32)
-        assert sum(map(len, reuse._held.free.values())) == 2  # nothing was missing yet
+        assert sum(map(len, BLOCKS.of_this_thread().values())) == 2  # nothing was missing yet
         empty((1 << 21,), torch.float32)
-        assert {size for size, blocks in reuse._held.free.items() if blocks} == {1 << 21, 1 << 23}
+        assert {size for size, blocks in BLOCKS.of_this_thread().items() if blocks} == {
+            1 << 21,
+            1 << 23,
+        }
 
 
 def test_small_tensors_and_those_made_outside_have_memory_of_the_allocator():
-    with reused():
+    with reused(BLOCKS):
         empty((1000,), torch.float32)
     empty(LARGE, torch.float32)
-    assert not any(reuse._held.free.values())
+    assert not any(BLOCKS.of_this_thread().values())
 
 
 def test_a_failure_ends_it():
-    with pytest.raises(KeyError), reused():
+    with pytest.raises(KeyError), reused(BLOCKS):
         raise KeyError
     empty(LARGE, torch.float32)
-    assert not reuse._held.free
+    assert not BLOCKS.of_this_thread()
 
 
 @pytest.mark.parametrize("shape", [(300, 40, 50), (600, 500)])
@@ -92,7 +98,7 @@ def test_products_are_those_of_torch(shape):
     X, Y = torch.randn(*shape[:-1], 700), torch.randn(*shape[:-2], 700, shape[-1])
     want = X @ Y
     assert torch.equal(product(X, Y), want)
-    with reused():
+    with reused(BLOCKS):
         assert torch.equal(product(X, Y), want)
 
 
@@ -101,5 +107,5 @@ def test_too_little_memory_is_torchs_and_pythons_error(monkeypatch):
         raise OSError(errno.EINVAL, "The paging file is too small")
 
     monkeypatch.setattr(mmap, "mmap", lacking)
-    with reused(), pytest.raises(MemoryError, match="4194304"):
+    with reused(BLOCKS), pytest.raises(MemoryError, match="4194304"):
         empty(LARGE, torch.float32)

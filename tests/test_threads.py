@@ -1,12 +1,13 @@
 """What devec does to torch's number of threads stays in the threads of devec."""
 
+import os
 import threading
 
 import pytest
 import torch
 
 from devec import Adapter, Delta, decompose
-from devec.threads import use_threads
+from devec.threads import crew, use_threads
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,32 @@ def pool(modules):
         )
         for name in "abc"
     ]
+
+
+def test_threads_that_begin_during_a_call_are_as_they_would_be():
+    """Once the threads of devec are there, which begin one at a time."""
+    decompose(pool(120))
+    found = []
+    decompose(pool(120), progress=lambda _: found.append(of_a_new_thread()))
+    assert found == [2] * 120
+
+
+def test_crews_are_shared_and_have_their_number():
+    executor = crew("test", 2, 1)
+    assert crew("test", 2, 1) is executor
+    assert executor.submit(torch.get_num_threads).result() == 1
+    assert (torch.get_num_threads(), of_a_new_thread()) == (2, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    """Its parent's are not there, and work that waited for them would wait for ever."""
+    crew("test", 1, 1).submit(torch.get_num_threads).result()
+    child = os.fork()
+    if child == 0:
+        os._exit(crew("test", 1, 1).submit(torch.get_num_threads).result(60))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_it_is_set_in_one_thread_alone():

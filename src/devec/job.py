@@ -41,7 +41,7 @@ from devec.parallel import flushing, in_parallel, memory_for
 from devec.precision import full_precision
 from devec.processes import Team
 from devec.report import planned_outputs
-from devec.reuse import return_memory, reused
+from devec.reuse import Blocks, return_memory, reused
 from devec.split import split
 from devec.stack import Pool, Stack, stacks
 from devec.taking import Direct, PutBy, Taken
@@ -130,6 +130,7 @@ class Job:
         self.keys = planned_outputs(question.names, question.scope, question.target)
         self.parts: dict[Key, Direct | PutBy] = {}
         self.staging: Staging
+        self._blocks = Blocks()
 
     def targets(self, report: Path | None) -> list[Path]:
         """All that may be written.
@@ -202,6 +203,7 @@ class Job:
                 found.add(one)
                 for module in modules if progress is not None else ():
                     progress(module)  # type: ignore[misc]
+        self._blocks.clear()
         return Share(found, {key: part.taken() for key, part in self.parts.items()})
 
     def _open(self, places: Mapping[str, Path], closing: ExitStack, team: Team) -> None:
@@ -235,7 +237,7 @@ class Job:
         found = Findings()
         modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
         what = f"{modules}, which need about {size:.0f} MB beside all else"
-        with memory_for(what), reused():
+        with memory_for(what), reused(self._blocks):
             for part in split(self.question, stack, found):
                 found.add_part(part)
                 self.parts[part.kind, part.name].take(part.deltas)

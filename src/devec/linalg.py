@@ -10,7 +10,6 @@ these bases. `devec.bases` is for many well-conditioned factors at once.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError
 from devec.precision import full_precision
-from devec.threads import use_threads
+from devec.threads import crew
 
 # Singular values below this fraction of the largest are rounding, not signal: a few units of
 # roundoff of the precision in which factors are combined.
@@ -106,8 +105,7 @@ def eig(
         values, vectors = torch.linalg.eig(matrices)
         return values, vectors
     # the threads of one such decomposition wait for each other longer than they compute
-    with ThreadPoolExecutor(threads, "devec-eig", use_threads, (1,)) as executor:
-        found = list(executor.map(torch.linalg.eig, matrices))
+    found = list(crew("eig", threads, 1).map(torch.linalg.eig, matrices))
     return torch.stack([values for values, _ in found]), torch.stack([V for _, V in found])
 
 

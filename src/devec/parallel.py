@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import cycle
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Protocol, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from devec.errors import DevecError
 from devec.precision import full_precision
 from devec.stack import Stack
-from devec.threads import use_threads
+from devec.threads import crew, in_crew, use_threads
 
 V = TypeVar("V")
 
@@ -25,8 +25,8 @@ _WORKING_BYTES = 1 << 28
 # for the interpreter's lock; on a GPU four, some of which copy while one computes.
 _WORKERS = {"cpu": 2, "cuda": 4, "mps": 1}
 
-# What torch says where it has no error of its own for it: the CPU on Linux and Windows, and MPS.
-_LACKING = ("allocate memory", "not enough memory", "out of memory")
+# What torch and Python say where they have no error of their own for it.
+_LACKING = ("allocate memory", "not enough memory", "out of memory", "start new thread")
 
 # Seconds between one file and the next that is brought to the disk.
 _PAUSE = 0.02
@@ -126,7 +126,6 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
     Yields:
         The results.
     """
-    # Each stack has a share of the cores, and on a GPU a stream of its own.
     call = full_precision(call)
     devices = {stack.device for stack in work if stack.device.type != "cpu"}
     if len(devices) > 1:  # each of which has streams of its own
@@ -134,35 +133,63 @@ def in_parallel(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V
             with torch.no_grad():
                 result = call(stack)
             yield result
+    elif any(device.type == "cuda" for device in devices):
+        yield from _on_gpu(call, work, devices.pop())
+    else:
+        device = devices.pop() if devices else torch.device("cpu")
+        yield from _on_cpu(call, work, _workers(work, device))
+
+
+def _on_cpu(call: Callable[[Stack], V], work: Sequence[Stack], workers: int) -> Iterator[V]:
+    """The results of a call in threads, each of which has a share of the cores."""
+    share = max(1, torch.get_num_threads() // workers)
+    gate = Semaphore(workers)  # there are threads for small modules and for large ones
+
+    def compute(stack: Stack) -> V:
+        with gate, torch.no_grad():
+            return call(stack)
+
+    if in_crew():  # a call within a call
+        for stack in work:
+            yield compute(stack)
         return
-    device = devices.pop() if devices else torch.device("cpu")
-    cores = torch.get_num_threads()
-    outer = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    device = device if outer is None else outer.device  # threads choose GPUs for themselves
-    workers = _workers(work, device)
-    if outer is not None:  # torch loads its solvers at their first call, which threads must not do
-        torch.linalg.cholesky_ex(torch.eye(1, device=device))
+    futures: list[Future[V]] = []
+    try:
+        for stack in work:
+            # products of stacks of small modules are over before other threads have begun
+            threads = 1 if len(stack.modules) > 1 else share
+            with memory_for("a thread"):
+                futures.append(crew("stacks", workers, threads).submit(compute, stack))
+        for future in futures:  # in order, so that the same error is told each time
+            yield future.result()
+    finally:
+        wait([future for future in futures if not future.cancel()])
+
+
+def _on_gpu(call: Callable[[Stack], V], work: Sequence[Stack], device: torch.device) -> Iterator[V]:
+    """The results of a call in threads, each of which has a stream of its own."""
+    outer = torch.cuda.current_stream(device)
+    device = outer.device  # threads choose GPUs for themselves
+    cores, workers = torch.get_num_threads(), _workers(work, device)
+    # torch loads its solvers at their first call, which threads must not do
+    torch.linalg.cholesky_ex(torch.eye(1, device=device))
 
     def begin() -> None:
         torch.set_grad_enabled(False)
-        if outer is not None:
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(outer)  # what is given may be computed there
-            torch.cuda.set_stream(stream)
+        use_threads(max(1, cores // workers))
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(outer)  # what is given may be computed there
+        torch.cuda.set_stream(stream)
 
     def complete(stack: Stack) -> V:
-        # products of stacks of small modules are over before other threads have begun
-        small = device.type == "cpu" and len(stack.modules) > 1
-        use_threads(1 if small else max(1, cores // workers))
         result = call(stack)
-        if outer is not None:
-            torch.cuda.current_stream(device).synchronize()
+        torch.cuda.current_stream(device).synchronize()
         return result
 
     executor = ThreadPoolExecutor(workers, "devec", begin)
     try:
         futures = [executor.submit(complete, stack) for stack in work]
-        for future in futures:  # in order, so that the same error is told each time
+        for future in futures:
             yield future.result()
     finally:
         executor.shutdown(cancel_futures=True)

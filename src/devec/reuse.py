@@ -27,8 +27,24 @@ _LARGE = 1 << 20
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
+class Blocks:
+    """Blocks of memory that tensors of one job have left, apart for each thread."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._of: dict[int, dict[int, list[mmap.mmap]]] = {}
+
+    def of_this_thread(self) -> dict[int, list[mmap.mmap]]:
+        """Size in bytes → blocks that no tensor uses."""
+        return self._of.setdefault(threading.get_ident(), {})
+
+    def clear(self) -> None:
+        """Free all of them, but for those of tensors that live on, which keep them."""
+        self._of.clear()
+
+
 class _Held(threading.local):
-    """What a thread has at hand.
+    """The blocks that a thread uses.
 
     Attributes:
         active: Whether it is within `reused`.
@@ -46,21 +62,23 @@ _held = _Held()
 
 
 @contextmanager
-def reused() -> Iterator[None]:
-    """Let large tensors on the CPU take the memory that earlier ones in this thread have left.
+def reused(blocks: Blocks) -> Iterator[None]:
+    """Let large tensors on the CPU use the memory that earlier ones in this thread have left.
 
-    Where a block is missing, those of sizes that nothing has asked for since this began are let go:
-    modules of another shape have left them. The others are let go with the thread, but for those of
-    tensors that live on, which keep them for themselves.
+    Where a block is missing, those of sizes that nothing has asked for since this began are freed:
+    modules of another shape have left them.
+
+    Args:
+        blocks: The blocks of the job.
 
     Yields:
         Nothing.
     """
-    _held.active, _held.sizes = True, set()
+    _held.active, _held.sizes, _held.free = True, set(), blocks.of_this_thread()
     try:
         yield
     finally:
-        _held.active = False
+        _held.active, _held.free = False, {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

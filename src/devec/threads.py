@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Lock, local
 
 import torch
 
+
+class _Own(local):
+    """What a thread knows of itself."""
+
+    in_crew = False
+
+
+_OWN = _Own()
 _SETTING = Lock()
+_MAKING = Lock()
+_CREWS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
+
+
+def crew(name: str, size: int, count: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch uses a given number of threads.
+
+    They are shared by all calls and stay for the life of the process, since beginning one changes a
+    setting of the process for a moment (see `use_threads`).
+
+    Args:
+        name: What they do. Work must not wait for other work of the same name.
+        size: How many there are at most.
+        count: How many threads torch uses in each.
+
+    Returns:
+        The executor, the same for the same arguments, which is never shut down.
+    """
+    with _MAKING:
+        executor = _CREWS.get((name, size, count))
+        if executor is None:
+            executor = ThreadPoolExecutor(size, f"devec-{name}", _begin, (count,))
+            _CREWS[name, size, count] = executor
+        return executor
+
+
+def in_crew() -> bool:
+    """Whether the calling thread is one of a crew, which must not wait for others of its crew."""
+    return _OWN.in_crew
+
+
+def _begin(count: int) -> None:
+    """Prepare a thread of a crew."""
+    _OWN.in_crew = True
+    use_threads(count)
 
 
 def use_threads(count: int) -> None:
@@ -29,3 +73,7 @@ def use_threads(count: int) -> None:
         default = other.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
         other.submit(torch.set_num_threads, default).result()
+
+
+if hasattr(os, "register_at_fork"):  # a child process has none of the threads
+    os.register_at_fork(after_in_child=_CREWS.clear)
