@@ -158,6 +158,20 @@ def fail():
     raise FormatError("adapter.safetensors was changed while it was being read")
 
 
+def linger():
+    """Say that the outputs have their names, and take long for the rest."""
+    from devec.output import Staging
+
+    commit = Staging.commit
+
+    def committing(self, *arguments):
+        commit(self, *arguments)
+        print("all is written", flush=True)
+        time.sleep(_PATIENCE)
+
+    Staging.commit = committing
+
+
 def dawdle():
     """Say that the work has begun, and take long for it."""
     print("at work", flush=True)

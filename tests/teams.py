@@ -17,6 +17,11 @@ def say(out, text):
         file.write(f"{text}\n")
 
 
+def threads():
+    """How many threads this process has, those of libraries too."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def run(out, *arguments):
     """Decompose, twice in one process, and gather again."""
     # what is registered first runs last
@@ -28,8 +33,11 @@ def run(out, *arguments):
             main()
         except SystemExit as ended:
             say(out, f"ended with {ended.code}")
+    before = threads()
     with Team(size) as team:
         say(out, f"gathered: {team.gather(lambda: team.rank)}")
+        during = threads()
+    say(out, f"threads of the group end with it: {before == threads() < during}")
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
     say(out, f"the default group sums {int(total)}")

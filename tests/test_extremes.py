@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from devec import Adapter, Delta, DevecError, as_lora, compress, decompose, overlap, save_adapters
 from devec.bases import column_bases
+from devec.findings import Norms
 from devec.gain import Magnitude
 from devec.stream import decompose_to
 from devec.weights import HeldWeight
@@ -282,6 +283,30 @@ def test_zero_is_told_before_rounding_to_the_type_of_the_files(tmp_path, dtype, 
     if dtype == torch.float16:
         assert "a0-unique" not in held
         assert "a0-shared" in held
+
+
+def test_rounding_is_told_for_weights_and_biases_apart():
+    original = Norms(1e3, 1e-3)
+    assert Norms(1e-4, 1e-10).are_rounding_beside(original)
+    assert not Norms(1e-4, 1e-8).are_rounding_beside(original)
+    assert not Norms(1e-2, 0.0).are_rounding_beside(original)
+    assert Norms().are_rounding_beside(Norms())
+    assert not Norms(math.nan, 0.0).are_rounding_beside(original)
+    assert not Norms(0.0, math.nan).are_rounding_beside(original)
+
+
+def test_a_pair_that_shares_a_bias_alone_is_written():
+    """The weights of what it shares are rounding beside the whole adapters."""
+    pool = []
+    for index, name in enumerate("ab"):
+        U = torch.linalg.qr(normal(32, 8, seed=5)).Q
+        big = Delta(U[:, 2 * index : 2 * index + 2], normal(2, 16, seed=index))
+        small = Delta(1e-8 * U[:, :2], normal(2, 16, seed=8 + index), 1.0, U[:, 0].clone())
+        pool.append(Adapter(name, {"big": big, "small": small}))
+    pairs = decompose(pool, scope="pairwise").outputs()
+    assert set(pairs) == {"a+b-shared"}
+    bias = pairs["a+b-shared"].modules["small"].bias
+    torch.testing.assert_close(bias, pool[0].modules["small"].bias, rtol=1e-5, atol=1e-6)
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import WithHead, make_pool, save_adapter, save_kohya
-from children import at_work, dawdle, die, little_memory, run, start
+from children import at_work, dawdle, die, linger, little_memory, run, start
 from safetensors.torch import save_file
 from streamed import contents, from_files, from_files_to_files, tree
 
@@ -527,7 +527,21 @@ def test_a_process_that_is_stopped_leaves_nothing_to_be_seen(tmp_path, plain, si
     assert_nothing_but(tmp_path, "in", "log", *(path.name for path in hidden))
     if sign is not signal.SIGKILL:
         assert child.printed.count("error: ") == 1
+        assert child.printed.endswith("ed; nothing was written\n")
     from_files_to_files(tmp_path / "out", plain)
+    assert_nothing_but(tmp_path, "in", "log", "out")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_stopped_after_writing_says_what_it_has_written(tmp_path, plain, sign):
+    arguments = ("decompose", *plain, "--out", tmp_path / "out")
+    child = start(tmp_path / "log", *arguments, before=linger).until("all is written")
+    assert child.send(sign).ends() == 128 + sign
+    (message,) = [line for line in child.printed.splitlines() if "error: " in line]
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert "nothing was written" not in message
+    assert "; written: " in message
+    assert any(f"{name}'" in message for name in names)
     assert_nothing_but(tmp_path, "in", "log", "out")
 
 

@@ -92,8 +92,9 @@ def _stopped(code: object) -> str:
     what = "interrupted" if code == 128 + signal.SIGINT else "terminated"
     if not is_first():  # of several processes only the first gives outputs their names
         return what
-    output = sys.modules.get("devec.output")  # commands that write import it
-    complete = list(map(str, output.COMMITTED)) if output is not None else []
+    from devec.output import COMMITTED
+
+    complete = list(map(str, COMMITTED))
     return f"{what}; {f'written: {listed(complete)}' if complete else 'nothing was written'}"
 
 
