@@ -82,8 +82,8 @@ def check_identities(faults, truth, rng):
         "2(a-b) == 2a-2b": lambda: 2 * (a - b) == 2 * a - 2 * b,
     }
     # changes of biases are added up at once: of much larger ones that cancel only rounding is left
-    known = math.hypot(*(c.factors for c in (*own, *other)), *(c.norm for c in own))
-    if math.hypot(*(float(np.linalg.norm(c.shift)) for c in other)) <= 4 * known:
+    kept, added = (math.hypot(*(float(np.linalg.norm(c.shift)) for c in x)) for x in (own, other))
+    if added <= 4 * kept:
         laws["(a+b)-b == a"] = lambda: (a + b) - b == a
     for law, holds in laws.items():
         with faults.step(f"{law} of {a.name}, {b.name}"):
