@@ -12,7 +12,7 @@ import math
 import torch
 
 # Monomials are nearly dependent in high dimension. Up to this p the distribution function is right
-# to 1e-6 in float64 for q up to 1024 and n up to 16384.
+# to 2e-6 in float64 for q up to 1024 and n up to 16384.
 LARGEST_EXACT = 4
 
 _ROUNDOFF = 1e-15

@@ -65,7 +65,7 @@ def use_threads(count: int) -> None:
     Args:
         count: The number.
 
-    Cost: about 0.2 ms; nothing if the number is the same already.
+    Cost: a thread is begun and waited for twice; nothing if the number is the same already.
     """
     if torch.get_num_threads() == count:
         return
