@@ -17,7 +17,7 @@ import torch
 from benchmarks.results import Section, Table, render_section
 from benchmarks.settings import Settings
 from benchmarks.timing import seconds
-from devec.products import Factors, hadamard_product, kronecker_product
+from devec.linalg.hadamard_kronecker import Factors, hadamard_product, kronecker_product
 
 MAX_RANK = 256
 

@@ -16,9 +16,9 @@ from benchmarks.pools import flux_shapes, llama_shapes, write_pool
 from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 from devec import Adapter
-from devec.job import Job
-from devec.output import Staging
-from devec.stream import decompose_to
+from devec.files.staging import Staging
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.job import Job
 
 TEXT = """\
 `decompose_to` in this process, libraries loaded and inputs in the page cache. Stages are those of a
@@ -73,7 +73,7 @@ def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
     """The functions with the most time of their own, in a run with one thread."""
     pool = [Adapter.from_pretrained(source, lazy=True) for source in sources]
     profile = cProfile.Profile()
-    with patch("devec.job.in_parallel", lambda call, work: map(call, work)):
+    with patch("devec.streaming.job.in_parallel", lambda call, work: map(call, work)):
         profile.enable()
         decompose_to(out, pool)
         profile.disable()

@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from devec import subspace
-from devec.linalg import column_space
-from devec.subspace import SharedSubspace
+from devec.linalg import subspaces
+from devec.linalg.factors import column_space
+from devec.linalg.subspaces import SharedSubspace
 
 TAU = 0.85
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -151,8 +151,8 @@ def leading_real_parts(bases: Sequence[Tensor], count: int) -> SharedSubspace:
 
 
 ESTIMATORS: dict[str, Callable[[Sequence[Tensor], int], SharedSubspace]] = {
-    "chain": partial(leading, subspace.chain),
-    "mean": partial(leading, subspace.mean),
+    "chain": partial(leading, subspaces.chain),
+    "mean": partial(leading, subspaces.mean),
     "chain, real parts": leading_real_parts,
 }
 
@@ -191,7 +191,7 @@ def recovery(setup: Setup, k: int, sigma: float, runs: int = 3, seed: int = 0) -
     pools = [planted(setup, k, sigma, generator(run, seed)) for run in range(runs)]
     rows = []
     for name, estimate in ESTIMATORS.items():
-        if k == 2 and name not in subspace.METHODS:
+        if k == 2 and name not in subspaces.METHODS:
             continue
         found = [(estimate(bases, setup.shared), S) for bases, S in pools]
         degrees = torch.stack([principal_angles(z.basis, S).rad2deg().mean() for z, S in found])
@@ -239,8 +239,11 @@ def clusters(setup: Setup = FIGURE_8, seed: int = 0) -> Clusters:
     """
     n, r, s = setup.n, setup.rank, setup.shared
     bases, _ = planted(setup, 2, 0.0, generator(0, seed))
-    edge, unrelated_edge = subspace.random_edge(n - s, r - s, r - s), subspace.random_edge(n, r, r)
-    return Clusters(subspace.chain(bases, TAU).spectrum, s, edge, unrelated_edge)
+    edge, unrelated_edge = (
+        subspaces.random_edge(n - s, r - s, r - s),
+        subspaces.random_edge(n, r, r),
+    )
+    return Clusters(subspaces.chain(bases, TAU).spectrum, s, edge, unrelated_edge)
 
 
 def dense_chain(bases: Sequence[Tensor], threshold: float) -> Tensor:
@@ -315,7 +318,7 @@ def agreement(setup: Setup, sigma: float, runs: int = 100, seed: int = 0) -> Agr
     first, second, symmetric = [], [], []
     for run in range(runs):
         bases, _ = planted(setup, 2, sigma, generator(run, seed))
-        f, cosines, g = subspace.principal_vectors(*bases)
+        f, cosines, g = subspaces.principal_vectors(*bases)
         shared = cosines.square() > TAU
         kept += int(shared.sum())
         Z = dense_chain(bases, TAU)

@@ -10,7 +10,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_LOADED = ["torch", "accelerate", "devec", "devec.cli", "devec.stream", "devec.formats"]
+_LOADED = [
+    "torch",
+    "accelerate",
+    "devec",
+    "devec.cli",
+    "devec.streaming.decompose_to",
+    "devec.formats",
+]
 _PATIENCE = 600  # for an end that comes by itself, on a machine as busy as may be
 
 
@@ -133,7 +140,7 @@ def _status(field):
 
 def at_work(act, rank=0):
     """Do something in the process of a rank whenever it computes a basis."""
-    from devec.stack import ExactStack, Stack
+    from devec.decomposition.stack import ExactStack, Stack
 
     if os.environ.get("RANK", "0") != str(rank):
         return
@@ -160,7 +167,7 @@ def fail():
 
 def linger():
     """Say that the outputs have their names, and take long for the rest."""
-    from devec.output import Staging
+    from devec.files.staging import Staging
 
     commit = Staging.commit
 
@@ -191,10 +198,10 @@ def little_memory(room):
 
     import torch
 
-    import devec.stream
+    import devec.streaming.decompose_to
 
     torch.set_num_threads(1)
-    original = devec.stream.decompose_to
+    original = devec.streaming.decompose_to.decompose_to
 
     def limited(*arguments, **options):
         X = torch.randn(64, 8)
@@ -203,4 +210,4 @@ def little_memory(room):
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         return original(*arguments, **options)
 
-    devec.stream.decompose_to = limited
+    devec.streaming.decompose_to.decompose_to = limited

@@ -8,7 +8,7 @@ from golden_truth import dora_truth
 from pipelines import find_modules, make_pipeline
 from safetensors.torch import save_file
 
-from devec.gain import Gain
+from devec.deltas.gains import Gain
 
 SUFFIXES = {  # down, up, magnitudes
     "kohya": (".lora_down.weight", ".lora_up.weight", ".dora_scale"),

@@ -7,7 +7,7 @@ from pool_files import CONFIG, WEIGHTS, Read, read_adapter
 from random_pools import dense
 
 from devec import Adapter, DevecError, combine, compress, decompose
-from devec.stream import Form, decompose_to
+from devec.streaming.decompose_to import Form, decompose_to
 
 FILES = (WEIGHTS, CONFIG)
 

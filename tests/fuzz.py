@@ -29,9 +29,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 from damage import directories, make_case, originals  # noqa: E402
 
 from devec import Adapter, DevecError, convert, decompose  # noqa: E402
+from devec.base_model.model import BaseModel  # noqa: E402
 from devec.cli.inspect import inspect  # noqa: E402
 from devec.errors import IncompatibleError  # noqa: E402
-from devec.formats.base_model import BaseModel  # noqa: E402
 
 SECONDS = 5  # of the processor, so that what else it does is not held against a case
 MEMORY = 64 << 20  # beyond what is in use, for files of a few KB: pages of torch and the allocator

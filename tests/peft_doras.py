@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from devec import Adapter
-from devec.gain import Gain
+from devec.deltas.gains import Gain
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

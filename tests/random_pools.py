@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from devec import Adapter, Delta
-from devec.gain import Gain, Magnitude
-from devec.weights import HeldWeight
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.gains import Gain, Magnitude
 
 NAMES = "abcde"
 MODULES = ("layers.0.q", "layers.0.mlp.up", "layers.1.q", "body.out")

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 from devec import Adapter, as_lora, convert, decompose, save_adapters
-from devec.as_lora import recorded
-from devec.stream import Form, decompose_to
+from devec.operations.as_lora import recorded
+from devec.streaming.decompose_to import Form, decompose_to
 
 WEIGHTS = ".safetensors"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from devec.cli import main
-from devec.processes import Team
+from devec.streaming.processes import Team
 
 
 def say(out, text):

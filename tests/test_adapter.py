@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, combine, cosine, distance, inner
-from devec.gain import Magnitude
-from devec.weights import HeldWeight
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.gains import Magnitude
 
 weights = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-2)
 seeds = st.integers(0, 500)

@@ -15,7 +15,7 @@ from cases import make_pool
 from devec import Adapter, Delta, DevecError, as_lora, combine, compress, decompose, distance
 from devec.arguments import listed_numbers, number, whole_number
 from devec.errors import IncompatibleError
-from devec.stream import Form
+from devec.streaming.decompose_to import Form
 
 
 @pytest.fixture(scope="module")

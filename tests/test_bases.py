@@ -9,9 +9,9 @@ from cases import dense, relative_error
 from torch.testing import assert_close
 
 from devec import Adapter, Delta, decompose
-from devec.bases import column_bases
-from devec.linalg import RANK_RTOL
-from devec.stack import ExactStack, Stack
+from devec.decomposition.stack import ExactStack, Stack
+from devec.linalg.batched import column_bases
+from devec.linalg.factors import RANK_RTOL
 
 DTYPES = [torch.float32, torch.float64]
 CONDITIONS = [10.0**power for power in range(1, 13)]
@@ -277,7 +277,7 @@ def test_bases_that_all_pairs_need_are_computed_once(monkeypatch):
         computed.append(B)
         return column_bases(B, A, rtol)
 
-    monkeypatch.setattr("devec.stack.column_bases", counted)
+    monkeypatch.setattr("devec.decomposition.stack.column_bases", counted)
     adapters = [ill(name, torch.float32, 10, "B", i, modules=2) for i, name in enumerate("abcd")]
     decompose(adapters, scope="pairwise")
     assert len(computed) == 4

@@ -8,8 +8,8 @@ import torch
 from cases import dense, relative_error
 
 from devec import Adapter, Delta, as_lora, combine, compress, decompose, distance, overlap
-from devec.gain import Magnitude
-from devec.weights import HeldWeight
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.gains import Magnitude
 
 
 def normal(*shape, seed, dtype=torch.float32):

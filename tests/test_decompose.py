@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, DevecWarning, decompose
-from devec.stack import stacks
+from devec.decomposition.stack import stacks
 
 NAMES = "abcde"
 
@@ -248,7 +248,7 @@ def test_parts_of_modules_that_are_split_together_have_memory_of_their_own():
 
 @pytest.mark.parametrize("scope", ["all", "pairwise"])
 def test_nothing_is_held_of_modules_that_are_done(monkeypatch, scope):
-    module = importlib.import_module("devec.decompose")
+    module = importlib.import_module("devec.decomposition.in_memory")
     held = []
 
     def kept(*arguments, **options):

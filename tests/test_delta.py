@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from devec import Delta, DevecError
-from devec.bases import factored_svd
+from devec.linalg.batched import factored_svd
 
 weights = st.floats(-4, 4, allow_nan=False).filter(lambda w: abs(w) > 1e-3)
 seeds = st.integers(0, 1000)

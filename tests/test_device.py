@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from streamed import from_files, from_files_to_files, stored, tree
 
 from devec import Adapter, Delta, decompose
-from devec.bases import column_bases
+from devec.linalg.batched import column_bases
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from devec import digest
+from devec.files import digest
 
 
 def truth(path):

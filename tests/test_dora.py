@@ -14,11 +14,11 @@ from reference import BASES, deflate, dora_truth
 
 import devec
 from devec import Adapter, Delta, DevecError
-from devec.dora import _largest, as_magnitudes, require_representable
+from devec.base_model.model import base_model
+from devec.deltas.base_weight import HeldWeight, RowsOfWeight, StackedWeight
+from devec.deltas.dora import _largest, as_magnitudes, require_representable
+from devec.deltas.gains import Gain, Magnitude
 from devec.errors import IncompatibleError, UnsupportedError
-from devec.formats.base_model import base_model
-from devec.gain import Gain, Magnitude
-from devec.weights import HeldWeight, RowsOfWeight, StackedWeight
 
 OUT, IN = 40, 36
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from devec import Adapter, Delta, DevecError, as_lora, compress, decompose, overlap, save_adapters
-from devec.bases import column_bases
-from devec.findings import Norms
-from devec.gain import Magnitude
-from devec.stream import decompose_to
-from devec.weights import HeldWeight
+from devec.decomposition.findings import Norms
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.gains import Magnitude
+from devec.linalg.batched import column_bases
+from devec.streaming.decompose_to import decompose_to
 
 SCALES = [1e-30, 1e-24, 1e-22, 1e-21, 1e-20, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e24, 1e30]
 OUT, IN = 64, 48
@@ -231,7 +231,7 @@ def test_a_part_that_is_bias_alone_is_kept(tmp_path, scope, way, big, small, bia
         save_adapters({tmp_path / "out" / name: part for name, part in parts.items()})
         written = {name: tmp_path / "out" / name for name in parts}
     else:
-        from devec.stream import Form
+        from devec.streaming.decompose_to import Form
 
         form = Form(compact=way != "files")
         written = decompose_to(tmp_path / "out", lazy, form=form, **options).written

@@ -18,13 +18,15 @@ from children import at_work, dawdle, die, linger, little_memory, run, start
 from safetensors.torch import save_file
 from streamed import contents, from_files, from_files_to_files, tree
 
-from devec import Adapter, DevecError, parallel, positions
-from devec.digest import sha256
+from devec import Adapter, DevecError
+from devec.decomposition import workers
 from devec.errors import FormatError, OutputError
-from devec.formats.tensor_writer import TensorWriter
+from devec.files import positions
+from devec.files.digest import sha256
+from devec.files.safetensors_writer import TensorWriter
+from devec.files.staging import Staging
 from devec.lazy import Lazy, outlines
-from devec.output import Staging
-from devec.stream import Form, decompose_to
+from devec.streaming.decompose_to import Form, decompose_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -143,7 +145,7 @@ def test_a_digest_is_not_that_of_another_file(pool, monkeypatch, change):
         change(path)
         return sha256(path)
 
-    monkeypatch.setattr("devec.formats.tensors.sha256", meanwhile)
+    monkeypatch.setattr("devec.files.safetensors_reader.sha256", meanwhile)
     with pytest.raises(FormatError, match="was replaced while it was being opened; run again"):
         Adapter.from_pretrained(pool[0], lazy=True)
 
@@ -303,7 +305,7 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
         original(file)
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(parallel, "_PAUSE", 0)
+    monkeypatch.setattr(workers, "_PAUSE", 0)
     first, second = from_files(plain)
     slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):

@@ -17,9 +17,9 @@ from devec import (
     overlap,
     save_adapters,
 )
-from devec.dora import as_magnitudes
-from devec.gain import Magnitude
-from devec.weights import HeldWeight
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.dora import as_magnitudes
+from devec.deltas.gains import Magnitude
 
 OUT, IN = 97, 83
 

@@ -12,7 +12,7 @@ import torch
 from cases import make_pool, save_adapter
 
 from devec import Adapter, DevecError, decompose, save_adapters
-from devec.output import write_all
+from devec.files.staging import write_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 
 import devec
 from devec import Adapter, Delta
-from devec.dora import as_magnitudes
-from devec.gain import Magnitude
-from devec.precision import full_precision
-from devec.products import hadamard_product, kronecker_product
-from devec.weights import HeldWeight
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.dora import as_magnitudes
+from devec.deltas.gains import Magnitude
+from devec.linalg.hadamard_kronecker import hadamard_product, kronecker_product
+from devec.linalg.precision import full_precision
 
 ROOT = Path(devec.__file__).parent
 SHAPE = (192, 160)

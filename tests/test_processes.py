@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from streamed import contents, from_files_to_files, tree
 
 from devec.errors import FormatError
-from devec.processes import Team
+from devec.streaming.processes import Team
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

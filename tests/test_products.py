@@ -9,7 +9,7 @@ from test_never_dense import Watch
 from torch.testing import assert_close
 
 from devec.errors import IncompatibleError
-from devec.products import hadamard_product, kronecker_product
+from devec.linalg.hadamard_kronecker import hadamard_product, kronecker_product
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}

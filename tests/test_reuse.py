@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from devec import reuse
-from devec.reuse import Blocks, empty, product, reused
+from devec.linalg import buffers
+from devec.linalg.buffers import Blocks, empty, product, reused
 
 BLOCKS = Blocks()
 
@@ -17,7 +17,7 @@ LARGE = (1 << 20,)
 
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch):
-    monkeypatch.setattr(reuse, "_held", reuse._Held())
+    monkeypatch.setattr(buffers, "_held", buffers._Held())
     BLOCKS.clear()
 
 

@@ -256,7 +256,7 @@ def hub(cache, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("devec.sources._TIMEOUT", 5, raising=False)
+    monkeypatch.setattr("devec.files.locate._TIMEOUT", 5, raising=False)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from devec import Delta, DevecError
-from devec.gain import Magnitude
+from devec.deltas.base_weight import HeldWeight
+from devec.deltas.gains import Magnitude
 from devec.lazy import outlines
-from devec.spool import Spool, from_spools
-from devec.weights import HeldWeight
+from devec.streaming.spool import Spool, from_spools
 
 OUT, IN = 7, 5
 

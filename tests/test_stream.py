@@ -22,7 +22,7 @@ from streamed import (
 
 from devec import Adapter, Delta, DevecError, decompose
 from devec.lazy import Lazy, outlines
-from devec.stream import Form, decompose_to
+from devec.streaming.decompose_to import Form, decompose_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from devec.errors import IncompatibleError
-from devec.subspace import (
+from devec.linalg.subspaces import (
     METHODS,
     chain,
     chance_level,

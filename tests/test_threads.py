@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from devec import Adapter, Delta, decompose
-from devec.threads import crew, use_threads
+from devec.linalg.threads import crew, use_threads
 
 
 @pytest.fixture(autouse=True)

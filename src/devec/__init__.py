@@ -12,21 +12,18 @@ The public names are loaded on first use, so that the command line answers witho
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from devec._version import __version__
 
 if TYPE_CHECKING:
-    from devec.adapter import Adapter
-    from devec.algebra import cosine, distance, inner
-    from devec.as_lora import as_lora
-    from devec.combine import combine
-    from devec.compress import Compression, compress
-    from devec.decompose import Decomposition, decompose
-    from devec.delta import Delta
+    from devec.adapters.adapter import Adapter
+    from devec.adapters.algebra import cosine, distance, inner
+    from devec.adapters.pool import save_adapters
+    from devec.decomposition.findings import ModuleSplit
+    from devec.decomposition.in_memory import Decomposition, decompose
+    from devec.deltas.delta import Delta
     from devec.errors import DevecError, DevecWarning
     from devec.formats.convert import convert
     from devec.hosts.live import (
@@ -36,32 +33,38 @@ if TYPE_CHECKING:
         extract_adapter,
         negate_adapter,
     )
-    from devec.overlap import Overlap, overlap
-    from devec.pool import save_adapters
+    from devec.operations.as_lora import as_lora
+    from devec.operations.combine import combine
+    from devec.operations.compress import Compression, compress
+    from devec.operations.overlap import ModuleOverlap, Overlap, overlap
+    from devec.streaming.decompose_to import decompose_to
 
 _HOME = {
-    "Adapter": "adapter",
-    "Compression": "compress",
-    "Decomposition": "decompose",
-    "Delta": "delta",
+    "Adapter": "adapters.adapter",
+    "Compression": "operations.compress",
+    "Decomposition": "decomposition.in_memory",
+    "Delta": "deltas.delta",
     "DevecError": "errors",
     "DevecWarning": "errors",
-    "Overlap": "overlap",
+    "ModuleOverlap": "operations.overlap",
+    "ModuleSplit": "decomposition.findings",
+    "Overlap": "operations.overlap",
     "add_adapter": "hosts.live",
-    "as_lora": "as_lora",
-    "combine": "combine",
+    "as_lora": "operations.as_lora",
+    "combine": "operations.combine",
     "combine_adapters": "hosts.live",
-    "compress": "compress",
+    "compress": "operations.compress",
     "convert": "formats.convert",
-    "cosine": "algebra",
-    "decompose": "decompose",
+    "cosine": "adapters.algebra",
+    "decompose": "decomposition.in_memory",
     "decompose_adapters": "hosts.live",
-    "distance": "algebra",
+    "decompose_to": "streaming.decompose_to",
+    "distance": "adapters.algebra",
     "extract_adapter": "hosts.live",
-    "inner": "algebra",
+    "inner": "adapters.algebra",
     "negate_adapter": "hosts.live",
-    "overlap": "overlap",
-    "save_adapters": "pool",
+    "overlap": "operations.overlap",
+    "save_adapters": "adapters.pool",
 }
 
 __all__ = [
@@ -71,6 +74,8 @@ __all__ = [
     "Delta",
     "DevecError",
     "DevecWarning",
+    "ModuleOverlap",
+    "ModuleSplit",
     "Overlap",
     "__version__",
     "add_adapter",
@@ -82,6 +87,7 @@ __all__ = [
     "cosine",
     "decompose",
     "decompose_adapters",
+    "decompose_to",
     "distance",
     "extract_adapter",
     "inner",
@@ -91,26 +97,10 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """A package whose functions are not shadowed by the modules of the same name.
-
-    Importing ``devec.decompose`` makes Python set the attribute ``decompose`` of the package to the
-    module; users mean the function by it.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> object:
-    """Load a public name, and with the first of them the formats that `Adapter` reads."""
+    """Load a public name on its first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'devec' has no attribute {name!r}")
-    import_module("devec.formats")
     return getattr(import_module(f"devec.{_HOME[name]}"), name)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from devec.findings import ModuleSplit
-from devec.overlap import Overlap
+from devec.decomposition.findings import ModuleSplit
+from devec.operations.overlap import Overlap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmarks import toy
 
-from devec import subspace
+from devec.linalg import subspaces
 
 TINY = toy.Setup(n=60, rank=12, shared=6)
 
@@ -21,14 +21,14 @@ def errors(k, sigma, runs=8):
 def test_without_noise_the_planted_directions_are_found_exactly(mixed, k, method):
     setup = toy.Setup(TINY.n, TINY.rank, TINY.shared, mixed)
     bases, S = toy.planted(setup, k, 0.0, toy.generator(1))
-    found = toy.leading(subspace.METHODS[method], bases, setup.shared)
+    found = toy.leading(subspaces.METHODS[method], bases, setup.shared)
     assert found.rank == setup.shared
     assert toy.principal_angles(found.basis, S).max() < 1e-9
 
 
 def test_with_noise_the_planted_directions_are_not_found_exactly():
     bases, S = toy.planted(TINY, 2, 0.2, toy.generator(1))
-    found = toy.leading(subspace.chain, bases, TINY.shared)
+    found = toy.leading(subspaces.chain, bases, TINY.shared)
     assert toy.principal_angles(found.basis, S).max() > 0.05
 
 
@@ -50,7 +50,7 @@ def test_a_run_is_the_same_whenever_it_is_drawn():
 
 def test_leading_does_not_depend_on_the_paper_threshold():
     bases, _ = toy.planted(TINY, 2, 1.0, toy.generator(2))
-    found = toy.leading(subspace.chain, bases, TINY.shared)
+    found = toy.leading(subspaces.chain, bases, TINY.shared)
     assert found.spectrum[TINY.shared - 1] < toy.TAU
     assert found.rank == TINY.shared
 

@@ -13,8 +13,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from devec.base_model.model import base_model
 from devec.errors import DevecWarning, IncompatibleError, UnsupportedError
-from devec.formats.base_model import base_model
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}

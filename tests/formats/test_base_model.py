@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from devec.base_model.model import base_model
+from devec.deltas.gains import no_gain
 from devec.errors import DevecError, FormatError, IncompatibleError, UnsupportedError
-from devec.formats.base_model import base_model
-from devec.formats.families import flat
-from devec.formats.tables import TABLES
-from devec.gain import no_gain
+from devec.naming.families import flat
+from devec.naming.tables import TABLES
 
 CPU = torch.device("cpu")
 FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "flux": "flux", "sd3": "sd3"}
@@ -956,7 +956,7 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     assert wrong(base, ["lm_head"], weights.__getitem__) == []
     # whatever else is needed is in the files of weights
     path.unlink()
-    monkeypatch.setattr("devec.formats.base_files._stored", None)
+    monkeypatch.setattr("devec.base_model.files._stored", None)
     assert wrong(base, list(weights), weights.__getitem__) == []
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from devec import Adapter, DevecError, convert, distance
 from devec.cli import main
-from devec.formats.families import flat
+from devec.naming.families import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore::devec.DevecWarning")
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from devec import Adapter, DevecError, add_adapter, as_lora, combine, compress, convert, decompose
+from devec.deltas.gains import Magnitude
 from devec.errors import DevecWarning, FormatError, IncompatibleError, UnsupportedError
-from devec.gain import Magnitude
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_mid_block_resnets_1_conv2"

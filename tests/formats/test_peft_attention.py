@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from wrapped_models import Block, Blocks
 
 from devec import Adapter, DevecError, DevecWarning, combine, compress, decompose
-from devec.stream import decompose_to
+from devec.streaming.decompose_to import decompose_to
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

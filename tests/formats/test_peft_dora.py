@@ -36,8 +36,8 @@ from peft_doras import (
 from safetensors.torch import load_file, save_file
 
 from devec import Adapter, combine, decompose
-from devec.formats.peft_layout import plain_layout
-from devec.gain import Gain, Magnitude
+from devec.deltas.gains import Gain, Magnitude
+from devec.formats.peft.layout import plain_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from devec import Adapter, DevecError, DevecWarning, combine
-from devec.gain import Magnitude
+from devec.deltas.gains import Magnitude
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from devec import Adapter, convert
-from devec.formats import tables
-from devec.formats.families import flat
+from devec.naming import tables
+from devec.naming.families import flat
 
 TABLES = {**tables.TABLES, "text encoder": tables.text_encoders}
 

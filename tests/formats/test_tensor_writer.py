@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devec.errors import OutputError
-from devec.formats import tensor_writer
-from devec.formats.tensor_writer import TensorWriter
+from devec.files import safetensors_writer
+from devec.files.safetensors_writer import TensorWriter
 
 TENSORS = {
     "b.half": torch.arange(6, dtype=torch.float16).reshape(2, 3),
@@ -197,7 +197,9 @@ def test_what_has_left_the_cache_is_on_the_disk(tmp_path, monkeypatch, supported
 
 def test_large_tensors_leave_the_cache_once(tmp_path, monkeypatch):
     left = []
-    monkeypatch.setattr(tensor_writer, "uncache", lambda _, start, size: left.append((start, size)))
+    monkeypatch.setattr(
+        safetensors_writer, "uncache", lambda _, start, size: left.append((start, size))
+    )
     tensors = {"a": torch.randn(1 << 18), "b": torch.randn(1 << 10), "c": torch.randn(1 << 19)}
     writer = TensorWriter(tmp_path / "file", outlines(tensors), {}, create=True)
     for key in ("a", "b"):

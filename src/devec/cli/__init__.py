@@ -22,7 +22,7 @@ from devec.cli.inspect import inspect
 from devec.cli.negate import negate
 from devec.cli.overlap import overlap
 from devec.errors import DevecError, IncompatibleError, listed
-from devec.processes import is_first, launched
+from devec.streaming.processes import is_first, launched
 
 app = typer.Typer(
     name="devec",
@@ -92,7 +92,7 @@ def _stopped(code: object) -> str:
     what = "interrupted" if code == 128 + signal.SIGINT else "terminated"
     if not is_first():  # of several processes only the first gives outputs their names
         return what
-    from devec.output import COMMITTED
+    from devec.files.staging import COMMITTED
 
     complete = list(map(str, COMMITTED))
     return f"{what}; {f'written: {listed(complete)}' if complete else 'nothing was written'}"

@@ -34,7 +34,7 @@ from devec.errors import IncompatibleError
 if TYPE_CHECKING:
     import torch
 
-    from devec.adapter import Adapter
+    from devec.adapters.adapter import Adapter
 
 
 def combine(

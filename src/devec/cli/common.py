@@ -14,15 +14,15 @@ import typer
 
 from devec.errors import IncompatibleError, OutputError
 from devec.lazy import outlines
-from devec.processes import is_first
+from devec.streaming.processes import is_first
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from devec.adapter import Adapter
-    from devec.compress import Compression
-    from devec.output import Writer
+    from devec.adapters.adapter import Adapter
+    from devec.files.staging import Writer
+    from devec.operations.compress import Compression
 
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
@@ -33,7 +33,7 @@ def begin_reading(sources: Sequence[str]) -> None:
     Args:
         sources: As on the command line.
     """
-    from devec.digest import begin
+    from devec.files.digest import begin
 
     for source in sources:
         path = Path(_name_and_path(source)[1])
@@ -90,8 +90,8 @@ def read_source(
     import dataclasses
 
     from devec import Adapter
-    from devec.layout import MAX_RANK
-    from devec.sources import exists
+    from devec.adapters.layout import MAX_RANK
+    from devec.files.locate import exists
 
     name, path = _name_and_path(source)
     adapter = Adapter.from_pretrained(
@@ -139,7 +139,7 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
         The adapter, under the record of the operation that made it.
     """
     from devec import as_lora
-    from devec.as_lora import recorded
+    from devec.operations.as_lora import recorded
 
     if rank is None or all(delta.gain is None for delta in outlines(adapter.modules).values()):
         return adapter
@@ -191,7 +191,7 @@ def said_norm(adapter: Adapter) -> str:
     Returns:
         The words.
     """
-    from devec.gain import Magnitude
+    from devec.deltas.gains import Magnitude
 
     known = outlines(adapter.modules).values()
     passed_on = any(isinstance(delta.gain, Magnitude) for delta in known)
@@ -243,7 +243,7 @@ def storage_dtype(name: str | None) -> torch.dtype | None:
     Raises:
         IncompatibleError: If there is no such type.
     """
-    from devec.formats.tensors import STORAGE_DTYPES
+    from devec.files.safetensors_reader import STORAGE_DTYPES
 
     if name is None:
         return None

@@ -39,9 +39,9 @@ from devec.cli.options import (
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:
-    from devec.decompose import Decomposition
-    from devec.findings import ModuleSplit, Threshold
-    from devec.stream import Written
+    from devec.decomposition.findings import ModuleSplit, Threshold
+    from devec.decomposition.in_memory import Decomposition
+    from devec.streaming.decompose_to import Written
 
 
 def decompose(
@@ -86,8 +86,8 @@ def decompose(
     """
     require_report(json, sources, overwrite=overwrite)
     begin_reading(sources)
-    from devec.processes import Team, launched
-    from devec.stream import Form, decompose_to
+    from devec.streaming.decompose_to import Form, decompose_to
+    from devec.streaming.processes import Team, launched
 
     gc.freeze()  # of what libraries have made so far nothing will ever be garbage
 
@@ -200,7 +200,7 @@ def print_parts(parts: Decomposition | Written) -> None:
     _print_partial(parts)
     _print_carried(parts)
     if parts.nothing_shared:
-        from devec.report import nothing_shared
+        from devec.decomposition.report import nothing_shared
 
         typer.echo(nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 

@@ -22,7 +22,7 @@ from devec.lazy import outlines
 if TYPE_CHECKING:
     import torch
 
-    from devec.adapter import Adapter
+    from devec.adapters.adapter import Adapter
 
 
 def inspect(
@@ -40,7 +40,7 @@ def inspect(
 
     Convention, base model, modules, ranks, alphas, types, norms, and what is carried over whole.
     """
-    from devec.output import write_all
+    from devec.files.staging import write_all
 
     require_report(json, [source], overwrite=overwrite)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)

@@ -10,7 +10,7 @@ from devec.cli.common import json_writer, module_type, new_table, read_sources, 
 from devec.cli.options import AllowPickle, Base, Device, JsonFile, MaxRank, Overwrite, Sources
 
 if TYPE_CHECKING:
-    from devec.overlap import ModuleOverlap, Overlap
+    from devec.operations.overlap import ModuleOverlap, Overlap
 
 
 def overlap(
@@ -24,7 +24,7 @@ def overlap(
 ) -> None:
     """Show how much adapters overlap, beside what chance would give."""
     from devec import overlap as measure
-    from devec.output import write_all
+    from devec.files.staging import write_all
 
     require_report(json, sources, overwrite=overwrite)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from devec.adapter import Adapter
-from devec.algebra import provenance
+from devec.adapters.adapter import Adapter
+from devec.adapters.algebra import provenance
 from devec.errors import IncompatibleError, UnsupportedError, listed
-from devec.formats import file_layout, peft_layout
-from devec.formats.align import Build, realigned
-from devec.formats.conventions import (
+from devec.formats.alignment.align import Build, realigned
+from devec.formats.magnitudes import axes_of, of_outputs_only
+from devec.formats.peft import layout as peft_layout
+from devec.formats.single_file import layout as file_layout
+from devec.lazy import only, outlines
+from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA,
     KOHYA_SUFFIXES,
@@ -21,11 +24,9 @@ from devec.formats.conventions import (
     diffusers_naming,
     kohya_naming,
 )
-from devec.formats.families import Family
-from devec.formats.magnitudes import axes_of, of_outputs_only
-from devec.formats.names import CLIP_L, DENOISER_2, parse
-from devec.formats.tables import TABLES
-from devec.lazy import only, outlines
+from devec.naming.families import Family
+from devec.naming.module_id import CLIP_L, DENOISER_2, parse
+from devec.naming.tables import TABLES
 
 Components = frozenset[str]
 

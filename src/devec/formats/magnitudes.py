@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from devec.delta import Delta
+from devec.deltas.delta import Delta
+from devec.deltas.gains import Axis, Gain, Magnitude
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
-from devec.formats.tensors import storable
-from devec.gain import Axis, Gain, Magnitude
+from devec.files.safetensors_reader import storable
 
 DORA_SCALE = ".dora_scale"
 MAGNITUDE_VECTOR = ".lora_magnitude_vector"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from devec.delta import Delta
+from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
 
 Places = Mapping[str, tuple[tuple[int, int], tuple[int, ...]]]  # module → shape and kernel

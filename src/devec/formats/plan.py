@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from devec.delta import Delta
+from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, OutputError, located
-from devec.formats.tensor_writer import TensorWriter
+from devec.files.safetensors_writer import TensorWriter
 from devec.lazy import outlines
 
 _NO_DIGEST = "0" * 64

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from devec.errors import FormatError
-from devec.formats.text import json_object
+from devec.files.json_text import json_object
 
 RECORD_KEY = "devec"
 RECORD_NAME = "devec.json"

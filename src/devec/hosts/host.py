@@ -19,24 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devec.adapter import Adapter
-from devec.delta import Delta
+from devec.adapters.adapter import Adapter
+from devec.adapters.layout import ReadOptions
+from devec.base_model.live import live_model
+from devec.base_model.model import base_model
+from devec.deltas.delta import Delta
 from devec.errors import DevecWarning, IncompatibleError, UnsupportedError, listed, located
-from devec.formats import files, peft
-from devec.formats.align import AlignedLayout
-from devec.formats.base_live import live_model
-from devec.formats.base_model import base_model
+from devec.files.safetensors_reader import TensorFile
+from devec.formats.alignment.align import AlignedLayout
 from devec.formats.convert import convert
-from devec.formats.metadata import ADAPTER_KEY
-from devec.formats.peft_carried import of_base
-from devec.formats.peft_config import Config, require_lora
-from devec.formats.peft_layout import PREFIX, PeftLayout, plain_layout
-from devec.formats.tensors import TensorFile
+from devec.formats.peft import read as peft_read
+from devec.formats.peft.carried import of_base
+from devec.formats.peft.config import Config, require_lora
+from devec.formats.peft.layout import PREFIX, PeftLayout, plain_layout
+from devec.formats.single_file import read as file_read
+from devec.formats.single_file.header import ADAPTER_KEY
 from devec.hosts import embeddings, state, towers
 from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
 from devec.hosts.scaling import runs_as_its_own
-from devec.layout import ReadOptions
 from devec.lazy import outlines
 
 Stored = tuple[Config, dict[str, Tensor]]  # of one model: configuration, and PEFT's key → tensor
@@ -101,9 +102,9 @@ class Host:
                     held[slot] = self._held(model, name, runs=runs)
         options = ReadOptions(base=self.given)
         if self.of_diffusers:
-            return files.parsed(_as_file(held, self.given), name, options, where)
+            return file_read.parsed(_as_file(held, self.given), name, options, where)
         ((slot, (config, tensors)),) = held.items()
-        adapter = peft.parsed(config, tensors, name, options, where)
+        adapter = peft_read.parsed(config, tensors, name, options, where)
         copies = self._base_copies(slot, name, config)
         layout = dataclasses.replace(adapter.layout, base_copies=copies)  # type: ignore[type-var]
         return dataclasses.replace(adapter, layout=layout)

@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from devec.adapter import Adapter
+from devec.adapters.adapter import Adapter
+from devec.adapters.pool import require_distinct_names
 from devec.arguments import number
-from devec.combine import combine
-from devec.decompose import Decomposition, decompose
+from devec.decomposition.findings import Threshold
+from devec.decomposition.in_memory import Decomposition, decompose
+from devec.decomposition.report import nothing_shared, planned_outputs
 from devec.errors import DevecWarning, IncompatibleError, listed
-from devec.findings import Threshold
 from devec.hosts.host import Host, host_of
 from devec.hosts.names import require_names
-from devec.pool import require_distinct_names
-from devec.report import nothing_shared, planned_outputs
+from devec.operations.combine import combine
 
 
 def decompose_adapters(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from devec.delta import Delta
+from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
 
 Shape = tuple[int, int]

@@ -1,0 +1,1 @@
+"""Adapters as values, their algebra, and what they need from file formats."""

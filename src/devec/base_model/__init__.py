@@ -1,0 +1,1 @@
+"""The weights of the base model, in files or in memory."""

@@ -1,0 +1,1 @@
+"""Splitting a pool of adapters into shared, unique and common parts."""

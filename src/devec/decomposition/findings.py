@@ -1,0 +1,196 @@
+"""What is asked of the modules of a pool, and what is found: the words that the split uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from devec.decomposition.stack import Stack
+from devec.deltas.delta import Delta
+from devec.linalg.subspaces import chance_level, pool_level
+
+# A part below this fraction of its original is rounding: nothing is left of it.
+EMPTY_RTOL = 1e-6
+
+Threshold = float | Literal["auto"]
+Kind = Literal["unique", "shared", "common"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSplit:
+    """What was found in one module for one group of adapters.
+
+    Attributes:
+        module: Name of the module.
+        group: Names of the adapters whose subspaces were compared, in order.
+        ranks: Dimension of each adapter's column space (for scope ``"iterative"``, of what was
+            left of the target's).
+        threshold: The squared cosine that counted as shared; infinity where no overlap can be
+            beyond chance (``threshold="auto"`` and ranks that fill the space).
+        edge: The value that random subspaces of these dimensions reach.
+        spectrum: What the threshold was compared with, descending.
+        quantity: What that is: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
+        basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank); without
+            values (on the device ``"meta"``) where results went to files.
+        norms: For each adapter of the group, ‖ΔW‖_F.
+        shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
+    """
+
+    module: str
+    group: tuple[str, ...]
+    ranks: tuple[int, ...]
+    threshold: float
+    edge: float
+    spectrum: Float[Tensor, " k"]
+    quantity: str
+    basis: Float[Tensor, "out shared"]
+    norms: tuple[float, ...]
+    shared_norms: tuple[float, ...]
+
+    @property
+    def shared_rank(self) -> int:
+        """The number of shared directions."""
+        return self.basis.shape[1]
+
+    @property
+    def largest(self) -> float:
+        """The largest overlap found, on the scale of squared cosines; 0 without any."""
+        return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every module: which directions count as shared, and among whom.
+
+    Attributes:
+        names: Names of the adapters of the pool, in order.
+        threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
+        method: A key of `METHODS`.
+        scope: A key of `SCOPES`.
+        target: Name of the adapter to split, for scope ``"iterative"``.
+    """
+
+    names: tuple[str, ...]
+    threshold: Threshold
+    method: str
+    scope: str
+    target: str = ""
+
+    def level(self, n: int, ranks: Sequence[int]) -> float:
+        """The threshold for subspaces of these dimensions."""
+        if self.threshold != "auto":
+            return self.threshold
+        return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
+
+
+class Part(NamedTuple):
+    """A part of some modules.
+
+    Attributes:
+        kind: What part it is.
+        name: The adapter, or of scope ``"pairwise"`` the pair, that it belongs to; empty for the
+            common vector.
+        deltas: Module → delta; None where the part is zero.
+        norms: ‖ΔW‖_F of each, of parts of an adapter.
+    """
+
+    kind: Kind
+    name: str
+    deltas: Mapping[str, Delta | None]
+    norms: Sequence[float] = ()
+
+
+class Norms(NamedTuple):
+    """Norms over all modules, of weights and of biases apart: either may be all that there is.
+
+    Attributes:
+        weights: Frobenius norm of ΔW.
+        biases: Norm of the changes of biases.
+    """
+
+    weights: float = 0.0
+    biases: float = 0.0
+
+    def are_rounding_beside(self, original: Norms) -> bool:
+        """Whether nothing is left of an original; NaN is something, which must not go unseen."""
+        return (
+            self.weights <= EMPTY_RTOL * original.weights
+            and self.biases <= EMPTY_RTOL * original.biases
+        )
+
+
+def is_rounding(modules: Mapping[str, Delta], original: Norms) -> bool:
+    """Whether a part is rounding beside the original; measured no further than it must be."""
+    norms = Norms()
+    for delta in modules.values():
+        delta = delta.resolved()
+        norms = Norms(
+            math.hypot(norms.weights, delta.weight_norm()),
+            math.hypot(norms.biases, delta.bias_norm()),
+        )
+        if not norms.are_rounding_beside(original):
+            return False
+    return True
+
+
+@dataclass
+class Findings:
+    """What was found so far.
+
+    Attributes:
+        rows: A row for every module and group.
+        norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
+        bias_norms: Adapter → module → ‖Δb‖ of originals that change the bias.
+        parts: Kind and adapter → norms of the part, as far as it was measured.
+    """
+
+    rows: list[ModuleSplit] = field(default_factory=list)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    bias_norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    parts: dict[tuple[Kind, str], Norms] = field(default_factory=dict)
+
+    def add(self, other: Findings) -> None:
+        """Take up what was found elsewhere."""
+        self.rows += other.rows
+        for mine, others in ((self.norms, other.norms), (self.bias_norms, other.bias_norms)):
+            for name, norms in others.items():
+                mine.setdefault(name, {}).update(norms)
+        for key, of_part in other.parts.items():
+            self._add_to(key, of_part)
+
+    def add_part(self, part: Part) -> None:
+        """Add the norms of some modules of a part."""
+        biases = (delta.bias_norm() for delta in part.deltas.values() if delta is not None)
+        norms = Norms(math.hypot(*part.norms), math.hypot(*biases))
+        self._add_to((part.kind, part.name), norms)
+
+    def _add_to(self, key: tuple[Kind, str], norms: Norms) -> None:
+        """Add the norms of other modules of a part."""
+        before = self.parts.get(key, Norms())
+        self.parts[key] = Norms(*map(math.hypot, before, norms))
+
+    def of_original(self, name: str) -> Norms:
+        """The norms of an adapter that was split."""
+        both = (self.norms, self.bias_norms)
+        return Norms(*(math.hypot(*norms.get(name, {}).values()) for norms in both))
+
+    def outlined(self) -> Findings:
+        """The same with the shapes alone of the shared bases."""
+        rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
+        return dataclasses.replace(self, rows=rows)
+
+    def add_norms(self, name: str, stack: Stack) -> None:
+        """Add the norms of an adapter."""
+        self.norms.setdefault(name, {}).update(stack.named(stack.norms(name)))
+        self.add_bias_norms(name, stack)
+
+    def add_bias_norms(self, name: str, stack: Stack) -> None:
+        """Add the norms of an adapter's changes of biases, if it has any."""
+        if stack.has_bias(name):
+            self.bias_norms.setdefault(name, {}).update(stack.named(stack.bias_norms(name)))

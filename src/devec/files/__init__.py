@@ -1,0 +1,1 @@
+"""Bytes on the disk and on the Hugging Face Hub. Knows nothing of adapters."""

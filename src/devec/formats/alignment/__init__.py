@@ -1,0 +1,1 @@
+"""Bringing adapters of different conventions to common modules."""

@@ -1,0 +1,144 @@
+"""The whole trained tensors beside the factors of a PEFT adapter, by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from devec.formats.peft.config import Config
+from devec.formats.peft.names import plain
+
+
+def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Modules that PEFT replaces, or that are inside one it replaces, so that no LoRA is on them.
+
+    Follows PEFT: ``modules_to_save`` and the keys of ``trainable_token_indices`` are endings of
+    names, and no module inside of one that is saved is adapted.
+
+    Args:
+        config: The configuration of the adapter that the tensors belong to.
+        keys: Keys of its whole tensors, without PEFT's prefix.
+        modules: Names of modules that another adapter changes.
+
+    Returns:
+        Those of the modules that cannot be adapted beside the tensors. A trained bias is no such
+        tensor: PEFT loads it beside factors.
+    """
+    biases = config.get("bias", "none") != "none"
+    above: set[str] = set()
+    for key in keys:
+        if not (biases and _is_bias(key)):
+            parts = plain(key).split(".")
+            above.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    saved = tuple(config.get("modules_to_save") or ())
+    tokens = config.get("trainable_token_indices")
+    ends = (*saved, *(tokens if isinstance(tokens, dict) else ()))
+    return [
+        module
+        for module in modules
+        if (name := plain(module.partition("[")[0])) in above
+        or name.endswith(ends)
+        or any(f".{whole}." in f".{name}." for whole in saved)
+    ]
+
+
+def of_base(config: Config, keys: Iterable[str]) -> list[str]:
+    """Keys of tensors that no field of a configuration has trained: weights of the base model.
+
+    PEFT saves embeddings so if the vocabulary was resized, and loads them into the base model.
+
+    Args:
+        config: The configuration.
+        keys: Keys of whole tensors.
+
+    Returns:
+        Those of the base model.
+    """
+    biases = config.get("bias", "none") != "none"
+    saved = tuple(config.get("modules_to_save") or ())
+    return [
+        key
+        for key in keys
+        if not (biases and _is_bias(key))
+        and ".trainable_tokens" not in key
+        and not (path := key.rpartition(".")[0]).endswith(saved)
+        and not any(f".{whole}." in f".{path}." for whole in saved)
+    ]
+
+
+def keys_beside(config: Config, keys: Iterable[str], adapted: Collection[str]) -> dict[str, str]:
+    """Keys of whole tensors as PEFT reads them beside these factors.
+
+    PEFT loads the bias of a layer under another key if the layer is adapted, and leaves keys out,
+    without a word, that its model does not have.
+
+    Args:
+        config: The configuration that is written.
+        keys: The keys.
+        adapted: Paths of the layers that have factors.
+
+    Returns:
+        Key → key to write.
+    """
+    trained = config.get("bias", "none") != "none"
+    return {key: _beside(key, adapted) if trained and _is_bias(key) else key for key in keys}
+
+
+def bias_field(config: Config, keys: Iterable[str]) -> str:
+    """What a configuration says of biases; of all, if one is that of a layer without factors.
+
+    Args:
+        config: The configuration.
+        keys: Keys of the tensors to write.
+
+    Returns:
+        The value of ``bias``. With ``"lora_only"`` PEFT would load it and not save it again.
+    """
+    field: str = config.get("bias", "none")
+    alone = any(_is_bias(key) and ".base_layer." not in key for key in keys)
+    return "all" if field == "lora_only" and alone else field
+
+
+def copies_beside(
+    keys: Iterable[str],
+    carried: Collection[str],
+    adapted: Collection[str],
+    missing: Collection[str],
+) -> dict[str, str]:
+    """Keys of weights of the base model as PEFT reads them beside these factors and tensors.
+
+    Args:
+        keys: The keys, with or without the part that PEFT has for the layer inside an adapted one.
+        carried: Keys of whole tensors that are written.
+        adapted: Paths of the layers that have factors.
+        missing: Paths of those that had factors, and have none in the result.
+
+    Returns:
+        Key → key to write. Weights that a whole tensor replaces are left out, and those that were
+        stored beside factors which are left out.
+    """
+    result: dict[str, str] = {}
+    for key in keys:
+        path, _, last = key.rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if path in adapted:
+            result[key] = f"{path}.base_layer.{last}"
+        elif any(other.startswith(f"{path}.token_adapter.") for other in carried):
+            result[key] = f"{path}.token_adapter.base_layer.{last}"
+        elif path not in missing and f"{path}.{last}" not in carried:
+            result[key] = f"{path}.{last}"
+    return result
+
+
+def _is_bias(key: str) -> bool:
+    """Whether a key is that of a bias; nn.MultiheadAttention has an ``in_proj_bias``."""
+    return key.endswith("bias")
+
+
+def _beside(key: str, adapted: Collection[str]) -> str:
+    """A key with ``base_layer`` after each layer that is wrapped, and after no other."""
+    path, *rest = plain(key).split(".")
+    for part in rest:
+        while path in adapted:
+            path += ".base_layer"
+        path += f".{part}"
+    return path

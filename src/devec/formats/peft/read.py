@@ -1,0 +1,186 @@
+"""Reading PEFT adapter directories."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from devec.adapters.adapter import Adapter
+from devec.adapters.layout import ReadOptions
+from devec.base_model.model import base_model
+from devec.deltas.delta import Delta
+from devec.errors import DevecWarning, FormatError, listed, located
+from devec.files.safetensors_reader import read_tensors, require_factor, require_finite
+from devec.formats import card
+from devec.formats.magnitudes import warn_of_signs
+from devec.formats.peft import config as peft_config
+from devec.formats.peft import dora as peft_dora
+from devec.formats.peft.config import CONFIG_NAME, Config
+from devec.formats.peft.dora import BaseWeights
+from devec.formats.peft.found import slots_of, unlisted_targets
+from devec.formats.peft.keys import SortedKeys, sort_keys
+from devec.formats.peft.layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
+from devec.formats.peft.slots import Slot
+from devec.lazy import Lazy, mapped, only, outlines
+
+_PICKLED_NAME = "adapter_model.bin"
+_UNUSED = (
+    "belong to a second adapter of an output projection of nn.MultiheadAttention, which PEFT's "
+    "forward pass never uses,"
+)
+
+
+def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+    """Read a PEFT adapter directory.
+
+    Args:
+        path: The directory, or the weights file in it.
+        name: What to call the adapter.
+        options: How to read it.
+
+    Returns:
+        The adapter, or None if the path is no PEFT adapter directory.
+
+    Raises:
+        FormatError: If files are missing, unreadable or contradict each other.
+        UnsupportedError: If the adapter is not a plain low-rank delta.
+    """
+    weights = _weights(path)
+    if weights is None:
+        return None
+    directory = weights.parent
+    config = peft_config.read_config(directory)
+    if not weights.is_file():
+        raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
+    with located(str(weights)):
+        file = read_tensors(weights, allow_pickle=options.allow_pickle)
+    adapter = parsed(config, file.tensors, name, options, str(weights))
+    return dataclasses.replace(
+        adapter,
+        provenance=card.read_record(directory),
+        source=str(directory),
+        sha256=file.sha256,
+    )
+
+
+def parsed(
+    config: Config, tensors: Mapping[str, Tensor], name: str, options: ReadOptions, where: str
+) -> Adapter:
+    """The adapter that a configuration and tensors of PEFT are.
+
+    Args:
+        config: The configuration, checked.
+        tensors: Key → tensor, as PEFT stores them.
+        name: What to call the adapter.
+        options: How to read it.
+        where: Where they come from, for messages.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: If they contradict each other.
+        UnsupportedError: If the adapter is not a plain low-rank delta.
+    """
+    with located(where):
+        keys = sort_keys(config, tensors)
+        for path, kept, key in keys.repeated:
+            peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
+        copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
+        carried = mapped(only(tensors, keys.carried), require_finite)
+        base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
+        slots = slots_of(config, keys, outlines(tensors))
+        weights = BaseWeights(base, family(config, slots)[1], copies)
+        modules = _Stored(tensors, keys, slots, weights, where).modules()
+        warn_of_signs(where, keys.magnitudes(tensors))
+    _warn_of_left_out(where, "serve training only", keys.training_only)
+    _warn_of_left_out(where, _UNUSED, keys.unused)
+    layout = PeftLayout(
+        config, tuple(slots), base, copies, unlisted=unlisted_targets(config, keys, slots)
+    )
+    return Adapter(name, modules, layout, carried, source=where)
+
+
+class _Stored:
+    """The modules of a file.
+
+    The parameter of many experts is one pair of tensors: the pair last read is remembered.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        keys: SortedKeys,
+        slots: Sequence[Slot],
+        weights: BaseWeights,
+        where: str,
+    ) -> None:
+        self._tensors, self._keys = tensors, keys
+        self._slots, self._weights, self._where = slots, weights, where
+        self._slot_of = {module: slot for slot in slots for module in slot.modules}
+        self._last: tuple[Slot, Mapping[str, Delta]] | None = None
+
+    def modules(self) -> Mapping[str, Delta]:
+        """Module → delta, read when it is asked for if the tensors are."""
+        known: dict[str, Delta] = {}
+        for slot in self._slots:
+            known |= self._read(slot, outlines(self._tensors))
+        return Lazy(known, self._delta) if isinstance(self._tensors, Lazy) else known
+
+    def _delta(self, module: str) -> Delta:
+        slot, last = self._slot_of[module], self._last
+        if last is not None and last[0] is slot:
+            return last[1][module]
+        with located(self._where):
+            found = self._read(slot, self._tensors)
+        if len(found) > 1:
+            self._last = (slot, found)
+        return found[module]
+
+    def _read(self, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """The deltas of a slot from tensors, or their outlines from those."""
+        with located(f"module {slot.name!r}"):
+            factors = {
+                part: require_factor(key, tensors[key])
+                for part, key in self._keys.factors[slot.path].items()
+            }
+            return slot.read(factors, self._weights.of(slot))
+
+
+def _weights(path: Path) -> Path | None:
+    """The file of weights that a configuration of PEFT belongs to, None if there is none."""
+    directory = path if path.is_dir() else path.parent
+    if not (directory / CONFIG_NAME).is_file():
+        return None
+    if path.is_file() and path.name not in (WEIGHTS_NAME, _PICKLED_NAME, CONFIG_NAME):
+        return path if _has_peft_keys(path) else None
+    pickled = directory / _PICKLED_NAME
+    return (
+        pickled
+        if pickled.is_file() and not (directory / WEIGHTS_NAME).is_file()
+        else (directory / WEIGHTS_NAME)
+    )
+
+
+def _has_peft_keys(path: Path) -> bool:
+    """Whether the keys of a file are PEFT's, so that the configuration beside it is its own."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith(PREFIX) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
+    """Name the tensors that take no part in the forward pass."""
+    if keys:
+        warnings.warn(
+            f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}",
+            DevecWarning,
+            stacklevel=5,
+        )

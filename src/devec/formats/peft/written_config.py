@@ -1,0 +1,225 @@
+"""What an ``adapter_config.json`` of PEFT must say of what is written, and writing it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from devec.formats import card
+from devec.formats.peft.config import (
+    CARRIED_FIELDS,
+    CONFIG_NAME,
+    TASKS_WITH_HEADS,
+    TRAINING_ONLY_FIELDS,
+    Config,
+)
+
+Number = TypeVar("Number", int, float)
+
+
+def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
+    """A configuration for modules that another format named.
+
+    Args:
+        modules: Their names in the base model.
+        rank: The rank of all of them.
+        alpha: The alpha of all of them.
+        base: The base model, if it is known.
+
+    Returns:
+        The configuration.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        **exact_targets(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def alternation(names: Sequence[str], optional: str = "") -> str:
+    """A pattern that matches these names and no other; a list would match endings, too.
+
+    Args:
+        names: The names.
+        optional: What the names may begin with or not.
+
+    Returns:
+        The pattern.
+    """
+    return f"(?:{'|'.join(_escaped(name, optional) for name in names)})"
+
+
+def _escaped(name: str, optional: str) -> str:
+    """A name as a pattern, with a beginning that need not be there."""
+    if optional and name.startswith(optional):
+        return f"(?:{re.escape(optional)})?{re.escape(name.removeprefix(optional))}"
+    return re.escape(name)
+
+
+def rank_pattern(
+    ranks: Mapping[str, Number], optional: str = "", usual: Number | None = None
+) -> tuple[Number, dict[str, Number]]:
+    """The most frequent rank (or alpha), and patterns for modules of others.
+
+    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
+    every pattern against every module.
+
+    Args:
+        ranks: Name (of a module or parameter) in the base model → rank or alpha.
+        optional: What the names may begin with or not.
+        usual: The rank that needs no pattern; by default the most frequent.
+
+    Returns:
+        The rank, and ``rank_pattern``.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0] if usual is None else usual
+    others = sorted({rank for rank in ranks.values() if rank != common})
+    named = {rank: [name for name, r in ranks.items() if r == rank] for rank in others}
+    return common, {f"^{alternation(named[rank], optional)}": rank for rank in others}
+
+
+def plain(config: Config, *, carried: bool) -> Config:
+    """A configuration without what no longer holds for a result.
+
+    Args:
+        config: The input's configuration.
+        carried: Whether the result keeps the input's whole trained tensors.
+
+    Returns:
+        The configuration with a plain initialisation, since loading must not run any other, and
+        without the fields of training methods.
+    """
+    changes: Config = {field: None for field in TRAINING_ONLY_FIELDS if config.get(field)}
+    if config.get("init_lora_weights", True) is not True:
+        changes["init_lora_weights"] = True
+    if not carried:
+        if config.get("modules_to_save") and config.get("task_type") in TASKS_WITH_HEADS:
+            changes["task_type"] = None
+        for field in ("modules_to_save", "trainable_token_indices", "bias"):
+            if config.get(field, CARRIED_FIELDS[field]) != CARRIED_FIELDS[field]:
+                changes[field] = CARRIED_FIELDS[field]
+    return {**config, **changes}
+
+
+def with_ranks(config: Config, ranks: Mapping[str, int], usual: int | None) -> Config:
+    """A configuration for layers of these ranks, with alpha = r, so that the scaling is 1.
+
+    Args:
+        config: The input's configuration.
+        ranks: Name (of a module or parameter) in the base model → rank.
+        usual: The rank that is to need no pattern; by default the most frequent.
+
+    Returns:
+        The configuration.
+    """
+    common, pattern = rank_pattern(ranks, usual=usual)
+    return {
+        **config,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+    }
+
+
+def with_targets(
+    config: Config, modules: Sequence[str], others: Sequence[str], *, listed: bool
+) -> Config:
+    """A configuration that targets these modules and no other.
+
+    A list of names also matches the endings of names. That is exact where the inputs' own lists
+    were, since whatever ends like one of their modules was a module of theirs, and no module that
+    the result lacks ends like one that stays. Otherwise names that only end alike are excluded.
+
+    Args:
+        config: The input's configuration.
+        modules: Names of the modules to target by name, which excludes those of parameters.
+        others: Names of modules that the inputs' configurations target and the result lacks.
+        listed: Whether all inputs named their modules by lists, and by nothing else.
+
+    Returns:
+        The configuration.
+    """
+    changes: Config = {"target_modules": list(modules)}
+    if not modules:
+        wanted = config.get("target_modules")
+        changes["target_modules"] = [] if others or isinstance(wanted, list) else wanted
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if config.get(field) is not None:
+            changes[field] = None
+    if config.get("ensure_weight_tying") and not config.get("modules_to_save"):
+        changes["ensure_weight_tying"] = False
+    if modules and not (listed and not _endings(modules, others)):
+        changes |= exact_targets(modules)
+    return {**config, **changes}
+
+
+def is_plain_list(config: Config) -> bool:
+    """Whether a configuration names its modules by a list, and by nothing else."""
+    fields = ("exclude_modules", "layers_to_transform", "ensure_weight_tying")
+    narrowed = any(config.get(field) for field in fields)
+    return isinstance(config.get("target_modules"), list) and not narrowed
+
+
+def exact_targets(modules: Sequence[str]) -> Config:
+    """Fields that make PEFT adapt the modules of these names and no other.
+
+    PEFT widens a pattern to the last parts of the names that it matches in models whose experts
+    transformers 5 stores in another way, and leaves a list of full names as it is. A list also
+    matches modules whose names only end like one of these, so that they are excluded. The module
+    that contains the first is excluded with them: PEFT warns where nothing is.
+
+    Args:
+        modules: Their names in the base model.
+
+    Returns:
+        The fields.
+    """
+    names = set(modules)
+    parents = (name.rpartition(".")[0] for name in modules)
+    parent = next((name for name in parents if name and name not in names), "")
+    longer = sorted(_endings(modules, modules))
+    but = f"(?!{alternation(longer)}$)" if longer else ""
+    excluded = f"{but}.+\\.{alternation(modules)}"
+    if parent:
+        excluded = f"{re.escape(parent)}|{excluded}"
+    return {"target_modules": list(modules), "exclude_modules": excluded}
+
+
+def _endings(modules: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Those of other names that end like one of the modules' names, and are not that name."""
+    names = set(modules)
+    found = set()
+    for other in others:
+        parts = other.split(".")
+        if any(".".join(parts[start:]) in names for start in range(1, len(parts))):
+            found.add(other)
+    return found
+
+
+def write_beside(
+    name: str, config: Config, provenance: Mapping[str, Any] | None, directory: Path
+) -> None:
+    """Write the configuration and the card.
+
+    Args:
+        name: Name of the adapter.
+        config: The configuration.
+        provenance: The record of how the adapter was made, if there is one.
+        directory: Where to write.
+    """
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    card.write_card(directory, name, config, provenance)

@@ -1,0 +1,1 @@
+"""Adapters in one safetensors file: kohya, diffusers, XLabs and others."""

@@ -1,0 +1,202 @@
+"""The strings in a file's header: what they say of the adapter, and what the output's shall say.
+
+`ss_*` are kohya's, read by A1111 and Forge; `sshs_*` are hashes; `modelspec.*` is Stability's
+ModelSpec; `lora_adapter_metadata` is diffusers' and decides ranks and alphas there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from devec._version import __version__
+from devec.errors import FormatError
+from devec.files.json_text import json_object, require_pattern
+from devec.formats.record import RECORD_KEY, parse_record
+
+ADAPTER_KEY = "lora_adapter_metadata"
+
+# What stays true of every part of an adapter: the base model it was made for, and its terms.
+_OF_THE_BASE = (
+    "ss_base_model_version",
+    "ss_v2",
+    "ss_sd_model_name",
+    "ss_sd_model_hash",
+    "ss_new_sd_model_hash",
+    "base_model_name_or_path",
+    "modelspec.sai_model_spec",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+    "modelspec.license",
+    "modelspec.author",
+)
+_NEVER_KEPT = ("sshs_legacy_hash", "ss_network_dim", "ss_network_alpha", ADAPTER_KEY, RECORD_KEY)
+_SINGLE_SOURCE = ("compress", "convert", "combine", "as_lora")
+
+
+def base_hint(metadata: Mapping[str, str]) -> str:
+    """All that a header says of the base model, for telling its family."""
+    keys = (
+        "base_model_name_or_path",
+        "ss_base_model_version",
+        "modelspec.architecture",
+        "ss_network_module",
+    )
+    return " ".join(metadata[key] for key in keys if metadata.get(key))
+
+
+def read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record of origin that devec left in a header.
+
+    Args:
+        metadata: The header's strings.
+
+    Returns:
+        The record, None if there is none.
+
+    Raises:
+        FormatError: If there is one that cannot be read.
+    """
+    if RECORD_KEY not in metadata:
+        return None
+    return parse_record(metadata[RECORD_KEY], f"{RECORD_KEY!r} in the header")
+
+
+def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Diffusers' ranks and alphas, ``{"unet.r": …, "unet.rank_pattern": {…}}``; empty if none.
+
+    Args:
+        metadata: The header's strings.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FormatError: If it is not a JSON object of numbers and patterns.
+    """
+    if ADAPTER_KEY not in metadata:
+        return {}
+    config = json_object(metadata[ADAPTER_KEY], f"{ADAPTER_KEY!r} in the header")
+    for key, value in config.items():
+        field = key.rpartition(".")[2]
+        if field == "r":
+            _require_rank(key, value)
+        elif field == "lora_alpha":
+            _require_number(key, value)
+        elif field in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(value, dict | None):
+                raise FormatError(f"{ADAPTER_KEY}: {key} should be an object, is {value!r}")
+            check = _require_rank if field == "rank_pattern" else _require_number
+            for name, number in (value or {}).items():
+                require_pattern(name, f"a key of {key} in {ADAPTER_KEY}")
+                check(f"{key}[{name!r}]", number)
+    return config
+
+
+def _require_rank(key: str, value: Any) -> None:  # noqa: ANN401
+    """Check that a rank is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FormatError(f"{ADAPTER_KEY}: {key} should be a positive integer, is {value!r}")
+
+
+def _require_number(key: str, value: Any) -> None:  # noqa: ANN401
+    """Check that a rank or alpha is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise FormatError(f"{ADAPTER_KEY}: {key} should be a finite number, is {value!r}")
+
+
+def unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The header of an adapter that is stored as it was read.
+
+    Args:
+        metadata: The header's strings, as read.
+        digest: SHA-256 of the data, whose order may be another.
+
+    Returns:
+        The same, with hashes that hold for the file written.
+    """
+    kept = {k: v for k, v in metadata.items() if k not in ("sshs_legacy_hash", ADAPTER_KEY)}
+    return {**kept, "format": "pt", **_hashes(metadata, digest)}
+
+
+def of_result(
+    metadata: Mapping[str, str],
+    name: str,
+    record: Mapping[str, Any] | None,
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    digest: str,
+) -> dict[str, str]:
+    """The header of what an operation made.
+
+    What was said of the training is kept where the result still is that adapter (its unique part,
+    or it alone scaled, compressed or converted) and left out of shared and combined ones.
+
+    Args:
+        metadata: The header's strings of the adapter the result is stored like.
+        name: What the result is called.
+        record: The record of the operation.
+        ranks: Rank of every module written.
+        alphas: Alpha of every module written.
+        digest: SHA-256 of the data.
+
+    Returns:
+        The strings.
+    """
+    record = record or {}
+    inputs = [str(i.get("name")) for i in record.get("inputs", [])]
+    single = record.get("operation") in _SINGLE_SOURCE and len(inputs) == 1
+    trained = single or record.get("part") == "unique"
+    kept = {k: v for k, v in metadata.items() if (trained or k in _OF_THE_BASE)}
+    kept = {k: v for k, v in kept.items() if k not in _NEVER_KEPT}
+    if record.get("part") != "unique":
+        kept.pop("ss_network_args", None)  # may name ranks of convolutions
+    if any(key.startswith("ss_") for key in metadata):
+        kept["ss_output_name"] = name
+    if any(key.startswith("modelspec.") for key in metadata):
+        now = datetime.datetime.now(datetime.timezone.utc)
+        kept["modelspec.title"] = name
+        kept["modelspec.date"] = now.isoformat(timespec="seconds")
+        kept["modelspec.merged_from"] = ", ".join(inputs)
+    if "name" in kept:
+        kept["name"] = name
+    if record:
+        stamped = {"devec_version": __version__, **record}
+        kept[RECORD_KEY] = json.dumps(stamped, ensure_ascii=False, sort_keys=True)
+    return _settled(kept, metadata, ranks, alphas, digest)
+
+
+def _settled(
+    kept: dict[str, str],
+    read: Mapping[str, str],
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    digest: str,
+) -> dict[str, str]:
+    """What must hold for the tensors written: kohya's ranks and alphas, and the hashes."""
+    kept["format"] = "pt"
+    if any(key.startswith("ss_") for key in read):
+        module = read.get("ss_network_module", "")
+        plain = module.startswith("networks.lora")
+        kept["ss_network_module"] = module if plain else "networks.lora"
+        if not plain:
+            kept.pop("ss_network_args", None)  # those of LoHa or LoKr, which these no longer are
+        kept["ss_network_dim"] = _one_or_dynamic(ranks)
+        kept["ss_network_alpha"] = _one_or_dynamic(alphas)
+    return {**kept, **_hashes(read, digest)}
+
+
+def _hashes(read: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The hashes that a header had, of the data that is written."""
+    values = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    return {key: value for key, value in values.items() if key in read}
+
+
+def _one_or_dynamic(values: Sequence[float]) -> str:
+    """The value if all agree, else what kohya's tools write for mixed ones."""
+    return f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"

@@ -1,0 +1,145 @@
+"""Where and how the factors of one module are stored in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from devec.deltas.delta import Delta
+from devec.deltas.gains import Axis, Magnitude
+from devec.files.safetensors_reader import storable
+from devec.formats.magnitudes import MagnitudeSlot, axes_of
+from devec.naming.conventions import WHOLE_BIAS
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlot:
+    """Where the factors of one module are stored.
+
+    Attributes:
+        id: The module's id in the file.
+        shape: Shape (out, in) of the weight.
+        kernel: Shape of a convolution's kernel.
+        down: Key of the factor on the input side.
+        up: Key of the factor on the output side.
+        alpha: Key of alpha; empty where scalings are folded into B.
+        bias: Key of the change of the bias.
+        magnitude: Where the magnitudes of a DoRA are.
+        dtypes: Storage types of down, up and alpha.
+        rank: The rank it was read with; 0 if it was not.
+        scaling: The scaling it was read with.
+        read_as: Type of the stored factors, where another one is written.
+    """
+
+    id: str
+    shape: tuple[int, int]
+    kernel: tuple[int, ...]
+    down: str
+    up: str
+    alpha: str
+    bias: str
+    magnitude: MagnitudeSlot
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    rank: int = 0
+    scaling: float = 1.0
+    read_as: torch.dtype | None = None
+
+    def group(self, axis: Axis) -> int:
+        """How many rows or columns of the weight share a magnitude: the columns of a kernel."""
+        if axis == "out":
+            return 1
+        if self.magnitude.axis == axis and self.magnitude.shape:
+            return self.shape[1] // math.prod(self.magnitude.shape)
+        return math.prod(self.kernel)
+
+    def as_read(self, delta: Delta) -> bool:
+        """Whether a delta has the rank, scaling and axis that the module was read with."""
+        axis = next(iter(axes_of(delta)), None)
+        read = self.rank, self.scaling, self.magnitude.axis
+        return (delta.rank, delta.scaling, axis) == read
+
+    def write(self, delta: Delta, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Stored tensors of a delta.
+
+        Args:
+            delta: The delta of the module, its scaling one that the file can express, its gain
+                none or magnitudes.
+            dtype: Storage type of the factors; by default that of the input.
+
+        Returns:
+            Key → tensor.
+
+        Raises:
+            OutputError: If a value is too large for the storage type.
+            UnsupportedError: If there is no form for magnitudes of the axis.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self.alpha:
+            alpha = exact_alpha(delta, self.dtypes[2])
+            exact = exact_alpha(delta, torch.float32) if alpha is None else alpha
+            tensors[self.alpha] = torch.as_tensor(exact)
+        A, B = delta.A, delta.B
+        if self.kernel:
+            A = A.reshape(len(A), -1, *self.kernel)
+            B = B.reshape(*B.shape, *(1 for _ in self.kernel))
+        tensors[self.down] = storable(self.down, A, dtype or self.dtypes[0])
+        tensors[self.up] = storable(self.up, B, dtype or self.dtypes[1])
+        if delta.bias is not None:
+            whole = self.bias.endswith(WHOLE_BIAS)
+            bias = delta.folded().bias if whole else delta.bias
+            tensors[self.bias] = storable(self.bias, torch.as_tensor(bias), dtype or self.dtypes[1])
+        if isinstance(delta.gain, Magnitude):
+            stored = self.magnitude.write(delta.gain, self.kernel, dtype)
+            tensors[self.magnitude.key] = stored
+        return tensors
+
+
+def anew(slot: FileSlot) -> FileSlot:
+    """A slot for what is not just the file that was read, under keys that all hosts load."""
+    magnitude = slot.magnitude.anew()
+    return slot if magnitude is slot.magnitude else dataclasses.replace(slot, magnitude=magnitude)
+
+
+def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
+    """Alpha = scaling · rank in a storage type, if a reader gets the same scaling from it."""
+    alpha = torch.tensor(delta.scaling * delta.rank, dtype=dtype)
+    return alpha if float(alpha) / delta.rank == delta.scaling else None
+
+
+def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Callable[[Delta], Delta]]:
+    """How deltas get one alpha for all of them.
+
+    diffusers mixes up the alphas of attention layers in UNets.
+
+    Args:
+        deltas: Module → delta, or its outline.
+
+    Returns:
+        Module → from its delta to that with the most frequent alpha, what it lacks multiplied into
+        B; those that have it are not among them.
+    """
+    alphas = Counter(delta.scaling * delta.rank for delta in deltas.values() if delta.scaling)
+    if len(alphas) < 2:
+        return {}
+    alpha = alphas.most_common(1)[0][0]
+    return {
+        module: partial(_with_alpha, alpha)
+        for module, delta in deltas.items()
+        if delta.scaling * delta.rank != alpha
+    }
+
+
+def _with_alpha(alpha: float, delta: Delta) -> Delta:
+    """The same delta with another alpha, what that lacks multiplied into B and the bias."""
+    # s·B stays what it is, and with it W0 + s·B·A, on which the magnitudes of a DoRA stand
+    factor = delta.scaling * delta.rank / alpha
+    bias = None if delta.bias is None else factor * delta.bias.to(delta.dtype)
+    B = factor * delta.B.to(delta.dtype)
+    return dataclasses.replace(delta, B=B, bias=bias, scaling=alpha / delta.rank)

@@ -1,0 +1,259 @@
+"""Orthonormal bases of the column spaces of many thin products at once, by matrix products alone.
+
+Modules of one shape are stacked along a leading axis. All tall products run in the working
+precision, where a processor is fastest; what is small, r × r, is done in float64. Where that could
+cost accuracy the product is called unsound, and `linalg.column_space` is for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from devec.linalg.buffers import empty, product
+from devec.linalg.factors import RANK_RTOL, basis_dtype, core_svd, near, small, working_dtype
+from devec.linalg.precision import full_precision
+
+# How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
+# far entries of UᵀU may be from those of the identity before there is a second pass at all.
+_LARGEST_LOSS = 1e-2
+_ORTHONORMAL = {torch.float32: 9e-7, torch.float64: 1e-12}
+
+# Float32 sums of so many products lose no more than the last digit or two; what is summed in
+# blocks of as many rows is added up in float64. A CPU's kernels for wide factors sum in blocks
+# themselves.
+_BLOCK = 512
+_BLOCK_OF_WIDE = 2048
+_WIDE = 64
+
+# XᵀX is symmetric: of wide X only what is on and above strips of so many rows is computed.
+_STRIP = 64
+
+# Squared lengths of columns whose entries have squares that neither vanish nor overflow.
+_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
+
+# A·Aᵀ has one pass, and norms are read off it: its loss is theirs. Where it would be larger the
+# product is computed in float64, which takes twice as long.
+_LARGEST_LOSS_OF_NORMS = 1e-5
+
+# Of a decomposition by Gram matrices: what rounding of its result to float32 costs at most.
+_LARGEST_LOSS_OF_SVD = {torch.float32: 1e-6, torch.float64: 1e-8}
+
+
+class ColumnBases(NamedTuple):
+    """Column spaces of a stack of products B·A of full rank.
+
+    Attributes:
+        U: Orthonormal columns, in the precision of the factors.
+        norms: ‖B·A‖_F.
+        gram: A·Aᵀ, with which norms of C·A follow for any C.
+        sound: Which of the products are of full rank and well-conditioned enough for all this to
+            be right; the others' entries mean nothing.
+    """
+
+    U: Float[Tensor, "batch m r"]
+    norms: Float[Tensor, " batch"]
+    gram: Float[Tensor, "batch r r"]
+    sound: Bool[Tensor, " batch"]
+
+
+class FactoredSVD(NamedTuple):
+    """A singular value decomposition ``(X·U) · diag(S) · (Vh·Y)`` with tall and wide X, Y as given.
+
+    Attributes:
+        X: Shape (m, r).
+        U: Shape (r, ρ).
+        S: Singular values, descending.
+        Vh: Shape (ρ, r).
+        Y: Shape (r, n).
+    """
+
+    X: Float[Tensor, "m r"]
+    U: Float[Tensor, "r rho"]
+    S: Float[Tensor, " rho"]
+    Vh: Float[Tensor, "rho r"]
+    Y: Float[Tensor, "r n"]
+
+    @full_precision
+    def leading(self, rank: int) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
+        """Balanced factors U·√S and √S·Vh of the leading triplets."""
+        root = self.S[:rank].sqrt()
+        left, right = self.U[:, :rank] * root, root[:, None] * self.Vh[:rank]
+        return self.X @ left.to(self.X), right.to(self.Y) @ self.Y
+
+
+@full_precision
+def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSVD:
+    """The singular value decomposition of ``B · A``, of which no more is formed than is asked for.
+
+    With BᵀB = RᵀR and AAᵀ = LᵀL the core R·Lᵀ = U·S·Vh gives B·R⁻¹·U and Vh·L⁻ᵀ·A.
+
+    Args:
+        B: Left factor.
+        A: Right factor.
+
+    Returns:
+        All singular values in float64. By Gram matrices, in float32 or float64 as each factor's
+        condition allows, where that costs no more than rounding of the result to float32 and the
+        factors are no float64 themselves; else by Householder QR.
+
+    Cost: O((m + n) r² + r³), and (m + n)·r·k for k triplets.
+    """
+    precise = working_dtype(B, A) == torch.float64 or not B.shape[1]
+    left, right = (None, None) if precise else (_well_conditioned(B), _well_conditioned(A.mT))
+    if left is not None and right is not None:
+        U, S, Vh = core_svd(left.triangle.R, right.triangle.R)
+        return FactoredSVD(
+            left.X, left.triangle.inverse @ U, S, Vh @ right.triangle.inverse.mT, right.X.mT
+        )
+    X, Y = (factor.to(basis_dtype(factor.device)) for factor in (B, A))
+    X, R_B = torch.linalg.qr(X)
+    Q_A, R_A = torch.linalg.qr(Y.mT)
+    U, S, Vh = core_svd(R_B, R_A)
+    return FactoredSVD(X, U, S, Vh, Q_A.mT)
+
+
+class _Triangle(NamedTuple):
+    """An upper triangle R with XᵀX = RᵀR, its inverse, and what rounding in XᵀX does to X·R⁻¹."""
+
+    R: Tensor
+    inverse: Tensor
+    loss: Tensor
+
+
+@full_precision
+def column_bases(
+    B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"], rtol: float | None = None
+) -> ColumnBases:
+    """Orthonormal bases of the column spaces of products, by Cholesky QR, twice where needed.
+
+    BᵀB = RᵀR gives U = B·R⁻¹, whose distance from orthonormality is roundoff times the squared
+    condition number of B with its columns scaled to one length; a second pass over U removes it.
+
+    Args:
+        B: Left factors, all in one precision.
+        A: Right factors.
+        rtol: Fraction of the largest singular value below which others are rounding; by default
+            `RANK_RTOL` of the precision of the factors.
+
+    Returns:
+        The bases, orthonormal to 1e-6 in every entry of UᵀU (float32; to rounding in float64), and
+        the norms. A product is sound if B, its columns scaled to one length, has a condition number
+        of up to a hundred or more (float32; 1e6 in float64), A, its rows scaled likewise, one of up
+        to some 1e5 (the lower the rank, the higher), no column or row so short or long that squares
+        of its entries leave the range of the precision, and no singular value of the product below
+        `rtol` times the largest.
+
+    Cost: O((m + n) r²) per product, all of it in matrix products.
+
+    Reference: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA
+    44, Theorem 3.3.
+    """
+    dtype = B.dtype
+    rtol = RANK_RTOL[dtype] if rtol is None else rtol
+    gram = _mirrored(small(_upper(A.mT)))
+    right = _triangle(gram, dtype)
+    if dtype == torch.float32 and bool((right.loss >= _LARGEST_LOSS_OF_NORMS).any()):
+        gram = _mirrored(_upper(small(A).mT))
+        right = _triangle(gram, gram.dtype)
+    del A  # as large as a basis, and not needed any more; neither is B below
+    first = _triangle(_gram(B), dtype)
+    sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
+    U = product(B, first.inverse.to(B))
+    del B
+    second = _gram(U)
+    off = _off(second)
+    R, inverse = first.R, first.inverse
+    if bool((sound & (off > _ORTHONORMAL[dtype])).any()):
+        again = _triangle(second, dtype)
+        U = product(U, again.inverse.to(U))
+        # what is still off is beyond this arithmetic, or that is coarser than it says (TF32)
+        sound &= _off(_gram(U)) <= _ORTHONORMAL[dtype]
+        R, inverse = again.R @ R, inverse @ again.inverse
+    core = R @ right.R.mT
+    norms = torch.linalg.matrix_norm(core)
+    # at least the condition number in the spectral norm, which a decomposition alone would tell
+    condition = norms * torch.linalg.matrix_norm(right.inverse.mT @ inverse)
+    sound &= condition.isfinite()
+    for index in (sound & (condition >= 1 / rtol)).nonzero()[:, 0].tolist():
+        S = torch.linalg.svdvals(core[index])
+        sound[index] = S[-1] > rtol * S[0]
+    return ColumnBases(U, norms, gram, sound)
+
+
+class _Side(NamedTuple):
+    """A factor and the triangle of its Gram matrix."""
+
+    X: Tensor
+    triangle: _Triangle
+
+
+def _well_conditioned(X: Float[Tensor, "m r"]) -> _Side | None:
+    """A factor in the first precision that its condition allows, None if none does."""
+    for dtype in _LARGEST_LOSS_OF_SVD if X.device.type != "mps" else ():
+        held = X.to(dtype)
+        triangle = _Triangle(*(part[0] for part in _triangle(_gram(held[None]), dtype)))
+        if float(triangle.loss) < _LARGEST_LOSS_OF_SVD[dtype]:
+            return _Side(held, triangle)
+    return None
+
+
+def _off(gram: Tensor) -> Tensor:
+    """How far the entries of Gram matrices are from those of the identity."""
+    return (gram - _identity(gram)).abs().amax(dim=(-2, -1))
+
+
+def _identity(like: Tensor) -> Tensor:
+    """The identity of the size of square matrices."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+    """XᵀX in float64, from sums over blocks of rows."""
+    batch, m, r = X.shape
+    longest = _BLOCK_OF_WIDE if r >= _WIDE and X.device.type == "cpu" else _BLOCK
+    rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
+    if X.dtype == torch.float64 or m <= longest:
+        return _mirrored(small(_upper(X)))
+    if rows < longest // 8:  # no number of blocks divides the rows
+        return _mirrored(_upper(small(X)))
+    blocks = X.reshape(batch * (m // rows), rows, r)
+    products = _upper(blocks).reshape(batch, m // rows, r, r)
+    return _mirrored(near(products).sum(dim=1, dtype=torch.float64))
+
+
+def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+    """XᵀX; of wide X the upper triangle, and what is below it means nothing."""
+    r = X.shape[-1]
+    if r <= _STRIP:
+        return X.mT @ X
+    result = empty((len(X), r, r), X.dtype, X.device)
+    for start in range(0, r, _STRIP):
+        strip = X[..., start : start + _STRIP]
+        result[:, start : start + _STRIP, start:] = strip.mT @ X[..., start:]
+    return result
+
+
+def _mirrored(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
+    """The whole matrices of which `_upper` made at least the upper triangles."""
+    if upper.shape[-1] <= _STRIP:
+        return upper
+    return upper.triu() + upper.triu(1).mT
+
+
+def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
+    """The Cholesky factor of Gram matrices that were computed in a precision."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    scale = squares.rsqrt()
+    R, info = torch.linalg.cholesky_ex(scale[..., None] * gram * scale[..., None, :], upper=True)
+    inverse = torch.linalg.solve_triangular(R, _identity(R).expand_as(R), upper=True)
+    # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
+    sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
+    loss = torch.finfo(dtype).eps * sums[0] * sums[1]
+    smallest, largest = _SQUARES[dtype]
+    inside = ((squares > smallest) & (squares < largest)).all(dim=-1)
+    loss = torch.where((info == 0).to(loss.device) & loss.isfinite() & inside, loss, torch.inf)
+    return _Triangle(R / scale[..., None, :], scale[..., None] * inverse, loss)

@@ -1,0 +1,122 @@
+"""What a module's id says: the model it belongs to, and its name there.
+
+Two ids name the same module if they agree when the prefix is taken away and dots are read as
+underscores. That needs no table, and it never turns underscores into dots: which of them were
+dots cannot be told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from devec.naming.families import flat
+
+DENOISER = ""
+CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5"
+DENOISER_2 = "denoiser_2"  # as Wan 2.2 has one
+DENOISERS = (DENOISER, DENOISER_2)
+
+# Prefix → component. Longer ones first where one begins with the other.
+_FLAT_PREFIXES = {
+    "lora_unet__": DENOISER,
+    "lora_unet_": DENOISER,
+    "lora_transformer_": DENOISER,
+    "lora_prior_unet_": DENOISER,
+    "lycoris_": DENOISER,
+    "lora_te_": CLIP_L,
+    "lora_te1_": CLIP_L,
+    "lora_te2_": CLIP_G,
+    "lora_te3_": T5,
+    "lora_prior_te_": CLIP_G,
+}
+_DOTTED_PREFIXES = {
+    "transformer.base_model.model.": DENOISER,
+    "unet.base_model.model.": DENOISER,
+    "base_model.model.": DENOISER,
+    "model.diffusion_model.": DENOISER,
+    "diffusion_model.": DENOISER,
+    "transformer.": DENOISER,
+    "transformer_2.": DENOISER_2,
+    "unet.": DENOISER,
+    "text_encoders.clip_l.transformer.": CLIP_L,
+    "text_encoders.clip_g.transformer.": CLIP_G,
+    "text_encoders.t5xxl.transformer.": T5,
+    "text_encoder.": CLIP_L,
+    "text_encoder_2.": CLIP_G,
+    "text_encoder_3.": T5,
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A module's id, taken apart.
+
+    Attributes:
+        prefix: What stands before the name.
+        component: Which model of a pipeline it belongs to.
+        path: The name in that model, as it stands in the file.
+        flat: Whether its dots were written as underscores.
+    """
+
+    prefix: str
+    component: str
+    path: str
+    flat: bool
+
+    @property
+    def current(self) -> str:
+        """The path with names of today; dots as they are."""
+        path = self.path
+        if not self.flat and ".processor." in f".{path}" and not path.startswith(_XLABS):
+            path = path.replace(".processor.", ".")
+            path += ".0" if path.endswith(".to_out") else ""
+        if self.component not in DENOISERS:
+            head, _, last = path.rpartition("self_attn.to_")
+            if head:
+                path = f"{head}self_attn.{last.removesuffix('.0')}_proj"
+        return path
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What two ids of the same module have in common: component and flat name."""
+        return self.component, flat(self.bare)
+
+    @property
+    def bare(self) -> str:
+        """The current path without what some versions of transformers put before CLIP's."""
+        if self.component in DENOISERS:
+            return self.current
+        return self.current.removeprefix("text_model_" if self.flat else "text_model.")
+
+
+_XLABS = ("double_blocks.", "single_blocks.")
+
+
+@lru_cache(maxsize=1 << 14)  # adapters of one pool have the same names
+def parse(module: str) -> Name:
+    """Take the id of a module apart.
+
+    Args:
+        module: The id, as it stands in the file.
+
+    Returns:
+        Its parts; without a known prefix it is a bare name of the denoiser.
+    """
+    for prefix, component in _FLAT_PREFIXES.items():
+        if module.startswith(prefix) and "." not in module:
+            path = module.removeprefix(prefix)
+            return Name(prefix, _encoder(component, path), path, flat=True)
+    for prefix, component in _DOTTED_PREFIXES.items():
+        if module.startswith(prefix):
+            path = module.removeprefix(prefix)
+            return Name(prefix, _encoder(component, path), path, flat=False)
+    component = CLIP_L if module.startswith("text_model.") else DENOISER
+    return Name("", T5 if module.startswith("encoder.block.") else component, module, flat=False)
+
+
+def _encoder(component: str, path: str) -> str:
+    """Which text encoder it is: T5 is the second in Flux and the third in SD3."""
+    if component not in DENOISERS and flat(path).startswith(("encoder_block_", "shared")):
+        return T5
+    return component
