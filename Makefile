@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/lint-imports --no-logo
 	PYTHON=$(BIN)/python sh tests/check_wheel.sh
 
 format: $(VENV)/.installed-dev

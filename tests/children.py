@@ -140,7 +140,8 @@ def _status(field):
 
 def at_work(act, rank=0):
     """Do something in the process of a rank whenever it computes a basis."""
-    from devec.decomposition.stack import ExactStack, Stack
+    from devec.decomposition.stack import Stack
+    from devec.decomposition.stacks import ExactStack
 
     if os.environ.get("RANK", "0") != str(rank):
         return

@@ -4,32 +4,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+import shape_checks
 
-# Modules whose signatures name shapes. The hook wraps modules as they are imported, so nothing may
-# import devec before it: filters of warnings that name a class of devec are added below, since
-# pytest resolves those of its configuration first. An int where a float is declared is fine.
-SHAPES_CHECKED = [
-    "devec.linalg",
-    "devec.deltas",
-    "devec.decomposition.findings",
-    "devec.decomposition.scopes",
-    "devec.decomposition.stack",
-    "devec.operations.overlap",
-]
+# Before anything imports devec. pytest resolves the filters of its configuration even earlier, so
+# those that name a class of devec are added below.
+shape_checks.install()
 
-
-def shapes_checked(function):
-    """The function, its arguments and results checked against its annotations."""
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
-
-
-install_import_hook(SHAPES_CHECKED, "conftest.shapes_checked")
-
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Examples are drawn the same way each time; the first calls into torch can be slow.
 settings.register_profile("devec", deadline=None, derandomize=True, max_examples=40)

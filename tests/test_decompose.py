@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, DevecWarning, decompose
-from devec.decomposition.stack import stacks
+from devec.decomposition.stacks import stacks
 
 NAMES = "abcde"
 

@@ -9,7 +9,7 @@ import torch
 from cases import dense
 
 from devec import Adapter, Delta, DevecError, DevecWarning, cosine, decompose, overlap
-from devec.linalg.subspaces import random_edge
+from devec.linalg.chance import random_edge
 
 
 def adapter(name, seed, rank=3, module="q"):

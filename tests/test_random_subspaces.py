@@ -9,13 +9,13 @@ import scipy.special
 import scipy.stats
 import torch
 
+from devec.linalg.chance import chance_level
 from devec.linalg.random_subspaces import (
     LARGEST_EXACT,
     beta_cdf,
     largest_cosine_cdf,
     largest_cosine_quantile,
 )
-from devec.linalg.subspaces import chance_level
 
 RUNS = 40_000
 

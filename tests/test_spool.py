@@ -9,7 +9,7 @@ from devec import Delta, DevecError
 from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from devec.lazy import outlines
-from devec.streaming.spool import Spool, from_spools
+from devec.streaming.parts import Spool, from_spools
 
 OUT, IN = 7, 5
 

@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from devec.errors import IncompatibleError
-from devec.linalg.subspaces import (
-    METHODS,
-    chain,
-    chance_level,
-    deflate,
-    mean,
-    pool_level,
-    principal,
-    principal_vectors,
-    random_edge,
-)
+from devec.linalg.chance import chance_level, pool_level, random_edge
+from devec.linalg.subspaces import METHODS, chain, deflate, mean, principal, principal_vectors
 
 
 def orthonormal(n, r, seed):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from devec.adapters.algebra import cosine, distance, inner
     from devec.adapters.pool import save_adapters
     from devec.decomposition.findings import ModuleSplit
-    from devec.decomposition.in_memory import Decomposition, decompose
+    from devec.decomposition.in_memory import decompose
+    from devec.decomposition.result import Decomposition
     from devec.deltas.delta import Delta
     from devec.errors import DevecError, DevecWarning
     from devec.formats.convert import convert

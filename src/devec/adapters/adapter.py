@@ -31,7 +31,7 @@ from devec.errors import FormatError, IncompatibleError, UnsupportedError, locat
 from devec.files.locate import adapters_inside, default_name, exists, locate, upload
 from devec.files.staging import Writer, write_all
 from devec.lazy import Lazy, outlines
-from devec.linalg.device import require_device
+from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
 
 # Two adapters are equal in effect when they differ by less than this fraction of their factors, and

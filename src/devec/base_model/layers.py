@@ -19,16 +19,15 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError, UnsupportedError, listed
 from devec.files.safetensors_reader import STORAGE_DTYPES
-from devec.formats.alignment.cutting import parts_of
-from devec.naming.conventions import family_of
+from devec.naming.detection import family_of
 from devec.naming.families import Family, flat
 from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
+from devec.naming.tables import parts_of
 
 # Layers that share the weights of the input embedding, which files then hold once.
 _TIED_INPUTS = re.compile(r"(?:.+\.)?(?:en|de)coder\.embed_tokens")
 _TIED_OUTPUTS = re.compile(r"(?:.+\.)?(?:lm_head(?:\.decoder)?|cls\.predictions\.decoder)")
 _EMBEDDING = re.compile(r"(?:.+\.)?(?:shared|embed_tokens|wte|tokens_embed|word_embeddings)")
-
 _PEFT_PREFIX = "base_model.model."
 _WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)  # bfloat16 holds each of their values
 

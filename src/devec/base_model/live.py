@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from devec.base_model.layers import Layer, Model, Models, models_of_pipeline
 from devec.errors import IncompatibleError, UnsupportedError
-from devec.formats.peft.config import is_plain_init
 from devec.naming.module_id import DENOISER
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -205,3 +204,12 @@ def _offloaded(name: str, module: nn.Module) -> Tensor:
         f"the weight of layer {name!r} of the loaded model is not in memory (offloaded); load the "
         "model without offloading, or give the path of its files"
     )
+
+
+def is_plain_init(init: str) -> bool:
+    """Whether an initialisation leaves the base weight what it was."""
+    return init.lower() in _PLAIN_INITS
+
+
+# Initialisations under which the base weight stays what it was, so that B·A is the whole change.
+_PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica", "none")

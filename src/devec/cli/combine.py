@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from devec.cli.common import (
-    in_format,
-    read_sources,
-    require_new,
-    said_norm,
-    save,
-    storage_dtype,
-    to_plain,
-)
+from devec.cli.common import in_format, require_new, said_norm, save, storage_dtype, to_plain
 from devec.cli.options import (
     AllowPickle,
     AsLora,
@@ -29,6 +21,7 @@ from devec.cli.options import (
     Overwrite,
     Sources,
 )
+from devec.cli.sources import read_sources
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:

@@ -4,109 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
+from devec.cli.sources import name_and_path
+from devec.cli.tables import print_nearest
 from devec.errors import IncompatibleError, OutputError
 from devec.lazy import outlines
-from devec.streaming.processes import is_first
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from devec.adapters.adapter import Adapter
     from devec.files.staging import Writer
-    from devec.operations.compress import Compression
 
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-
-
-def begin_reading(sources: Sequence[str]) -> None:
-    """Begin to digest the files of sources while libraries are being loaded.
-
-    Args:
-        sources: As on the command line.
-    """
-    from devec.files.digest import begin
-
-    for source in sources:
-        path = Path(_name_and_path(source)[1])
-        with suppress(OSError, ValueError):  # what is wrong with a path is said when it is read
-            usual = path / "adapter_model.safetensors"
-            files = [usual] if usual.is_file() else sorted(path.glob("*.safetensors"))
-            if len(files) == 1 or not path.is_dir():  # of several the user has to choose
-                begin(files[0] if files else path)
-
-
-def read_sources(
-    sources: Sequence[str],
-    base: str | None = None,
-    max_rank: int | None = None,
-    *,
-    allow_pickle: bool = False,
-) -> list[Adapter]:
-    """Read several sources, as `read_source` does one.
-
-    Args:
-        sources: As on the command line.
-        base: As in `read_source`.
-        max_rank: As in `read_source`.
-        allow_pickle: As in `read_source`.
-
-    Returns:
-        The adapters, in order.
-    """
-    return [read_source(source, base, max_rank, allow_pickle=allow_pickle) for source in sources]
-
-
-def read_source(
-    source: str,
-    base: str | None = None,
-    max_rank: int | None = None,
-    *,
-    allow_pickle: bool = False,
-) -> Adapter:
-    """Read ``PATH`` or ``NAME=PATH``, whose tensors are read when they are asked for.
-
-    Args:
-        source: As on the command line.
-        base: Base model to read weights from where they are needed, and to put on record unless it
-            is a path and there is another on record.
-        max_rank: Largest rank that a LoHa or LoKr is rewritten to.
-        allow_pickle: Whether pickled files are read.
-
-    Returns:
-        The adapter, under its name.
-
-    Raises:
-        IncompatibleError: If the name cannot be part of a file name.
-    """
-    import dataclasses
-
-    from devec import Adapter
-    from devec.adapters.layout import MAX_RANK
-    from devec.files.locate import exists
-
-    name, path = _name_and_path(source)
-    adapter = Adapter.from_pretrained(
-        path,
-        name,
-        max_rank=MAX_RANK if max_rank is None else max_rank,
-        allow_pickle=allow_pickle,
-        base=base,
-        lazy=True,
-    )
-    if base is None or adapter.layout is None:
-        return adapter
-    if exists(base) and adapter.layout.describe().get("base_model"):
-        return adapter  # where the weights lie is no better name than the one on record
-    return dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
 
 
 def in_format(adapter: Adapter, wanted: str | None) -> Adapter:
@@ -148,41 +61,6 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
     return recorded(adapter, result, rank)
 
 
-def print_nearest(name: str, adapter: Adapter, result: Compression) -> None:
-    """Print how near a plain LoRA is to the DoRA it stands for.
-
-    Args:
-        name: What the result is called.
-        adapter: The DoRA.
-        result: The LoRA.
-    """
-    print_errors(adapter, result)
-    typer.echo(f"{name} as plain LoRA: relative error {result.error:.3g}\n")
-
-
-def print_errors(adapter: Adapter, result: Compression) -> None:
-    """Print ranks and errors by type of module.
-
-    Args:
-        adapter: The adapter before.
-        result: What became of it.
-    """
-    table = new_table("module", "modules", "rank", "now", "error")
-    kinds: dict[str, list[str]] = {}
-    for module in adapter.modules:
-        kinds.setdefault(module_type(module), []).append(module)
-    before, kept = outlines(adapter.modules), outlines(result.adapter.modules)
-    for kind, modules in kinds.items():
-        table.add_row(
-            kind,
-            str(len(modules)),
-            ranged([before[m].rank for m in modules]),
-            ranged([kept[m].rank if m in kept else 0 for m in modules]),
-            f"{max(result.errors[m] for m in modules):.3g}",
-        )
-    show("Ranks, by type of module", table)
-
-
 def said_norm(adapter: Adapter) -> str:
     """The norm of a result for a message; nothing where a DoRA was only passed on.
 
@@ -216,19 +94,6 @@ def save(adapter: Adapter, out: Path, dtype: torch.dtype | None, *, overwrite: b
     suffix = adapter.layout.suffix if adapter.layout is not None else ""
     named = dataclasses.replace(adapter, name=path.name.removesuffix(suffix))
     return named.save_pretrained(path, dtype=dtype, overwrite=overwrite)
-
-
-def _name_and_path(source: str) -> tuple[str | None, str]:
-    """Split ``NAME=PATH``, where that is not itself a path that exists."""
-    name, equals, path = source.partition("=")
-    if not equals or Path(source).exists():
-        return None, source
-    if not name or name.startswith(".") or set(name) & set("/\\"):
-        raise IncompatibleError(
-            f"no such file or directory: {source!r}; and read as NAME=PATH, {name!r} cannot be a "
-            "name, since names become part of file names"
-        )
-    return name, path
 
 
 def storage_dtype(name: str | None) -> torch.dtype | None:
@@ -305,69 +170,7 @@ def require_report(json: Path | None, sources: Sequence[str], *, overwrite: bool
         return
     if str(json) == "-":
         raise IncompatibleError("--json writes a file, not to standard output; name one")
-    paths = [Path(_name_and_path(source)[1]) for source in sources]
+    paths = [Path(name_and_path(source)[1]) for source in sources]
     if any(json.resolve() in (path.resolve(), *path.resolve().parents) for path in paths):
         raise IncompatibleError(f"the report {json} (--json) is a source; choose another path")
     require_new([json], overwrite=overwrite)
-
-
-def module_type(module: str) -> str:
-    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``.
-
-    Where dots are written as underscores, a number behind a plural is an index.
-
-    Returns:
-        The name.
-    """
-    dotted = r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])"
-    return re.sub(dotted if "." in module else r"(?<=s_)\d+(?=_|$)", "*", module)
-
-
-def new_table(*columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
-def show(title: str, table: Table) -> None:
-    """Print a table under its title, as wide as it needs to be where the output is no terminal."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, emoji=False, highlight=False, width=160)
-    typer.echo(f"{title}:")
-    console.print(table)
-    typer.echo()
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on standard error.
-
-    Args:
-        what: What is being done.
-        total: Number of steps.
-
-    Yields:
-        A function to call after every step.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    unseen = not (console.is_terminal and is_first())
-    with Progress(console=console, transient=True, disable=unseen) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda *_: progress.advance(task)
-
-
-def ranged(values: Sequence[int]) -> str:
-    """The range of integers, as ``4`` or ``2-8``."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}-{high}"

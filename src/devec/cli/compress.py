@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import in_format, print_errors, read_source, require_new, save, storage_dtype
+from devec.cli.common import in_format, require_new, save, storage_dtype
 from devec.cli.options import (
     AllowPickle,
     AsLora,
@@ -19,6 +19,8 @@ from devec.cli.options import (
     Overwrite,
     Source,
 )
+from devec.cli.sources import read_source
+from devec.cli.tables import print_errors
 from devec.errors import IncompatibleError
 
 

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import read_source, require_new, said_norm, save, storage_dtype, to_plain
+from devec.cli.common import require_new, said_norm, save, storage_dtype, to_plain
 from devec.cli.options import AllowPickle, AsLora, Base, Dtype, MaxRank, OutPath, Overwrite, Source
+from devec.cli.sources import read_source
 
 
 def convert(

@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from devec._version import __version__
-from devec.cli.common import (
-    begin_reading,
-    json_writer,
-    module_type,
-    new_table,
-    print_nearest,
-    progress_bar,
-    ranged,
-    read_sources,
-    require_report,
-    show,
-    storage_dtype,
-)
+from devec.cli.common import json_writer, require_report, storage_dtype
 from devec.cli.options import (
     AllowPickle,
     AsLora,
@@ -36,11 +24,14 @@ from devec.cli.options import (
     Overwrite,
     Sources,
 )
+from devec.cli.sources import begin_reading, read_sources
+from devec.cli.tables import module_type, new_table, print_nearest, progress_bar, ranged, show
 from devec.errors import IncompatibleError
 
 if TYPE_CHECKING:
-    from devec.decomposition.findings import ModuleSplit, Threshold
-    from devec.decomposition.in_memory import Decomposition
+    from devec.decomposition.findings import ModuleSplit
+    from devec.decomposition.question import Threshold
+    from devec.decomposition.result import Decomposition
     from devec.streaming.decompose_to import Written
 
 
@@ -200,7 +191,7 @@ def print_parts(parts: Decomposition | Written) -> None:
     _print_partial(parts)
     _print_carried(parts)
     if parts.nothing_shared:
-        from devec.decomposition.report import nothing_shared
+        from devec.decomposition.findings import nothing_shared
 
         typer.echo(nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 

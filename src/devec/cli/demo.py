@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from devec.cli.common import new_table, show
 from devec.cli.decompose import parse_threshold, print_parts
+from devec.cli.tables import new_table, show
 
 if TYPE_CHECKING:
     from devec.demo.run import Demo

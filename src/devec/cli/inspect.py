@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from devec.cli.common import (
-    json_writer,
-    module_type,
-    new_table,
-    ranged,
-    read_source,
-    require_report,
-    show,
-)
+from devec.cli.common import json_writer, require_report
 from devec.cli.options import AllowPickle, Base, JsonFile, MaxRank, Overwrite, Source
+from devec.cli.sources import read_source
+from devec.cli.tables import module_type, new_table, ranged, show
 from devec.lazy import outlines
 
 if TYPE_CHECKING:

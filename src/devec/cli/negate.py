@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from devec.cli.combine import write_sum
-from devec.cli.common import read_source, storage_dtype
+from devec.cli.common import storage_dtype
 from devec.cli.options import (
     AllowPickle,
     AsLora,
@@ -20,6 +20,7 @@ from devec.cli.options import (
     Overwrite,
     Source,
 )
+from devec.cli.sources import read_source
 
 
 def negate(

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from devec.cli.common import json_writer, module_type, new_table, read_sources, require_report, show
+from devec.cli.common import json_writer, require_report
 from devec.cli.options import AllowPickle, Base, Device, JsonFile, MaxRank, Overwrite, Sources
+from devec.cli.sources import read_sources
+from devec.cli.tables import module_type, new_table, show
 
 if TYPE_CHECKING:
     from devec.operations.overlap import ModuleOverlap, Overlap

@@ -6,20 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
+from devec.decomposition.question import Kind, Threshold
 from devec.decomposition.stack import Stack
 from devec.deltas.delta import Delta
-from devec.linalg.subspaces import chance_level, pool_level
 
 # A part below this fraction of its original is rounding: nothing is left of it.
 EMPTY_RTOL = 1e-6
-
-Threshold = float | Literal["auto"]
-Kind = Literal["unique", "shared", "common"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,31 +59,6 @@ class ModuleSplit:
     def largest(self) -> float:
         """The largest overlap found, on the scale of squared cosines; 0 without any."""
         return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of every module: which directions count as shared, and among whom.
-
-    Attributes:
-        names: Names of the adapters of the pool, in order.
-        threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
-        method: A key of `METHODS`.
-        scope: A key of `SCOPES`.
-        target: Name of the adapter to split, for scope ``"iterative"``.
-    """
-
-    names: tuple[str, ...]
-    threshold: Threshold
-    method: str
-    scope: str
-    target: str = ""
-
-    def level(self, n: int, ranks: Sequence[int]) -> float:
-        """The threshold for subspaces of these dimensions."""
-        if self.threshold != "auto":
-            return self.threshold
-        return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
 
 
 class Part(NamedTuple):
@@ -194,3 +166,42 @@ class Findings:
         """Add the norms of an adapter's changes of biases, if it has any."""
         if stack.has_bias(name):
             self.bias_norms.setdefault(name, {}).update(stack.named(stack.bias_norms(name)))
+
+
+def nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
+    """A sentence on the largest overlap found and what to try, where nothing is shared.
+
+    Args:
+        splits: What was found, a row per module and group.
+        asked: The threshold that was asked for.
+
+    Returns:
+        The sentence.
+    """
+    compared = [split for split in splits if split.spectrum.numel()]
+    if not splits:
+        return "Nothing is shared: no module is in all of the adapters."
+    if not compared:
+        return "Nothing is shared: at least one of the adapters is zero in every module."
+    best = max(compared, key=lambda s: (s.edge < 1, s.largest))
+    if best.edge >= 1:
+        ranks = " + ".join(str(rank) for rank in best.ranks)
+        return (
+            f"Nothing is shared beyond chance: in {best.module} and everywhere else the ranks "
+            f"({ranks} of {len(best.basis)}) fill the space, so that any two subspaces meet. "
+            "Try a number as threshold."
+        )
+    found = (
+        f"Nothing is shared at this threshold ({best.threshold:.3g}): the largest overlap found is "
+        f"{best.quantity} = {best.largest:.3f}, in {best.module}, where chance alone reaches "
+        f"{best.edge:.3f}."
+    )
+    if all(split.largest <= split.edge for split in compared):
+        return f"{found} That is no more than chance: these adapters are already apart."
+    if best.largest > best.threshold:
+        return f"{found} But not every adapter holds that direction beyond chance."
+    unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
+    lower = f"{math.floor(best.largest / unit) * unit:.2g}"
+    if asked == "auto":
+        return f"{found} A threshold of {lower} would take it, though chance may give as much."
+    return f"{found} Try a threshold of {lower}, or auto."

@@ -17,19 +17,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from devec.decomposition.findings import Findings, ModuleSplit, Part, Question
+from devec.decomposition.findings import Findings, ModuleSplit, Part
+from devec.decomposition.question import Question
 from devec.decomposition.stack import Stack, UnsoundError
+from devec.decomposition.stacks import sound
 from devec.decomposition.weighted_mean import WeightedMean
 from devec.deltas.delta import Delta
-from devec.linalg.subspaces import (
-    METHODS,
-    SharedSubspace,
-    chance_level,
-    deflate,
-    held_by_all,
-    pool_level,
-    random_edge,
-)
+from devec.linalg.chance import chance_level, pool_level, random_edge
+from devec.linalg.subspaces import METHODS, SharedSubspace, deflate, held_by_all
 
 # Differences of squares of norms are known to this fraction of the squares.
 _SURE = 1e-4
@@ -298,4 +293,4 @@ def split(question: Question, stack: Stack, found: Findings) -> Iterator[Part]:
             with stack.located():
                 yield from SCOPES[question.scope](question, stack, found)
         except UnsoundError as error:
-            pending += stack.without(error.modules)
+            pending += sound(stack, error.modules)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
@@ -17,25 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.deltas.delta import Delta
-from devec.deltas.sums import base_of, resolved_together
-from devec.errors import located
 from devec.lazy import outlines
 from devec.linalg.batched import column_bases
 from devec.linalg.buffers import empty, product
+from devec.linalg.dtypes import RANK_RTOL, small, working_dtype
 from devec.linalg.exponents import extreme_exponent, times_powers
-from devec.linalg.factors import RANK_RTOL, basis_dtype, norm, small, working_dtype
 from devec.linalg.precision import full_precision
 
 V = TypeVar("V")
 
-Pool = Mapping[str, Mapping[str, Delta]]  # adapter → module → delta
 
-# A stacked factor of this many bytes stays in a core's cache from one product to the next; a GPU
-# wants enough work in every call. Factors of a whole pool that fit are read once.
-_STACKED_BYTES = 1 << 21
-_STACKED_BYTES_ELSEWHERE = 1 << 27
-_HELD_BYTES = 1 << 24
-_MOST_MODULES = 64
+Pool = Mapping[str, Mapping[str, Delta]]  # adapter → module → delta
 
 
 class UnsoundError(Exception):
@@ -69,7 +61,7 @@ class Projected(NamedTuple):
     norms: list[float]
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """What is kept of an adapter: ranks and norms of its ΔW, and A·Aᵀ."""
 
     rank: int
@@ -92,14 +84,14 @@ class Stack:
         """Remember where the factors are."""
         self.modules = tuple(modules)
         self.names = tuple(pool)
-        self._pool = pool
+        self.pool = pool
         known = [outlines(pool[name])[self.modules[0]] for name in pool]
         self.rows = known[0].shape[0]
         self.dtype = working_dtype(*(factor for d in known for factor in (d.B, d.A)))
         home = known[0].B.device
         self._home = torch.device("cpu") if home.type == "meta" else home
         self.device = torch.device(device) if device is not None else self._home
-        self._measured: dict[str, _Measured] = {}
+        self._measured: dict[str, Measured] = {}
         held = len(self.modules) * sum(_stored_bytes(delta) for delta in known)
         self._held_bytes = held if held <= _HELD_BYTES else 0
         self._read: dict[str, list[Delta]] | None = {} if self._held_bytes else None
@@ -108,9 +100,9 @@ class Stack:
     def deltas(self, name: str) -> list[Delta]:
         """The deltas of an adapter as they are read."""
         if self._read is None:
-            return [self._pool[name][module] for module in self.modules]
+            return [self.pool[name][module] for module in self.modules]
         if name not in self._read:
-            self._read[name] = [self._pool[name][module] for module in self.modules]
+            self._read[name] = [self.pool[name][module] for module in self.modules]
         return self._read[name]
 
     def keep_bases(self) -> None:
@@ -145,7 +137,7 @@ class Stack:
         if not all(sound):
             raise UnsoundError([m for m, fine in zip(self.modules, sound, strict=True) if not fine])
         norms = found.norms * found.norms.new_tensor([abs(delta.scaling) for delta in deltas])
-        self._measured[name] = _Measured(found.U.shape[-1], norms.tolist(), found.gram)
+        self._measured[name] = Measured(found.U.shape[-1], norms.tolist(), found.gram)
         return found.U
 
     def rank(self, name: str) -> int:
@@ -160,7 +152,7 @@ class Stack:
 
     def has_bias(self, name: str) -> bool:
         """Whether an adapter changes the bias of these modules."""
-        return outlines(self._pool[name])[self.modules[0]].bias is not None
+        return outlines(self.pool[name])[self.modules[0]].bias is not None
 
     def bias_norms(self, name: str) -> list[float]:
         """‖Δb‖ of an adapter's modules."""
@@ -211,7 +203,7 @@ class Stack:
     @property
     def working_bytes(self) -> int:
         """About how much memory is needed at a time."""
-        known = [outlines(self._pool[name])[self.modules[0]] for name in self.names]
+        known = [outlines(self.pool[name])[self.modules[0]] for name in self.names]
         factor = max(max(delta.shape) * delta.rank for delta in known)
         whole = math.prod(known[0].shape) if any(d.gain is not None for d in known) else 0
         needed = self._itemsize * (8 * len(self.modules) * factor + 2 * whole)
@@ -232,12 +224,6 @@ class Stack:
     def named(self, values: Sequence[V]) -> dict[str, V]:
         """Values in the order of the modules, by their names."""
         return dict(zip(self.modules, values, strict=True))
-
-    def without(self, unsound: Collection[str]) -> list[Stack]:
-        """The same modules in stacks that are sound: the unsound ones, one by one, and the rest."""
-        rest = [module for module in self.modules if module not in unsound]
-        exact = [ExactStack([m], self._pool, self.device) for m in self.modules if m in unsound]
-        return [*exact, *([Stack(rest, self._pool, self.device)] if rest else [])]
 
     def located(self) -> AbstractContextManager[None]:
         """What says in messages which modules these are; factors say it when they are read."""
@@ -275,127 +261,7 @@ class Stack:
         return torch.as_tensor(stacked, dtype=self.dtype)
 
 
-class ExactStack(Stack):
-    """One module by itself: of any condition and rank, and of DoRAs.
-
-    Of DoRAs all that is needed is held, the base weight too, which is read once. Parts no longer
-    hold it.
-
-    Args:
-        modules: Name of the module.
-        pool: The adapters that have it.
-        device: Where to compute; the CPU in the place of devices without float64.
-    """
-
-    def __init__(
-        self, modules: Sequence[str], pool: Pool, device: torch.device | str | None
-    ) -> None:
-        """Remember where the factors are."""
-        super().__init__(modules, pool, device)
-        if self.device.type == "mps":
-            self.device = torch.device("cpu")
-        known = (outlines(pool[name])[self.modules[0]] for name in self.names)
-        self._base = base_of(known)
-        self._resolved: dict[str, Delta] = {}
-
-    @property
-    def _itemsize(self) -> int:
-        return 8
-
-    def _basis(self, name: str) -> Float[Tensor, "batch out rank"]:
-        """An orthonormal basis of the column space of an adapter's low-rank part."""
-        delta = self._delta(name)
-        A = delta.A.to(basis_dtype(delta.A.device))
-        with located(f"module {self.modules[0]!r} of {name!r}"):
-            U, S = delta.column_space()
-        norm = delta.weight_norm(abs(delta.scaling) * float(S.norm()))
-        self._measured[name] = _Measured(len(S), [norm], small(A @ A.mT)[None])
-        return U[None]
-
-    def norms(self, name: str) -> list[float]:
-        """‖ΔW‖_F of an adapter's module."""
-        if name not in self._measured:
-            self._measured[name] = _Measured(0, [self._delta(name).weight_norm()], torch.empty(0))
-        return self._measured[name].norms
-
-    @full_precision
-    def projected(
-        self, name: str, Z: Float[Tensor, "batch out k"], counts: Sequence[int]
-    ) -> Projected:
-        """The parts of an adapter; of a DoRA the shared one is a LoRA with the factors Z, ZᵀΔW."""
-        delta = self._delta(name)
-        if delta.gain is None:
-            return super().projected(name, Z, counts)
-        part = delta.projected(Z[0])
-        shared, unique = (self.released(d) for d in (part, delta.without(part)))
-        return Projected([shared], [unique], part.A[None], [0], [norm(part.A)])
-
-    def located(self) -> AbstractContextManager[None]:
-        """What says in messages which module this is, where its base weight is read."""
-        return nullcontext() if self._base is None else located(f"module {self.modules[0]!r}")
-
-    def released(self, delta: Delta) -> Delta:
-        """A result without the base weight that is held here."""
-        return super().released(delta if self._base is None else delta.on(self._base))
-
-    def release(self) -> None:
-        """Let go of all that was read and found."""
-        super().release()
-        self._resolved.clear()
-
-    def _delta(self, name: str) -> Delta:
-        """What is computed with; DoRAs all together, so that their base weight is read once."""
-        if self._base is None:
-            return self.deltas(name)[0].to(self.device)
-        if not self._resolved:
-            self._read = {}
-            held = {n: self.deltas(n)[0].to(self.device) for n in self.names}
-            self._resolved.update(resolved_together(held))
-        return self._resolved[name]
-
-
-def stacks(pool: Pool, device: torch.device | str | None, *, together: bool) -> Iterator[Stack]:
-    """All modules of a pool, those that are alike in stacks.
-
-    Args:
-        pool: The adapters.
-        device: Where to compute.
-        together: Whether there are stacks of more than one module.
-
-    Yields:
-        The stacks. Those of modules that are no plain LoRAs are exact.
-    """
-    known = {name: outlines(modules) for name, modules in pool.items()}
-    alike: dict[object, list[str]] = {}
-    for module in dict.fromkeys(module for modules in known.values() for module in modules):
-        held = {name: modules[module] for name, modules in known.items() if module in modules}
-        alike.setdefault(_likeness(module, held), []).append(module)
-    for likeness, modules in alike.items():
-        holders = {name: pool[name] for name in known if modules[0] in known[name]}
-        if likeness == modules[0]:
-            yield ExactStack(modules, holders, device)
-            continue
-        deltas = [known[name][modules[0]] for name in holders]
-        size = _stack_size(deltas, torch.device(device or deltas[0].B.device)) if together else 1
-        for start in range(0, len(modules), size):
-            yield Stack(modules[start : start + size], holders, device)
-
-
-def _likeness(module: str, held: Mapping[str, Delta]) -> object:
-    """What modules of a stack have in common; the name of a module that is in none."""
-    if any(d.gain is not None or not d.scaling or not d.rank for d in held.values()):
-        return module
-    return tuple(
-        (name, d.shape, d.rank, d.B.dtype, d.A.dtype, d.B.device, d.bias is None)
-        for name, d in held.items()
-    )
-
-
-def _stack_size(deltas: Sequence[Delta], device: torch.device) -> int:
-    """How many modules are split together."""
-    factor = max(4 * delta.rank * max(delta.shape) for delta in deltas)
-    limit = _STACKED_BYTES if device.type in ("cpu", "meta") else _STACKED_BYTES_ELSEWHERE
-    return max(1, min(_MOST_MODULES, limit // max(factor, 1)))
+_HELD_BYTES = 1 << 24
 
 
 def _stored_bytes(delta: Delta) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import cycle
-from threading import Event, Semaphore, Thread
-from typing import Protocol, TypeVar
+from threading import Semaphore
+from typing import TypeVar
 
 import torch
 
@@ -30,13 +29,6 @@ _LACKING = ("allocate memory", "not enough memory", "out of memory", "start new 
 
 # Seconds between one file and the next that is brought to the disk.
 _PAUSE = 0.02
-
-
-class Flushed(Protocol):
-    """What is being written to a file."""
-
-    def flush(self) -> None:
-        """Bring what has been written to the disk."""
 
 
 @contextmanager
@@ -66,42 +58,6 @@ def memory_for(what: str) -> Iterator[None]:
             f"too little memory for {what} ({reason}); nothing was written. Fewer threads "
             "(OMP_NUM_THREADS=1) need less"
         ) from error
-
-
-@contextmanager
-def flushing(parts: Sequence[Flushed]) -> Iterator[None]:
-    """Bring parts to the disk while they are being written, so that little is left for the end.
-
-    Args:
-        parts: The parts.
-
-    Yields:
-        Nothing.
-    """
-    done = Event()
-    failed: list[OSError] = []
-
-    def flush() -> None:
-        for part in cycle(parts):
-            try:
-                part.flush()
-            except OSError as error:  # the system says it once, and to whom asks first
-                failed.append(error)
-                return
-            if done.wait(_PAUSE):
-                return
-
-    thread = Thread(target=flush, name="devec-flush", daemon=True)
-    if parts:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if parts:
-            thread.join()
-    if failed:
-        raise failed[0]
 
 
 def _workers(work: Sequence[Stack], device: torch.device) -> int:

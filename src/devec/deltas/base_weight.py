@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.linalg.factors import basis_dtype
+from devec.linalg.dtypes import basis_dtype
 
 _BLOCK_COLUMNS = 1024
 _NUMBERS = count(1)

@@ -31,16 +31,8 @@ from devec.deltas.gains import (
 )
 from devec.deltas.matrix import Change
 from devec.errors import IncompatibleError
-from devec.linalg.factors import (
-    CANCELLED,
-    ColumnSpace,
-    basis_dtype,
-    column_space,
-    norm,
-    product_inner,
-    product_norm,
-    working_dtype,
-)
+from devec.linalg.dtypes import CANCELLED, basis_dtype, working_dtype
+from devec.linalg.factors import ColumnSpace, column_space, norm, product_inner, product_norm
 from devec.linalg.precision import full_precision
 
 

@@ -28,7 +28,7 @@ from devec.deltas.gains import (
 )
 from devec.errors import IncompatibleError, UnsupportedError
 from devec.lazy import outlines
-from devec.linalg.factors import RANK_RTOL, working_dtype
+from devec.linalg.dtypes import RANK_RTOL, working_dtype
 from devec.linalg.precision import full_precision
 
 # B'' is 1/D' times the delta's own factor, and so are a host's activations between its two

@@ -20,14 +20,8 @@ from torch import Tensor
 
 from devec.deltas.base_weight import BaseWeight, HeldWeight, transposed
 from devec.errors import DevecWarning, FormatError, IncompatibleError
-from devec.linalg.factors import (
-    BLOCK_ROWS,
-    CANCELLED,
-    RANK_RTOL,
-    basis_dtype,
-    nearly_dependent,
-    working_dtype,
-)
+from devec.linalg.dtypes import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
+from devec.linalg.factors import nearly_dependent
 from devec.linalg.precision import full_precision
 
 Axis = Literal["out", "in"]

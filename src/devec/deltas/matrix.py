@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.linalg.factors import BLOCK_ROWS, basis_dtype
+from devec.linalg.dtypes import BLOCK_ROWS, basis_dtype
 from devec.linalg.precision import full_precision
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from devec.deltas.base_weight import BaseWeight, HeldWeight
 from devec.deltas.delta import Delta
 from devec.deltas.gains import require_same_base
-from devec.linalg.factors import working_dtype
+from devec.linalg.dtypes import working_dtype
 from devec.linalg.precision import full_precision
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from devec import Adapter, Decomposition, Overlap, combine, decompose, overlap, save_adapters
-from devec.decomposition.findings import Threshold
+from devec.decomposition.question import Threshold
 from devec.demo.domains import DOMAINS
 from devec.demo.evaluate import POOL, TASKS, accuracy, heldout_sets, load_base
 from devec.formats.card import adapter_name

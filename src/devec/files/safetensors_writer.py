@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from devec.errors import OutputError, listed
-from devec.files.positions import BINARY, read_at, uncache, write_at
-from devec.files.random_access import bytes_of
+from devec.files.random_access import BINARY, bytes_of, read_at, uncache, write_at
 from devec.files.safetensors_reader import SAFETENSORS_TYPES
 
 _CHUNK = 1 << 22

@@ -21,9 +21,7 @@ from devec.deltas.delta import Delta
 from devec.deltas.gains import Axis, Gain, Magnitude
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
 from devec.files.safetensors_reader import storable
-
-DORA_SCALE = ".dora_scale"
-MAGNITUDE_VECTOR = ".lora_magnitude_vector"
+from devec.naming.conventions import DORA_SCALE, MAGNITUDE_VECTOR
 
 # What the parts of a module are called that hold magnitudes: of either axis, or of outputs.
 PARTS = ("dora_scale", "magnitude")

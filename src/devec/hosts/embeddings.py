@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from devec.errors import DevecWarning, UnsupportedError
-from devec.formats.peft.config import Config
 from devec.formats.peft.layout import PREFIX
+from devec.formats.rank_patterns import Config
 from devec.hosts.layers import Parts, inside, is_wrapper, walk
 
 # The layers by whose names PEFT tells that an adapter is on an embedding.

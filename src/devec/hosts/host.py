@@ -30,8 +30,9 @@ from devec.formats.alignment.align import AlignedLayout
 from devec.formats.convert import convert
 from devec.formats.peft import read as peft_read
 from devec.formats.peft.carried import of_base
-from devec.formats.peft.config import Config, require_lora
+from devec.formats.peft.config import require_lora
 from devec.formats.peft.layout import PREFIX, PeftLayout, plain_layout
+from devec.formats.rank_patterns import Config
 from devec.formats.single_file import read as file_read
 from devec.formats.single_file.header import ADAPTER_KEY
 from devec.hosts import embeddings, state, towers

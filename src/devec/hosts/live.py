@@ -9,9 +9,10 @@ from itertools import combinations
 from devec.adapters.adapter import Adapter
 from devec.adapters.pool import require_distinct_names
 from devec.arguments import number
-from devec.decomposition.findings import Threshold
-from devec.decomposition.in_memory import Decomposition, decompose
-from devec.decomposition.report import nothing_shared, planned_outputs
+from devec.decomposition.findings import nothing_shared
+from devec.decomposition.in_memory import decompose
+from devec.decomposition.question import Threshold, planned_outputs
+from devec.decomposition.result import Decomposition
 from devec.errors import DevecWarning, IncompatibleError, listed
 from devec.hosts.host import Host, host_of
 from devec.hosts.names import require_names

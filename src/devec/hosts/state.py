@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from devec.errors import FormatError, IncompatibleError, OutputError, UnsupportedError, listed
-from devec.formats.magnitudes import MAGNITUDE_VECTOR
-from devec.formats.peft.config import Config, rank_and_scaling, targets
+from devec.formats.peft.config import targets
 from devec.formats.peft.layout import PREFIX
 from devec.formats.peft.names import lookup_name
-from devec.formats.peft.written_config import exact_targets, rank_pattern
+from devec.formats.peft.written_config import exact_targets
+from devec.formats.rank_patterns import Config, rank_and_scaling, rank_pattern
 from devec.hosts.layers import Parts, is_wrapper, walk
 from devec.hosts.scaling import scaling_of
+from devec.naming.conventions import MAGNITUDE_VECTOR
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:

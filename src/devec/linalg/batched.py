@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from devec.linalg.buffers import empty, product
-from devec.linalg.factors import RANK_RTOL, basis_dtype, core_svd, near, small, working_dtype
+from devec.linalg.dtypes import RANK_RTOL, basis_dtype, near, small, working_dtype
+from devec.linalg.factors import core_svd
 from devec.linalg.precision import full_precision
 
 # How far from orthonormal the first pass may leave a factor: the second pass squares it. And how

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from devec.linalg.factors import basis_dtype
+from devec.linalg.dtypes import basis_dtype
 
 # Numbers up to 2^60 and down to 2^-60 have products that float32 represents.
 _LARGEST = 60

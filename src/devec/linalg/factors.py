@@ -10,29 +10,21 @@ these bases. `devec.linalg.batched` is for many well-conditioned factors at once
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from devec.errors import IncompatibleError
+from devec.linalg.dtypes import RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.precision import full_precision
 from devec.linalg.threads import crew
-
-# Singular values below this fraction of the largest are rounding, not signal: a few units of
-# roundoff of the precision in which factors are combined.
-RANK_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 # The Gram route squares condition numbers. Up to this loss of orthogonality one polishing step
 # restores all digits; beyond it, the route is not taken. Below the second figure there is no loss.
 _LARGEST_LOSS = 1e-8
 _NO_LOSS = 1e-13
-
-# Where less than this of the terms of a squared norm is left, digits are lost to cancellation, and
-# the entries themselves are summed, so many rows at a time.
-CANCELLED = 0.1
-BLOCK_ROWS = 128
 
 # Singular values of a product below this many roundings of its terms are rounding themselves.
 _ROUNDING = 10
@@ -42,13 +34,6 @@ _DEPENDENT = 0.1
 
 # Matrices of fewer rows are decomposed before a thread would have begun.
 _LARGE = 64
-
-# Range finder. Adapters' products have slowly falling spectra: with a quarter more columns than
-# asked for and four iterations the error stays below 1.005 times the least on Gaussian factors, at
-# every rank tried (three iterations: 1.008, two: 1.016).
-_SEED = 0
-_OVERSAMPLING = 16
-_ITERATIONS = 4
 
 
 class ProductSVD(NamedTuple):
@@ -64,26 +49,6 @@ class ColumnSpace(NamedTuple):
 
     U: Float[Tensor, "m rho"]
     S: Float[Tensor, " rho"]
-
-
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The precision factors are combined in: float64 if any of them is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def basis_dtype(device: torch.device) -> torch.dtype:
-    """The precision bases are computed in: float64, or float32 on devices without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def near(matrix: Tensor) -> Tensor:
-    """A small matrix where there is float64: where it lies or, if that has none, on the CPU."""
-    return matrix.cpu() if matrix.device.type == "mps" else matrix
-
-
-def small(matrix: Tensor) -> Tensor:
-    """A small matrix in float64, where that is."""
-    return near(matrix).double()
 
 
 @full_precision
@@ -267,55 +232,6 @@ def rank_for_energy(S: Float[Tensor, " k"], energy: float, norm: float | None = 
     # The tail is compared, not the head: 1 - 1e-12 of the energy is lost to rounding in the head.
     tail = squares.flip(0).cumsum(0).flip(0)
     return int((tail > (1 - energy) * total).sum())
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """A matrix of which only products are at hand."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (m, n)."""
-
-    def __matmul__(self, V: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]: ...
-
-    def adjoint(self, Q: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """The transposed matrix times Q."""
-
-
-@full_precision
-def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n size"]:
-    """Orthonormal columns that span the leading right singular vectors of a matrix, nearly.
-
-    Randomised subspace iteration from a fixed seed, so that the same call gives the same result.
-
-    Args:
-        matrix: The matrix.
-        rank: How many singular vectors are wanted.
-        like: A tensor of the precision and on the device to compute in.
-
-    Returns:
-        A basis of a quarter more columns than asked for, as far as there are so many.
-
-    Cost: four products with the matrix and four with its transpose, each by that many columns.
-
-    Reference: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Algorithm 4.4.
-    """
-    n, shorter = matrix.shape[1], min(matrix.shape)
-    size = min(rank + max(_OVERSAMPLING, rank // 4), shorter)
-    generator = torch.Generator().manual_seed(_SEED)
-    V = orthonormal(torch.randn(n, size, generator=generator).to(like))
-    # As many as the shorter side need not lead: any of them reach the whole range.
-    for _ in range(_ITERATIONS if size < shorter else 0):
-        V = orthonormal(matrix.adjoint(orthonormal(matrix @ V)))
-    return V
-
-
-@full_precision
-def orthonormal(columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
-    """Orthonormal basis of the columns."""
-    Q: Tensor = torch.linalg.qr(columns).Q
-    return Q
 
 
 def norm(tensor: Tensor) -> float:

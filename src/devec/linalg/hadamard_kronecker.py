@@ -19,18 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.errors import IncompatibleError
-from devec.linalg.factors import (
-    BLOCK_ROWS,
-    RANK_RTOL,
-    ProductSVD,
-    basis_dtype,
-    leading_rows,
-    numerical_rank,
-    orthonormal,
-    product_svd,
-    working_dtype,
-)
+from devec.linalg.dtypes import BLOCK_ROWS, RANK_RTOL, basis_dtype, working_dtype
+from devec.linalg.factors import ProductSVD, numerical_rank, product_svd
 from devec.linalg.precision import full_precision
+from devec.linalg.range_finder import leading_rows, orthonormal
 
 Operand: TypeAlias = Tensor | tuple[Tensor, Tensor]
 

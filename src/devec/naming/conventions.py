@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from devec.formats.magnitudes import DORA_SCALE, MAGNITUDE_VECTOR
-from devec.naming.detection import family_name
 from devec.naming.families import Family, flat
 from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
-from devec.naming.tables import TABLES
+
+DORA_SCALE = ".dora_scale"
+MAGNITUDE_VECTOR = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Suffixes:
 PEFT_KEYS = "PEFT keys"
 DIFFUSERS, OLD_DIFFUSERS, KOHYA = "diffusers", "diffusers (up/down)", "kohya"
 
+
 # ComfyUI reads the change of a bias as a whole, unscaled; A1111 and kohya's own tools read none.
 WHOLE_BIAS = ".diff_b"
 KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha", WHOLE_BIAS, DORA_SCALE)
@@ -156,24 +157,6 @@ _QUIRKS: dict[str, Callable[[Name], bool]] = {
 
 def _flat_names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(flat(name) for name in names)
-
-
-def family_of(shapes: Mapping[str, tuple[int, int]], hint: str) -> tuple[str, Family | None]:
-    """The family of base models a file belongs to.
-
-    Args:
-        shapes: Module id → (out, in).
-        hint: What metadata say of the base model.
-
-    Returns:
-        Its name, empty if unknown, and its tables, if there are any.
-    """
-    names = {module: parse(module) for module in shapes}
-    denoiser = {n.key[1]: shapes[m] for m, n in names.items() if n.component == DENOISER}
-    two = any(n.component == CLIP_G for n in names.values())
-    name = family_name(denoiser, hint, two_encoders=two)
-    table = TABLES.get(name)
-    return name, table() if table else None
 
 
 def describe(names: Iterable[Name], down: str) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from devec.naming.families import Family
+from devec.naming.module_id import CLIP_G, DENOISER, parse
+from devec.naming.tables import TABLES
+
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -52,6 +56,7 @@ _SIGNS: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has(r"layers_\d+_(?:self_attn|mlp)_|^h_\d+_"), "language model"),
 )
 
+
 # What holds where metadata say nothing: other families have such names, too.
 _GUESSES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has(r"^(?:double|single)_blocks_|^single_transformer_blocks_"), "flux"),
@@ -60,6 +65,7 @@ _GUESSES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_has(r"^(?:input|output)_blocks_|^middle_block_"), "sdxl"),
     (_has(_UNET_NAMES), "sd"),
 )
+
 
 # What metadata say of the base model, where names and sizes leave it open.
 _HINTS = (
@@ -100,6 +106,8 @@ _KERNELS_3 = re.compile(
     r"resnets_\d+_conv[12]|(?:down|up)samplers_\d+_conv|conv_(?:in|out)|in_layers_2|out_layers_3"
     r"|input_blocks_\d+_0_op|output_blocks_\d+_\d_conv|input_blocks_0_0|out_2"
 )
+
+
 _KERNELS_1 = {
     "sd": re.compile(r"proj_(?:in|out)|conv_shortcut|skip_connection"),
     "sd2": re.compile(r"conv_shortcut|skip_connection"),
@@ -123,3 +131,21 @@ def conv_kernel(family: str, name: str, columns: int) -> tuple[int, ...]:
     if columns % 9 == 0 and re.search(rf"(?:{_KERNELS_3.pattern})$", name):
         return (3, 3)
     return (1, 1) if re.search(rf"(?:{_KERNELS_1[family].pattern})$", name) else ()
+
+
+def family_of(shapes: Mapping[str, tuple[int, int]], hint: str) -> tuple[str, Family | None]:
+    """The family of base models a file belongs to.
+
+    Args:
+        shapes: Module id → (out, in).
+        hint: What metadata say of the base model.
+
+    Returns:
+        Its name, empty if unknown, and its tables, if there are any.
+    """
+    names = {module: parse(module) for module in shapes}
+    denoiser = {n.key[1]: shapes[m] for m, n in names.items() if n.component == DENOISER}
+    two = any(n.component == CLIP_G for n in names.values())
+    name = family_name(denoiser, hint, two_encoders=two)
+    table = TABLES.get(name)
+    return name, table() if table else None

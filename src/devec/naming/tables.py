@@ -9,29 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from devec.naming.families import Family, Names, family, flat, names_below
+from devec.naming.families import Family, Names, Part, family, flat, names_below
+from devec.naming.module_id import DENOISERS, Name
 
 _MOST_BLOCKS = 100
 _MOST_TRANSFORMER_BLOCKS = 24
-
 _FLUX_DOUBLE = {
     "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
     "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
 }
+
+
 _FLUX_ENDS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+
+
 _XLABS_DOUBLE = {
     "processor.qkv_lora1": _FLUX_DOUBLE["img_attn.qkv"],
     "processor.qkv_lora2": _FLUX_DOUBLE["txt_attn.qkv"],
     "processor.proj_lora1": _FLUX_DOUBLE["img_attn.proj"],
     "processor.proj_lora2": _FLUX_DOUBLE["txt_attn.proj"],
 }
+
+
 _FINAL_SWAPPED = r"final_layer\.adaLN_modulation\.1"
 
 
@@ -264,6 +270,8 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+
+
 _ATTENTION = {
     "proj_in": "proj_in",
     "proj_out": "proj_out",
@@ -277,6 +285,8 @@ _ATTENTION = {
         )
     },
 }
+
+
 _UNET_ENDS = {
     "input_blocks.0.0": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
@@ -374,3 +384,23 @@ def dotted_names() -> Mapping[str, str]:
             if other != name:
                 found[flat(name)] = ""
     return {flat_name: name for flat_name, name in found.items() if name}
+
+
+def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Part, ...]:
+    """What a module is made of, by the tables of its component.
+
+    Args:
+        name: Its name.
+        shape: Shape (out, in) of its weight.
+        family: The tables of the base model's family.
+
+    Returns:
+        The parts.
+    """
+    component, flat_name = name.key
+    if component in DENOISERS:
+        return family.parts(flat_name, shape) if family else (Part(flat_name),)
+    parts = text_encoders().parts(f"text_model_{flat_name}", shape)
+    if parts[0].name.startswith("text_model_"):  # not one of CLIP's
+        parts = text_encoders().parts(flat_name, shape)
+    return parts

@@ -11,8 +11,10 @@ from devec.deltas.delta import Delta
 from devec.deltas.sums import resolved_together
 from devec.errors import IncompatibleError, located
 from devec.lazy import outlines
-from devec.linalg.factors import RANK_RTOL, leading_rows, numerical_rank, orthonormal, product_svd
+from devec.linalg.dtypes import RANK_RTOL
+from devec.linalg.factors import numerical_rank, product_svd
 from devec.linalg.precision import full_precision
+from devec.linalg.range_finder import leading_rows, orthonormal
 from devec.operations.compress import Compression, Cut, of_cuts
 
 

@@ -18,7 +18,8 @@ from devec.deltas.gains import Gain
 from devec.deltas.sums import resolved_together
 from devec.errors import IncompatibleError, located
 from devec.linalg.batched import factored_svd
-from devec.linalg.factors import RANK_RTOL, numerical_rank, rank_for_energy
+from devec.linalg.dtypes import RANK_RTOL
+from devec.linalg.factors import numerical_rank, rank_for_energy
 from devec.linalg.precision import full_precision
 
 

@@ -16,9 +16,10 @@ from devec.adapters.pool import require_distinct_names, warn_of_strangers
 from devec.deltas.delta import Delta
 from devec.deltas.sums import resolved_together
 from devec.errors import IncompatibleError, located
+from devec.linalg.chance import random_edge
 from devec.linalg.factors import ColumnSpace
 from devec.linalg.precision import full_precision
-from devec.linalg.subspaces import principal_vectors, random_edge
+from devec.linalg.subspaces import principal_vectors
 
 
 @dataclass(frozen=True, eq=False)

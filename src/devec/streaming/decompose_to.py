@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from devec.adapters.adapter import Adapter
-from devec.decomposition.findings import Threshold
-from devec.decomposition.in_memory import asked
+from devec.decomposition.question import Threshold
+from devec.decomposition.request import asked
 from devec.errors import IncompatibleError
 from devec.files.staging import Staging
-from devec.linalg.device import require_device
+from devec.linalg.dtypes import require_device
 from devec.streaming.job import Job, Report, Written
 from devec.streaming.output_options import Form
 from devec.streaming.processes import Team

@@ -20,18 +20,13 @@ import torch
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import merged_layout
 from devec.adapters.layout import Plan
-from devec.decomposition.findings import Findings, Kind, ModuleSplit, Norms, Question
-from devec.decomposition.in_memory import (
-    Decomposition,
-    common_part,
-    names_of_split,
-    part_of,
-    record_of,
-)
-from devec.decomposition.report import planned_outputs
+from devec.decomposition.findings import Findings, ModuleSplit, Norms
+from devec.decomposition.question import Kind, Question, names_of_split, planned_outputs
+from devec.decomposition.result import Decomposition, common_part, part_of, record_of
 from devec.decomposition.scopes import split
-from devec.decomposition.stack import Pool, Stack, stacks
-from devec.decomposition.workers import flushing, in_parallel, memory_for
+from devec.decomposition.stack import Pool, Stack
+from devec.decomposition.stacks import stacks
+from devec.decomposition.workers import in_parallel, memory_for
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
 from devec.files.staging import Staging, Writer, explained
@@ -43,7 +38,7 @@ from devec.operations.as_lora import as_lora as nearest_lora
 from devec.operations.as_lora import recorded
 from devec.operations.compress import Compression
 from devec.streaming.output_options import Form
-from devec.streaming.parts import Direct, PutBy, Taken
+from devec.streaming.parts import Direct, PutBy, Taken, flushing
 from devec.streaming.processes import Team
 
 Key = tuple[Kind, str]

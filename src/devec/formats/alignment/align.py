@@ -26,18 +26,17 @@ from devec.formats.alignment.cutting import (
     Pieces,
     Tables,
     cut,
-    parts_of,
     pieces_of,
     require_no_collision,
     sliced,
 )
 from devec.formats.alignment.joining import Target
-from devec.formats.places import Places, require_places, spread
+from devec.formats.plan import Places, require_places, spread
 from devec.lazy import Lazy, outlines, renamed
 from devec.naming.conventions import Naming
 from devec.naming.families import Family
 from devec.naming.module_id import parse
-from devec.naming.tables import TABLES
+from devec.naming.tables import TABLES, parts_of
 
 
 class NamedLayout(Layout, Protocol):

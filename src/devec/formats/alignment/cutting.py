@@ -15,9 +15,10 @@ from devec.lazy import Lazy, outlines
 from devec.naming.conventions import Naming, diffusers_naming
 from devec.naming.families import Family, Part, flat
 from devec.naming.module_id import DENOISERS, Name, parse
-from devec.naming.tables import dotted_names, text_encoders
+from devec.naming.tables import dotted_names, parts_of, text_encoders
 
 Key = tuple[str, str]  # component and part
+
 Pieces = Mapping[
     Key, tuple[str, tuple[Key, ...]]
 ]  # part → the name of its piece, and all its parts
@@ -72,26 +73,6 @@ def cut(
         parts = parts_of(name, delta.shape, family)
         result.append(Module(index, module, name, parts, delta.shape))
     return result
-
-
-def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Part, ...]:
-    """What a module is made of, by the tables of its component.
-
-    Args:
-        name: Its name.
-        shape: Shape (out, in) of its weight.
-        family: The tables of the base model's family.
-
-    Returns:
-        The parts.
-    """
-    component, flat_name = name.key
-    if component in DENOISERS:
-        return family.parts(flat_name, shape) if family else (Part(flat_name),)
-    parts = text_encoders().parts(f"text_model_{flat_name}", shape)
-    if parts[0].name.startswith("text_model_"):  # not one of CLIP's
-        parts = text_encoders().parts(flat_name, shape)
-    return parts
 
 
 def require_no_collision(modules: Sequence[Module], adapters: Sequence[Adapter]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from devec.formats.peft.config import Config
 from devec.formats.peft.names import plain
+from devec.formats.rank_patterns import Config
 
 
 def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> list[str]:

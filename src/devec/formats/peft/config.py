@@ -9,25 +9,26 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from devec.base_model.live import is_plain_init
 from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
 from devec.files.json_text import json_object, require_pattern
-
-Config = dict[str, Any]
+from devec.formats.rank_patterns import Config
 
 CONFIG_NAME = "adapter_config.json"
 
-# Initialisations under which the base weight stays what it was, so that B·A is the whole change.
-_PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica", "none")
 
 _KEEP_BASE = (
     "save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
     "which turns it into a plain LoRA of the unchanged base model"
 )
+
+
 _CONVERT = "PEFT's convert_to_lora can approximate it by a plain LoRA"
+
 
 # Fields that make an adapter something other than a sum of B·A, and what to do about it.
 _REFUSED_FIELDS = {
@@ -39,6 +40,7 @@ _REFUSED_FIELDS = {
     ),
 }
 
+
 # What PEFT refuses beside use_dora, so that no host would load the adapter.
 _NEVER_DORA = (
     "lora_bias",
@@ -49,9 +51,13 @@ _NEVER_DORA = (
     "megatron_config",
 )
 
+
 # State of training methods that leaves no trace in the forward pass once training is over.
 TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
+
+
 TRAINING_ONLY_TENSORS = (".lora_velora_embed", ".lora_monteclora_sampler")
+
 
 # All fields of PEFT 0.21.2. A later one may change what an adapter does.
 _KNOWN_FIELDS = frozenset(
@@ -101,6 +107,7 @@ _KNOWN_FIELDS = frozenset(
     ]
 )
 
+
 # What a configuration says of whole trained tensors, with PEFT's defaults.
 CARRIED_FIELDS: Config = {
     "modules_to_save": None,
@@ -109,8 +116,10 @@ CARRIED_FIELDS: Config = {
     "ensure_weight_tying": False,
 }
 
+
 # Tasks for which PEFT's own classes train a head whole and refuse adapters without one.
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 
 # Adapters that differ in one of these do not change the same model in the same way.
 POOL_FIELDS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "qalora_group_size")
@@ -226,11 +235,6 @@ def require_dora_fits(config: Config, where: str) -> None:
         )
 
 
-def is_plain_init(init: str) -> bool:
-    """Whether an initialisation leaves the base weight what it was."""
-    return init.lower() in _PLAIN_INITS
-
-
 def _require_numbers(config: Config, where: str) -> None:
     """Check ranks, alphas and patterns."""
     ranks = {"r": config.get("r"), **_pattern(config, "rank_pattern", where)}
@@ -255,29 +259,6 @@ def _pattern(config: Config, field: str, where: str) -> dict[str, Any]:
     for key in pattern:
         require_pattern(key, f"{where}: a key of {field}")
     return pattern
-
-
-def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
-    """The rank and effective scaling PEFT gives a module.
-
-    Args:
-        config: The configuration.
-        name: The module's name in the base model.
-
-    Returns:
-        The rank r, and alpha/r or for rank-stabilised LoRA alpha/√r.
-    """
-    rank = _first_match(config.get("rank_pattern"), name, config["r"])
-    alpha = _first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _first_match(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:  # noqa: ANN401
-    """The value of the first key that matches a module name, as PEFT matches it."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
 
 
 def targets(config: Config, name: str) -> bool:

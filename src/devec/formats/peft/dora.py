@@ -17,8 +17,9 @@ from devec.deltas.dora import as_magnitudes
 from devec.errors import FormatError, UnsupportedError, listed, located
 from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.peft import config as peft_config
-from devec.formats.peft.config import CONFIG_NAME, Config
+from devec.formats.peft.config import CONFIG_NAME
 from devec.formats.peft.slots import Slot
+from devec.formats.rank_patterns import Config
 from devec.naming.families import Family
 
 # PEFT itself writes no ending, except once more with one beside an embedding that it saves whole.

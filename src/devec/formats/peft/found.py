@@ -10,12 +10,13 @@ from torch import Tensor
 from devec.errors import DevecWarning, FormatError, listed, located
 from devec.formats.peft import config as peft_config
 from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import CONFIG_NAME, Config
+from devec.formats.peft.config import CONFIG_NAME
 from devec.formats.peft.keys import SortedKeys
 from devec.formats.peft.layout import PREFIX
 from devec.formats.peft.names import attention_of, depth, lookup_name, plain, unused_projection
 from devec.formats.peft.parameters import owners, ranks_of
 from devec.formats.peft.slots import Slot, require_shapes
+from devec.formats.rank_patterns import Config, rank_and_scaling
 
 Factors = Mapping[str, Mapping[str, Tensor]]  # path → part → tensor
 
@@ -102,7 +103,7 @@ def _slot(
         rows = [len(factors[p]["A"]) for p in paths]
         rank, scaling = ranks_of(config, parameters, rows)[paths.index(path)]
     else:
-        rank, scaling = peft_config.rank_and_scaling(config, target)
+        rank, scaling = rank_and_scaling(config, target)
         if rank != len(A):
             raise FormatError(f"the config says rank {rank}, the tensors have rank {len(A)}")
     experts = len(A) // rank

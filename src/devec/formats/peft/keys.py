@@ -11,10 +11,10 @@ from torch import Tensor
 from devec.errors import UnsupportedError
 from devec.formats.peft import config as peft_config
 from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import Config
 from devec.formats.peft.layout import PREFIX
 from devec.formats.peft.names import attentions_in, plain, unused_projection
 from devec.formats.peft.parameters import owners
+from devec.formats.rank_patterns import Config
 
 _FACTOR = re.compile(
     r"(?P<path>.+)\.(?:(?P<embedding>lora_embedding_)|lora_)"

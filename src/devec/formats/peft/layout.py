@@ -22,7 +22,6 @@ from devec.formats.peft import carried as peft_carried
 from devec.formats.peft import config as peft_config
 from devec.formats.peft import dora as peft_dora
 from devec.formats.peft import written_config as peft_written
-from devec.formats.peft.config import Config
 from devec.formats.peft.dora import BaseWeights
 from devec.formats.peft.slots import Slot, has_biases, padded
 from devec.formats.peft.units import (
@@ -34,10 +33,11 @@ from devec.formats.peft.units import (
     require_apart,
     units_of,
 )
-from devec.formats.places import Places, require_places, usual_dtype
-from devec.formats.plan import FilePlan, Piece
+from devec.formats.plan import FilePlan, Piece, Places, require_places, usual_dtype
+from devec.formats.rank_patterns import Config
 from devec.lazy import joined, outlines, renamed
-from devec.naming.conventions import Naming, family_of, naming_of
+from devec.naming.conventions import Naming, naming_of
+from devec.naming.detection import family_of
 from devec.naming.families import Family
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 
 from devec.errors import FormatError, UnsupportedError
-from devec.formats.peft.config import Config, rank_and_scaling, targets
+from devec.formats.peft.config import targets
+from devec.formats.rank_patterns import Config, rank_and_scaling
 
 Said = tuple[int, float]  # rank and scaling that the configuration gives a parameter
 

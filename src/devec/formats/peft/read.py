@@ -20,12 +20,13 @@ from devec.formats import card
 from devec.formats.magnitudes import warn_of_signs
 from devec.formats.peft import config as peft_config
 from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import CONFIG_NAME, Config
+from devec.formats.peft.config import CONFIG_NAME
 from devec.formats.peft.dora import BaseWeights
 from devec.formats.peft.found import slots_of, unlisted_targets
 from devec.formats.peft.keys import SortedKeys, sort_keys
 from devec.formats.peft.layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
 from devec.formats.peft.slots import Slot
+from devec.formats.rank_patterns import Config
 from devec.lazy import Lazy, mapped, only, outlines
 
 _PICKLED_NAME = "adapter_model.bin"

@@ -10,8 +10,8 @@ from torch import Tensor
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats.peft.carried import replaced
-from devec.formats.peft.config import Config
 from devec.formats.peft.slots import EXPERTS, Slot
+from devec.formats.rank_patterns import Config
 
 
 def units_of(slots: Sequence[Slot], *, dora: bool) -> dict[Slot, str]:

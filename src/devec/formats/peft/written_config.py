@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from devec.formats import card
 from devec.formats.peft.config import (
@@ -15,10 +14,8 @@ from devec.formats.peft.config import (
     CONFIG_NAME,
     TASKS_WITH_HEADS,
     TRAINING_ONLY_FIELDS,
-    Config,
 )
-
-Number = TypeVar("Number", int, float)
+from devec.formats.rank_patterns import Config, alternation, rank_pattern
 
 
 def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
@@ -45,48 +42,6 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def alternation(names: Sequence[str], optional: str = "") -> str:
-    """A pattern that matches these names and no other; a list would match endings, too.
-
-    Args:
-        names: The names.
-        optional: What the names may begin with or not.
-
-    Returns:
-        The pattern.
-    """
-    return f"(?:{'|'.join(_escaped(name, optional) for name in names)})"
-
-
-def _escaped(name: str, optional: str) -> str:
-    """A name as a pattern, with a beginning that need not be there."""
-    if optional and name.startswith(optional):
-        return f"(?:{re.escape(optional)})?{re.escape(name.removeprefix(optional))}"
-    return re.escape(name)
-
-
-def rank_pattern(
-    ranks: Mapping[str, Number], optional: str = "", usual: Number | None = None
-) -> tuple[Number, dict[str, Number]]:
-    """The most frequent rank (or alpha), and patterns for modules of others.
-
-    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
-    every pattern against every module.
-
-    Args:
-        ranks: Name (of a module or parameter) in the base model → rank or alpha.
-        optional: What the names may begin with or not.
-        usual: The rank that needs no pattern; by default the most frequent.
-
-    Returns:
-        The rank, and ``rank_pattern``.
-    """
-    common = Counter(ranks.values()).most_common(1)[0][0] if usual is None else usual
-    others = sorted({rank for rank in ranks.values() if rank != common})
-    named = {rank: [name for name, r in ranks.items() if r == rank] for rank in others}
-    return common, {f"^{alternation(named[rank], optional)}": rank for rank in others}
 
 
 def plain(config: Config, *, carried: bool) -> Config:

@@ -22,9 +22,8 @@ from devec.deltas.dora import require_representable
 from devec.errors import IncompatibleError
 from devec.formats.alignment.align import aligned
 from devec.formats.magnitudes import MagnitudeSlot
-from devec.formats.peft.written_config import alternation, rank_pattern
-from devec.formats.places import Places, require_places, spread, usual_dtype
-from devec.formats.plan import FilePlan, Piece
+from devec.formats.plan import FilePlan, Piece, Places, require_places, spread, usual_dtype
+from devec.formats.rank_patterns import alternation, rank_pattern
 from devec.formats.single_file import header
 from devec.formats.single_file.dora import Form, dora_forms
 from devec.formats.single_file.slot import FileSlot, anew, exact_alpha, one_alpha
@@ -35,15 +34,14 @@ from devec.naming.conventions import (
     PEFT_SUFFIXES,
     Naming,
     Suffixes,
-    family_of,
     naming_of,
 )
+from devec.naming.detection import family_of
 from devec.naming.module_id import parse
 from devec.naming.tables import TABLES
 
 # UNets whose files diffusers reads by one alpha for all attention layers
 _ONE_ALPHA = ("sd", "sd2", "sdxl")
-
 SUFFIX = ".safetensors"
 
 Written = Mapping[str, Delta]

@@ -24,7 +24,7 @@ from devec.files.safetensors_reader import (
 )
 from devec.formats import magnitudes
 from devec.formats.magnitudes import MagnitudeSlot, warn_of_signs
-from devec.formats.peft.config import CONFIG_NAME, rank_and_scaling
+from devec.formats.rank_patterns import rank_and_scaling
 from devec.formats.single_file import header
 from devec.formats.single_file import warnings as remarks
 from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_keys
@@ -42,10 +42,9 @@ from devec.naming.conventions import (
     Naming,
     Suffixes,
     describe,
-    family_of,
     naming_of,
 )
-from devec.naming.detection import conv_kernel
+from devec.naming.detection import conv_kernel, family_of
 from devec.naming.module_id import DENOISERS, parse
 
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
@@ -120,8 +119,8 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
     remarks.of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         remarks.warn(
-            f"{where} was written by PEFT, but its {CONFIG_NAME}, which has the alphas, is not "
-            "beside it; the scaling is taken to be 1, as other readers do"
+            f"{where} was written by PEFT, but its adapter_config.json, which has the alphas, is "
+            "not beside it; the scaling is taken to be 1, as other readers do"
         )
     remarks.of_truncation(where, layout, options)
     remarks.of_fused(where, deltas)

@@ -1,0 +1,23 @@
+"""Checks of shapes: which modules name them in their signatures, and how calls are held to them."""
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+MODULES = [
+    "devec.linalg",
+    "devec.deltas",
+    "devec.decomposition.findings",
+    "devec.decomposition.scopes",
+    "devec.decomposition.stack",
+    "devec.operations.overlap",
+]
+
+
+def checked(function):
+    """The function, its arguments and results checked; an int where a float is declared is fine."""
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+
+def install():
+    """Have the modules checked as they are imported, which must be later than this."""
+    install_import_hook(MODULES, f"{__name__}.checked")
