@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from streamed import contents, from_files, from_files_to_files, tree
 
 from devec import Adapter, DevecError
-from devec.decomposition import workers
 from devec.errors import FormatError, OutputError
-from devec.files import positions
+from devec.files import random_access
 from devec.files.digest import sha256
 from devec.files.safetensors_writer import TensorWriter
 from devec.files.staging import Staging
 from devec.lazy import Lazy, outlines
+from devec.streaming import parts
 from devec.streaming.decompose_to import Form, decompose_to
 
 pytestmark = [
@@ -305,7 +305,7 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
         original(file)
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(workers, "_PAUSE", 0)
+    monkeypatch.setattr(parts, "_PAUSE", 0)
     first, second = from_files(plain)
     slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
@@ -343,7 +343,7 @@ def test_what_is_not_finite_is_not_written_in_any_type(tmp_path, plain):
 def test_where_files_have_one_place_only_the_same_is_written(tmp_path, pool, monkeypatch):
     """As on Windows, which has no calls that say where to read and write."""
     from_files_to_files(tmp_path / "want", pool)
-    monkeypatch.setattr(positions, "_AT_ONCE", False)
+    monkeypatch.setattr(random_access, "_AT_ONCE", False)
     for name in ("preadv", "pwrite"):
         monkeypatch.delattr(os, name)
     from_files_to_files(tmp_path / "out", pool)

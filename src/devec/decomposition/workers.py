@@ -27,9 +27,6 @@ _WORKERS = {"cpu": 2, "cuda": 4, "mps": 1}
 # What torch and Python say where they have no error of their own for it.
 _LACKING = ("allocate memory", "not enough memory", "out of memory", "start new thread")
 
-# Seconds between one file and the next that is brought to the disk.
-_PAUSE = 0.02
-
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:

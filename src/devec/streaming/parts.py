@@ -19,12 +19,14 @@ from torch import Tensor
 from devec.adapters.adapter import Adapter
 from devec.adapters.layout import Output, Plan
 from devec.decomposition.scopes import nothing_of
-from devec.decomposition.workers import _PAUSE
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
 from devec.deltas.sums import base_of
 from devec.files.random_access import OpenFile, Place, bytes_of
 from devec.lazy import Lazy, outlines
+
+# Seconds between one file and the next that is brought to the disk.
+_PAUSE = 0.02
 
 
 @dataclass(frozen=True)
