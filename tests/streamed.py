@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from devec import Adapter, as_lora, convert, decompose, save_adapters
 from devec.operations.as_lora import recorded
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 WEIGHTS = ".safetensors"
 
@@ -21,7 +22,7 @@ def from_files(paths, *, lazy=True, base=None):
 
 def in_memory(out, paths, form=None, base=None, **options):
     """Decompose a pool in memory and write its parts; returns the names of the outputs."""
-    form = Form() if form is None else form
+    form = OutputOptions() if form is None else form
     parts = decompose(from_files(paths, lazy=False, base=base), **options)
     made = {}
     for label, adapter in parts.outputs(compact=form.compact).items():
@@ -38,7 +39,8 @@ def in_memory(out, paths, form=None, base=None, **options):
 
 def from_files_to_files(out, paths, form=None, base=None, **options):
     """Decompose a pool from files to files; returns what was found and written."""
-    return decompose_to(out, from_files(paths, base=base), form=form, **options)
+    form = OutputOptions() if form is None else form
+    return decompose_to(out, from_files(paths, base=base), **vars(form), **options)
 
 
 def tree(directory):

@@ -15,7 +15,7 @@ from cases import make_pool
 from devec import Adapter, Delta, DevecError, as_lora, combine, compress, decompose, distance
 from devec.arguments import listed_numbers, number, whole_number
 from devec.errors import IncompatibleError
-from devec.streaming.decompose_to import Form
+from devec.streaming.output_options import OutputOptions
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_large_integers_are_weights(pool):
 
 
 def test_the_rank_of_a_form_is_a_whole_number():
-    assert type(Form(as_lora=np.int64(2)).as_lora) is int
+    assert type(OutputOptions(as_lora=np.int64(2)).as_lora) is int
     with pytest.raises(DevecError, match="must be a whole number"):
-        Form(as_lora=2.5)
+        OutputOptions(as_lora=2.5)
 
 
 @pytest.mark.parametrize("weight", ["2", None, math.nan, 1j, [1.0]])

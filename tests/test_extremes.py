@@ -231,10 +231,10 @@ def test_a_part_that_is_bias_alone_is_kept(tmp_path, scope, way, big, small, bia
         save_adapters({tmp_path / "out" / name: part for name, part in parts.items()})
         written = {name: tmp_path / "out" / name for name in parts}
     else:
-        from devec.streaming.decompose_to import Form
+        from devec.streaming.output_options import OutputOptions
 
-        form = Form(compact=way != "files")
-        written = decompose_to(tmp_path / "out", lazy, form=form, **options).written
+        form = OutputOptions(compact=way != "files")
+        written = decompose_to(tmp_path / "out", lazy, **vars(form), **options).written
     found = {name: Adapter.from_pretrained(path).modules for name, path in written.items()}
     total = torch.zeros(32)
     for name in ("a0-unique", "a0-shared"):

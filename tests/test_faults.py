@@ -25,8 +25,9 @@ from devec.files.digest import sha256
 from devec.files.safetensors_writer import TensorWriter
 from devec.files.staging import Staging
 from devec.lazy import Lazy, outlines
-from devec.streaming import parts
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.streaming import sinks
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -34,6 +35,12 @@ pytestmark = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
+
+FORMS = {
+    "direct": OutputOptions(),
+    "spooled": OutputOptions(compact=True),
+    "converted": OutputOptions(dtype=torch.float64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +158,17 @@ def test_a_digest_is_not_that_of_another_file(pool, monkeypatch, change):
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
-@pytest.mark.parametrize("form", [Form(), Form(compact=True)], ids=["direct", "put by"])
+@pytest.mark.parametrize("form", ["direct", "spooled"])
 def test_nothing_is_written_of_inputs_that_change(tmp_path, plain, change, form):
     original = weights(plain[1]).read_bytes()
     adapters = from_files(plain)
     change(weights(plain[1]))
     with pytest.raises(FormatError, match="was changed while it was being read") as error:
-        decompose_to(tmp_path / "out", adapters, form=form)
+        decompose_to(tmp_path / "out", adapters, **vars(FORMS[form]))
     assert str(weights(plain[1])) in str(error.value)
     assert_nothing_but(tmp_path, "in")
     weights(plain[1]).write_bytes(original)
-    assert from_files_to_files(tmp_path / "out", plain, form).written.keys() >= {"a-unique"}
+    assert from_files_to_files(tmp_path / "out", plain, FORMS[form]).written.keys() >= {"a-unique"}
 
 
 @pytest.mark.parametrize("change", MOVED)
@@ -250,8 +257,6 @@ def test_an_input_that_is_not_there_any_more_is_an_error_of_one_line(tmp_path, p
 
 # --- outputs ------------------------------------------------------------------------------------
 
-FORMS = {"direct": Form(), "put by": Form(compact=True), "converted": Form(dtype=torch.float64)}
-
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [0, 100, 1024])
@@ -305,7 +310,7 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
         original(file)
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(parts, "_PAUSE", 0)
+    monkeypatch.setattr(sinks, "_PAUSE", 0)
     first, second = from_files(plain)
     slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
@@ -414,7 +419,7 @@ def test_in_the_place_of_a_file_it_is_said(tmp_path, plain):
     assert_nothing_but(tmp_path, "in", "out")
 
 
-@pytest.mark.parametrize("form", ["direct", "put by"])
+@pytest.mark.parametrize("form", ["direct", "spooled"])
 def test_if_the_place_of_the_work_is_taken_away_it_is_said(tmp_path, plain, form):
     first, second = from_files(plain)
 
@@ -426,7 +431,7 @@ def test_if_the_place_of_the_work_is_taken_away_it_is_said(tmp_path, plain, form
         decompose_to(
             tmp_path / "out",
             [first, before_reading(second, module_of(second), act)],
-            form=FORMS[form],
+            **vars(FORMS[form]),
         )
     assert_nothing_but(tmp_path, "in")
 

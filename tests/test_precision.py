@@ -109,7 +109,8 @@ ELSEWHERE = {
     "Adapter.unlike", "Adapter.writer", "Delta.dtype", "Delta.each", "Delta.on", "Delta.outline",
     "Delta.rank", "Delta.same_as", "Delta.shape", "Delta.to", "Decomposition.each_output",
     "Decomposition.nothing_shared", "Decomposition.spectrum", "add_adapter", "combine_adapters",
-    "convert", "decompose_adapters", "extract_adapter", "negate_adapter", "save_adapters",
+    "convert", "decompose_adapters", "decompose_to", "extract_adapter", "negate_adapter",
+    "save_adapters",
 }  # fmt: skip
 _OPERATORS = ("__add__", "__sub__", "__mul__", "__rmul__", "__truediv__", "__neg__", "__eq__")
 

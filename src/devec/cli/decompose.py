@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from devec.decomposition.findings import ModuleSplit
     from devec.decomposition.question import Threshold
     from devec.decomposition.result import Decomposition
-    from devec.streaming.decompose_to import Written
+    from devec.streaming.written import WrittenDecomposition
 
 
 def decompose(
@@ -77,13 +77,12 @@ def decompose(
     """
     require_report(json, sources, overwrite=overwrite)
     begin_reading(sources)
-    from devec.streaming.decompose_to import Form, decompose_to
+    from devec.streaming.decompose_to import decompose_to
     from devec.streaming.processes import Team, launched
 
     gc.freeze()  # of what libraries have made so far nothing will ever be garbage
 
-    form = Form(storage_dtype(dtype), compact, as_lora, format)
-    level = parse_threshold(threshold)
+    storage_type, level = storage_dtype(dtype), parse_threshold(threshold)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     modules = {m for a in adapters for m in a.modules}
     bar = progress_bar("decomposing", -(-len(modules) // launched()))
@@ -95,7 +94,10 @@ def decompose(
             method=method,
             scope=scope,
             target=target,
-            form=form,
+            dtype=storage_type,
+            compact=compact,
+            as_lora=as_lora,
+            format=format,
             device=device,
             overwrite=overwrite,
             report=(json, lambda written: json_writer(_report(written))) if json else None,
@@ -114,7 +116,7 @@ def decompose(
         typer.echo("Activate unique parts first: a DoRA rescales what is listed before it.")
 
 
-def _tell(written: Written, json: Path | None) -> None:
+def _tell(written: WrittenDecomposition, json: Path | None) -> None:
     """Say what became of all outputs."""
     paths = [*written.written.values(), *([json] if json else [])]
     if not paths:
@@ -153,7 +155,7 @@ def parse_threshold(text: str) -> Threshold:
         ) from None
 
 
-def print_parts(parts: Decomposition | Written) -> None:
+def print_parts(parts: Decomposition | WrittenDecomposition) -> None:
     """Print what was found, by group and type of module.
 
     Args:
@@ -196,7 +198,7 @@ def print_parts(parts: Decomposition | Written) -> None:
         typer.echo(nothing_shared(parts.splits, parts.record["parameters"]["threshold"]))
 
 
-def _print_partial(parts: Decomposition | Written) -> None:
+def _print_partial(parts: Decomposition | WrittenDecomposition) -> None:
     """Say how many modules were not compared, since not all adapters have them."""
     modules = {module for adapter in parts.unique.values() for module in adapter.modules}
     partial = len(modules - {split.module for split in parts.splits})
@@ -216,7 +218,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _print_carried(parts: Decomposition | Written) -> None:
+def _print_carried(parts: Decomposition | WrittenDecomposition) -> None:
     """Name what is not a delta and went with the unique part."""
     for name, adapter in parts.unique.items():
         if adapter.carried:
@@ -224,7 +226,7 @@ def _print_carried(parts: Decomposition | Written) -> None:
             typer.echo(f"Carried over whole to {name}-unique (not a delta): {keys}")
 
 
-def _report(parts: Written) -> dict[str, Any]:
+def _report(parts: WrittenDecomposition) -> dict[str, Any]:
     """Where it came from and all that was found, a row per module and group."""
     records = parts.provenance
     return {

@@ -11,7 +11,8 @@ from devec.adapters.pool import require_distinct_names
 from devec.arguments import number
 from devec.decomposition.findings import nothing_shared
 from devec.decomposition.in_memory import decompose
-from devec.decomposition.question import Threshold, planned_outputs
+from devec.decomposition.question import PartName, Threshold
+from devec.decomposition.request import planned_parts
 from devec.decomposition.result import Decomposition
 from devec.errors import DevecWarning, IncompatibleError, listed
 from devec.hosts.host import Host, host_of
@@ -81,17 +82,18 @@ def decompose_adapters(
     require_distinct_names(pool)
     ends = {"unique": unique_suffix, "shared": shared_suffix}
 
-    def called(part: str) -> str:
-        name, _, kind = part.rpartition("-")
-        return f"{prefix}{name}{ends[kind]}" if name else f"{prefix}{common_name}"
+    def called(part: PartName) -> str:
+        own = common_name if part.kind == "common" else f"{part.owner}{ends[part.kind]}"
+        return f"{prefix}{own}"
 
-    planned = planned_outputs(list(adapters), scope, target).values()
-    require_names([called(part) for part in planned], live.models.values(), live.names)
+    planned = planned_parts(list(adapters), scope, target)
+    new_names = {part.label: called(part) for part in planned}
+    require_names(list(new_names.values()), live.models.values(), live.names)
     _require_common_modules(pool)
     parts = decompose(pool, threshold=threshold, method=method, scope=scope, target=target)
-    outputs = {called(part): a for part, a in parts.outputs(compact=compact).items()}
+    outputs = {new_names[label]: a for label, a in parts.outputs(compact=compact).items()}
     live.add(outputs)
-    empty = [called(part) for part in planned if called(part) not in outputs]
+    empty = [name for name in new_names.values() if name not in outputs]
     if parts.nothing_shared:
         warnings.warn(nothing_shared(parts.splits, threshold), DevecWarning, stacklevel=2)
     elif empty:

@@ -76,25 +76,39 @@ def chance_level(n: int, p: int, q: int) -> float:
     return 1 / (1 + math.exp(-(centre + spread * _TRACY_WIDOM_99)))
 
 
-def pool_level(
-    n: int, ranks: Sequence[int], method: str, level: Callable[[int, int, int], float]
-) -> float:
-    """A level for two subspaces, carried over to the spectrum of a method on k of them.
+# Dimensions n, p, q → a value for two subspaces of these dimensions: `random_edge`, `chance_level`.
+PairValue = Callable[[int, int, int], float]
 
-    `chain`: |λ| ≤ ‖U1ᵀU2‖·‖U2ᵀU3‖···‖UkᵀU1‖, the geometric mean around the cycle to the power k/2.
-    `mean` and `principal`: the eigenvalue is at most that of directions at the largest pairwise
-    cosine, so the largest pairwise level bounds it. For k = 2 both are the level itself.
+
+def cycle_bound(n: int, ranks: Sequence[int], of_pair: PairValue) -> float:
+    """Bound of an eigenvalue of chained projectors, from a bound for two subspaces.
+
+    |λ| ≤ ‖U1ᵀU2‖·‖U2ᵀU3‖···‖UkᵀU1‖: the product of √of_pair over neighbours in the cycle.
 
     Args:
         n: Dimension of the space.
         ranks: Dimensions ρ_i of the subspaces, two or more.
-        method: One of `METHODS`.
-        level: `random_edge` or `chance_level`.
+        of_pair: Bound of the squared cosine between two subspaces.
 
     Returns:
-        The bound, on the scale of the method's spectrum.
+        The bound of λ; for k = 2 that of the pair.
     """
-    if method == "chain":
-        cycle = zip(ranks, [*ranks[1:], ranks[0]], strict=True)
-        return math.prod(math.sqrt(level(n, p, q)) for p, q in cycle)
-    return max(level(n, p, q) for i, p in enumerate(ranks) for q in ranks[i + 1 :])
+    cycle = zip(ranks, [*ranks[1:], ranks[0]], strict=True)
+    return math.prod(math.sqrt(of_pair(n, p, q)) for p, q in cycle)
+
+
+def largest_pair_bound(n: int, ranks: Sequence[int], of_pair: PairValue) -> float:
+    """Bound of the squared cosine that `mean` and `principal` report, from one for two subspaces.
+
+    An eigenvalue of the mean projector is at most that of k directions at the largest pairwise
+    cosine, so the largest pairwise bound holds for all of them.
+
+    Args:
+        n: Dimension of the space.
+        ranks: Dimensions ρ_i of the subspaces, two or more.
+        of_pair: Bound of the squared cosine between two subspaces.
+
+    Returns:
+        The bound; for k = 2 that of the pair.
+    """
+    return max(of_pair(n, p, q) for i, p in enumerate(ranks) for q in ranks[i + 1 :])

@@ -10,7 +10,7 @@ for in order, one or two at a time where the method allows it, so that a sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from devec.errors import IncompatibleError
+from devec.linalg.chance import PairValue, cycle_bound, largest_pair_bound
 from devec.linalg.dtypes import small
 from devec.linalg.factors import eig
 from devec.linalg.precision import full_precision
@@ -35,7 +36,6 @@ _ALONE = 1e-9
 Level = float | Callable[[], float]
 
 
-@runtime_checkable
 @runtime_checkable
 class Bases(Protocol):
     """Orthonormal bases U_i of shape (n, ρ_i), or stacks (batch, n, ρ_i), in a list or computed."""
@@ -304,8 +304,33 @@ def _leading(
     return Y[..., :size] * wanted[..., None, :]
 
 
-METHODS: dict[str, Callable[[Bases, Level], SharedSubspace]] = {
-    "chain": chain,
-    "mean": mean,
-    "principal": principal,
+@dataclass(frozen=True)
+class Method:
+    """A way to find the subspace that several subspaces share.
+
+    Attributes:
+        name: What users call it.
+        find: The function from orthonormal bases and a threshold to the shared subspace.
+        bound: From the dimensions n and ρ_i, and a bound for two subspaces, a bound of the spectrum
+            of the method for all of them.
+        most: Largest number of subspaces that it compares; None for any number.
+    """
+
+    name: str
+    find: Callable[[Bases, Level], SharedSubspace]
+    bound: Callable[[int, Sequence[int], PairValue], float]
+    most: int | None = None
+
+    def __call__(self, bases: Bases, threshold: Level) -> SharedSubspace:
+        """The shared subspace."""
+        return self.find(bases, threshold)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("chain", chain, cycle_bound),
+        Method("mean", mean, largest_pair_bound),
+        Method("principal", principal, largest_pair_bound, most=2),
+    )
 }
