@@ -24,7 +24,7 @@ from devec.decomposition.stacks import sound
 from devec.decomposition.weighted_mean import WeightedMean
 from devec.deltas.delta import Delta
 from devec.linalg.chance import chance_level, pool_level, random_edge
-from devec.linalg.subspaces import METHODS, SharedSubspace, deflate, held_by_all
+from devec.linalg.subspaces import METHODS, SharedSubspace, deflate, shared_by_all
 
 # Differences of squares of norms are known to this fraction of the squares.
 _SURE = 1e-4
@@ -114,7 +114,7 @@ def _shared_subspace(question: Question, stack: Stack, names: Sequence[str]) -> 
         return dataclasses.replace(found, spectrum=found.spectrum[..., :0])
     if question.threshold != "auto" or len(names) <= 2:
         return found
-    return held_by_all(found, bases, _chance_of_one)
+    return shared_by_all(found, bases, _chance_of_one)
 
 
 def _chance_of_one(n: int, rank: int) -> float:

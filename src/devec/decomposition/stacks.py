@@ -14,7 +14,7 @@ from devec.deltas.delta import Delta
 from devec.deltas.sums import base_of, resolved_together
 from devec.errors import located
 from devec.lazy import outlines
-from devec.linalg.dtypes import basis_dtype, small
+from devec.linalg.dtypes import basis_dtype, to_float64
 from devec.linalg.factors import norm
 from devec.linalg.precision import full_precision
 
@@ -53,7 +53,7 @@ class ExactStack(Stack):
         with located(f"module {self.modules[0]!r} of {name!r}"):
             U, S = delta.column_space()
         norm = delta.weight_norm(abs(delta.scaling) * float(S.norm()))
-        self._measured[name] = Measured(len(S), [norm], small(A @ A.mT)[None])
+        self._measured[name] = Measured(len(S), [norm], to_float64(A @ A.mT)[None])
         return U[None]
 
     def norms(self, name: str) -> list[float]:

@@ -13,7 +13,7 @@ import torch
 from devec.decomposition.stack import Stack
 from devec.errors import DevecError
 from devec.linalg.precision import full_precision
-from devec.linalg.threads import crew, in_crew, use_threads
+from devec.linalg.threads import in_worker_thread, shared_executor, use_threads
 
 V = TypeVar("V")
 
@@ -102,7 +102,7 @@ def _on_cpu(call: Callable[[Stack], V], work: Sequence[Stack], workers: int) -> 
         with gate, torch.no_grad():
             return call(stack)
 
-    if in_crew():  # a call within a call
+    if in_worker_thread():  # a call within a call
         for stack in work:
             yield compute(stack)
         return
@@ -112,7 +112,7 @@ def _on_cpu(call: Callable[[Stack], V], work: Sequence[Stack], workers: int) -> 
             # products of stacks of small modules are over before other threads have begun
             threads = 1 if len(stack.modules) > 1 else share
             with memory_for("a thread"):
-                futures.append(crew("stacks", workers, threads).submit(compute, stack))
+                futures.append(shared_executor("stacks", workers, threads).submit(compute, stack))
         for future in futures:  # in order, so that the same error is told each time
             yield future.result()
     finally:

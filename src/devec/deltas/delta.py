@@ -31,7 +31,7 @@ from devec.deltas.gains import (
 )
 from devec.deltas.matrix import Change
 from devec.errors import IncompatibleError
-from devec.linalg.dtypes import CANCELLED, basis_dtype, working_dtype
+from devec.linalg.dtypes import CANCELLATION, basis_dtype, working_dtype
 from devec.linalg.factors import ColumnSpace, column_space, norm, product_inner, product_norm
 from devec.linalg.precision import full_precision
 
@@ -245,7 +245,7 @@ class Delta:
             return low_rank
         gained = (float(g.values.square() @ g.squares) for g in self.gain.axes.values())
         squared = low_rank**2 + _gain_inner(self, self)
-        if squared > CANCELLED * (low_rank**2 + sum(gained)):
+        if squared > CANCELLATION * (low_rank**2 + sum(gained)):
             return math.sqrt(squared)
         change = self.folded().change()
         return 0.0 if change is None else change.norm()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from devec.deltas.base_weight import BaseWeight, HeldWeight, transposed
 from devec.errors import FormatError, IncompatibleError, warn
-from devec.linalg.dtypes import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
-from devec.linalg.factors import nearly_dependent
+from devec.linalg.dtypes import BLOCK_ROWS, CANCELLATION, RANK_RTOL, basis_dtype, working_dtype
+from devec.linalg.factors import has_nearly_dependent_rows
 from devec.linalg.precision import full_precision
 
 Axis = Literal["out", "in"]
@@ -136,7 +136,7 @@ def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "
     """
     dtype = working_dtype(A)
     W, A = base.read(dtype, A.device), A.to(dtype)
-    if dtype == basis_dtype(A.device) or not nearly_dependent(A):
+    if dtype == basis_dtype(A.device) or not has_nearly_dependent_rows(A):
         return W @ A.mT
     Q, R = torch.linalg.qr(A.mT.to(basis_dtype(A.device)))
     overlap: Tensor = (W @ Q.to(dtype)).to(R) @ R
@@ -254,7 +254,7 @@ def row_norms(
         R = torch.linalg.qr(a.mT.to(known.overlap), mode="r").R
         low = (b.to(R) @ R.mT).square().sum(dim=1)
     squares = own + 2 * D * row_dots(b, known.overlap) + low
-    lossy = (squares < CANCELLED * (own + low)).nonzero()[:, 0]
+    lossy = (squares < CANCELLATION * (own + low)).nonzero()[:, 0]
     if len(lossy):
         W = base.read(dtype, B.device)
         for rows in torch.split(lossy, BLOCK_ROWS):

@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from devec.linalg.buffers import empty, product
-from devec.linalg.dtypes import RANK_RTOL, basis_dtype, near, small, working_dtype
+from devec.linalg.buffers import empty, matmul
+from devec.linalg.dtypes import RANK_RTOL, basis_dtype, on_float64_device, to_float64, working_dtype
 from devec.linalg.factors import core_svd
 from devec.linalg.precision import full_precision
 
 # How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
 # far entries of UᵀU may be from those of the identity before there is a second pass at all.
-_LARGEST_LOSS = 1e-2
-_ORTHONORMAL = {torch.float32: 9e-7, torch.float64: 1e-12}
+_LARGEST_FIRST_LOSS = 1e-2
+_ORTHONORMALITY = {torch.float32: 9e-7, torch.float64: 1e-12}
 
 # Float32 sums of so many products lose no more than the last digit or two; what is summed in
 # blocks of as many rows is added up in float64. A CPU's kernels for wide factors sum in blocks
@@ -34,7 +34,7 @@ _WIDE = 64
 _STRIP = 64
 
 # Squared lengths of columns whose entries have squares that neither vanish nor overflow.
-_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
+_SAFE_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
 
 # A·Aᵀ has one pass, and norms are read off it: its loss is theirs. Where it would be larger the
 # product is computed in float64, which takes twice as long.
@@ -117,7 +117,7 @@ def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSV
     return FactoredSVD(X, U, S, Vh, Q_A.mT)
 
 
-class _Triangle(NamedTuple):
+class _Cholesky(NamedTuple):
     """An upper triangle R with XᵀX = RᵀR, its inverse, and what rounding in XᵀX does to X·R⁻¹."""
 
     R: Tensor
@@ -155,24 +155,24 @@ def column_bases(
     """
     dtype = B.dtype
     rtol = RANK_RTOL[dtype] if rtol is None else rtol
-    gram = _mirrored(small(_upper(A.mT)))
-    right = _triangle(gram, dtype)
+    gram = _symmetric(to_float64(_upper_gram(A.mT)))
+    right = _cholesky(gram, dtype)
     if dtype == torch.float32 and bool((right.loss >= _LARGEST_LOSS_OF_NORMS).any()):
-        gram = _mirrored(_upper(small(A).mT))
-        right = _triangle(gram, gram.dtype)
+        gram = _symmetric(_upper_gram(to_float64(A).mT))
+        right = _cholesky(gram, gram.dtype)
     del A  # as large as a basis, and not needed any more; neither is B below
-    first = _triangle(_gram(B), dtype)
-    sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
-    U = product(B, first.inverse.to(B))
+    first = _cholesky(_blocked_gram(B), dtype)
+    sound = (first.loss < _LARGEST_FIRST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
+    U = matmul(B, first.inverse.to(B))
     del B
-    second = _gram(U)
-    off = _off(second)
+    second = _blocked_gram(U)
+    off = _distance_from_identity(second)
     R, inverse = first.R, first.inverse
-    if bool((sound & (off > _ORTHONORMAL[dtype])).any()):
-        again = _triangle(second, dtype)
-        U = product(U, again.inverse.to(U))
+    if bool((sound & (off > _ORTHONORMALITY[dtype])).any()):
+        again = _cholesky(second, dtype)
+        U = matmul(U, again.inverse.to(U))
         # what is still off is beyond this arithmetic, or that is coarser than it says (TF32)
-        sound &= _off(_gram(U)) <= _ORTHONORMAL[dtype]
+        sound &= _distance_from_identity(_blocked_gram(U)) <= _ORTHONORMALITY[dtype]
         R, inverse = again.R @ R, inverse @ again.inverse
     core = R @ right.R.mT
     norms = torch.linalg.matrix_norm(core)
@@ -185,24 +185,24 @@ def column_bases(
     return ColumnBases(U, norms, gram, sound)
 
 
-class _Side(NamedTuple):
+class _ConditionedFactor(NamedTuple):
     """A factor and the triangle of its Gram matrix."""
 
     X: Tensor
-    triangle: _Triangle
+    triangle: _Cholesky
 
 
-def _well_conditioned(X: Float[Tensor, "m r"]) -> _Side | None:
+def _well_conditioned(X: Float[Tensor, "m r"]) -> _ConditionedFactor | None:
     """A factor in the first precision that its condition allows, None if none does."""
     for dtype in _LARGEST_LOSS_OF_SVD if X.device.type != "mps" else ():
         held = X.to(dtype)
-        triangle = _Triangle(*(part[0] for part in _triangle(_gram(held[None]), dtype)))
+        triangle = _Cholesky(*(part[0] for part in _cholesky(_blocked_gram(held[None]), dtype)))
         if float(triangle.loss) < _LARGEST_LOSS_OF_SVD[dtype]:
-            return _Side(held, triangle)
+            return _ConditionedFactor(held, triangle)
     return None
 
 
-def _off(gram: Tensor) -> Tensor:
+def _distance_from_identity(gram: Tensor) -> Tensor:
     """How far the entries of Gram matrices are from those of the identity."""
     return (gram - _identity(gram)).abs().amax(dim=(-2, -1))
 
@@ -212,21 +212,21 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+def _blocked_gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     """XᵀX in float64, from sums over blocks of rows."""
     batch, m, r = X.shape
     longest = _BLOCK_OF_WIDE if r >= _WIDE and X.device.type == "cpu" else _BLOCK
     rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
     if X.dtype == torch.float64 or m <= longest:
-        return _mirrored(small(_upper(X)))
+        return _symmetric(to_float64(_upper_gram(X)))
     if rows < longest // 8:  # no number of blocks divides the rows
-        return _mirrored(_upper(small(X)))
+        return _symmetric(_upper_gram(to_float64(X)))
     blocks = X.reshape(batch * (m // rows), rows, r)
-    products = _upper(blocks).reshape(batch, m // rows, r, r)
-    return _mirrored(near(products).sum(dim=1, dtype=torch.float64))
+    products = _upper_gram(blocks).reshape(batch, m // rows, r, r)
+    return _symmetric(on_float64_device(products).sum(dim=1, dtype=torch.float64))
 
 
-def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+def _upper_gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     """XᵀX; of wide X the upper triangle, and what is below it means nothing."""
     r = X.shape[-1]
     if r <= _STRIP:
@@ -238,14 +238,14 @@ def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     return result
 
 
-def _mirrored(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
-    """The whole matrices of which `_upper` made at least the upper triangles."""
+def _symmetric(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
+    """The whole matrices of which `_upper_gram` made at least the upper triangles."""
     if upper.shape[-1] <= _STRIP:
         return upper
     return upper.triu() + upper.triu(1).mT
 
 
-def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
+def _cholesky(gram: Tensor, dtype: torch.dtype) -> _Cholesky:
     """The Cholesky factor of Gram matrices that were computed in a precision."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     scale = squares.rsqrt()
@@ -254,7 +254,7 @@ def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
     # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
     sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
     loss = torch.finfo(dtype).eps * sums[0] * sums[1]
-    smallest, largest = _SQUARES[dtype]
+    smallest, largest = _SAFE_SQUARES[dtype]
     inside = ((squares > smallest) & (squares < largest)).all(dim=-1)
     loss = torch.where((info == 0).to(loss.device) & loss.isfinite() & inside, loss, torch.inf)
-    return _Triangle(R / scale[..., None, :], scale[..., None] * inverse, loss)
+    return _Cholesky(R / scale[..., None, :], scale[..., None] * inverse, loss)

@@ -22,12 +22,12 @@ from torch import Tensor
 from devec.linalg.precision import full_precision
 
 # Smaller ones do well in the allocator.
-_LARGE = 1 << 20
+_LARGE_BYTES = 1 << 20
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-class Blocks:
+class MemoryBlocks:
     """Blocks of memory that tensors of one job have left, apart for each thread."""
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class Blocks:
         self._of.clear()
 
 
-class _Held(threading.local):
+class _ThreadMemory(threading.local):
     """The blocks that a thread uses.
 
     Attributes:
-        active: Whether it is within `reused`.
+        active: Whether it is within `reuse_memory`.
         free: Size in bytes → blocks that no tensor uses.
         sizes: Sizes that were asked for since that began.
     """
@@ -58,11 +58,11 @@ class _Held(threading.local):
         self.sizes: set[int] = set()
 
 
-_held = _Held()
+_memory = _ThreadMemory()
 
 
 @contextmanager
-def reused(blocks: Blocks) -> Iterator[None]:
+def reuse_memory(blocks: MemoryBlocks) -> Iterator[None]:
     """Let large tensors on the CPU use the memory that earlier ones in this thread have left.
 
     Where a block is missing, those of sizes that nothing has asked for since this began are freed:
@@ -74,11 +74,11 @@ def reused(blocks: Blocks) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    _held.active, _held.sizes, _held.free = True, set(), blocks.of_this_thread()
+    _memory.active, _memory.sizes, _memory.free = True, set(), blocks.of_this_thread()
     try:
         yield
     finally:
-        _held.active, _held.free = False, {}
+        _memory.active, _memory.free = False, {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -97,21 +97,21 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if not _held.active or size < _LARGE or torch.device(device).type != "cpu":
+    if not _memory.active or size < _LARGE_BYTES or torch.device(device).type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    _held.sizes.add(size)
-    free = _held.free.setdefault(size, [])
+    _memory.sizes.add(size)
+    free = _memory.free.setdefault(size, [])
     if not free:
-        for other in _held.free.keys() - _held.sizes:
-            del _held.free[other]
-    view = memoryview(block := free.pop() if free else _block(size))
+        for other in _memory.free.keys() - _memory.sizes:
+            del _memory.free[other]
+    view = memoryview(block := free.pop() if free else _new_block(size))
     # torch holds the view for as long as any tensor lies in it
     weakref.finalize(view, free.append, block).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
 
 
 @full_precision
-def product(X: Tensor, Y: Tensor) -> Tensor:
+def matmul(X: Tensor, Y: Tensor) -> Tensor:
     """X·Y.
 
     Args:
@@ -121,7 +121,7 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     Returns:
         The product.
     """
-    if not _held.active or X.device.type != "cpu":
+    if not _memory.active or X.device.type != "cpu":
         return X @ Y
     return torch.matmul(X, Y, out=empty((*X.shape[:-1], Y.shape[-1]), X.dtype))
 
@@ -134,7 +134,7 @@ def return_memory() -> None:
             trim(0)
 
 
-def _block(size: int) -> mmap.mmap:
+def _new_block(size: int) -> mmap.mmap:
     """A new block of memory."""
     try:
         return mmap.mmap(-1, size, **_PRIVATE)

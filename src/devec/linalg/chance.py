@@ -9,7 +9,7 @@ from functools import cache
 from devec.linalg.random_subspaces import LARGEST_EXACT, largest_cosine_quantile
 
 # Of `chance_level`, and that quantile of Tracy-Widom's law of order 1 (Johnstone 2008, Table 1).
-_LEVEL = 0.99
+_PROBABILITY = 0.99
 _LARGEST_Q = 1024
 _TRACY_WIDOM_99 = 2.0234
 
@@ -64,7 +64,7 @@ def chance_level(n: int, p: int, q: int) -> float:
         return math.inf
     p, q = min(p, q), max(p, q)
     if p <= LARGEST_EXACT and q <= _LARGEST_Q:
-        return largest_cosine_quantile(n, p, q, _LEVEL)
+        return largest_cosine_quantile(n, p, q, _PROBABILITY)
     # Johnstone's (p, m, n) are here p, n - q, q, so m + n - 1 = n - 1.
     size = n - 1
     gamma = 2 * math.asin(math.sqrt((p - 0.5) / size))

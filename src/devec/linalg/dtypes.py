@@ -13,7 +13,7 @@ RANK_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 # Where less than this of the terms of a squared norm is left, digits are lost to cancellation, and
 # the entries themselves are summed, so many rows at a time.
-CANCELLED = 0.1
+CANCELLATION = 0.1
 BLOCK_ROWS = 128
 
 
@@ -27,14 +27,14 @@ def basis_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def near(matrix: Tensor) -> Tensor:
-    """A small matrix where there is float64: where it lies or, if that has none, on the CPU."""
+def on_float64_device(matrix: Tensor) -> Tensor:
+    """A small matrix on a device with float64: its own or, if that has none, the CPU."""
     return matrix.cpu() if matrix.device.type == "mps" else matrix
 
 
-def small(matrix: Tensor) -> Tensor:
-    """A small matrix in float64, where that is."""
-    return near(matrix).double()
+def to_float64(matrix: Tensor) -> Tensor:
+    """A small matrix in float64, on a device that has it."""
+    return on_float64_device(matrix).double()
 
 
 def require_device(device: torch.device | str) -> None:

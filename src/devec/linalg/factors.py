@@ -19,21 +19,21 @@ from torch import Tensor
 from devec.errors import IncompatibleError
 from devec.linalg.dtypes import RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.precision import full_precision
-from devec.linalg.threads import crew
+from devec.linalg.threads import shared_executor
 
 # The Gram route squares condition numbers. Up to this loss of orthogonality one polishing step
 # restores all digits; beyond it, the route is not taken. Below the second figure there is no loss.
-_LARGEST_LOSS = 1e-8
-_NO_LOSS = 1e-13
+_LARGEST_GRAM_LOSS = 1e-8
+_NEGLIGIBLE_LOSS = 1e-13
 
 # Singular values of a product below this many roundings of its terms are rounding themselves.
-_ROUNDING = 10
+_ROUNDINGS_OF_ZERO = 10
 
 # Squares of singular values of rows of length 1 below which the rows nearly depend on each other.
-_DEPENDENT = 0.1
+_SMALLEST_SQUARE = 0.1
 
 # Matrices of fewer rows are decomposed before a thread would have begun.
-_LARGE = 64
+_PARALLEL_ROWS = 64
 
 
 class ProductSVD(NamedTuple):
@@ -66,11 +66,11 @@ def eig(
     Cost: O(r³) each.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or matrices.ndim != 3 or matrices.shape[-1] < _LARGE:
+    if threads == 1 or matrices.ndim != 3 or matrices.shape[-1] < _PARALLEL_ROWS:
         values, vectors = torch.linalg.eig(matrices)
         return values, vectors
     # the threads of one such decomposition wait for each other longer than they compute
-    found = list(crew("eig", threads, 1).map(torch.linalg.eig, matrices))
+    found = list(shared_executor("eig", threads, 1).map(torch.linalg.eig, matrices))
     return torch.stack([values for values, _ in found]), torch.stack([V for _, V in found])
 
 
@@ -124,12 +124,12 @@ def column_space(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> ColumnSpac
     """
     dtype = basis_dtype(B.device)
     rtol = RANK_RTOL[working_dtype(B, A)]
-    gram = _gram(A.to(dtype).mT)  # before B is converted: one large temporary at a time
+    gram = _column_gram(A.to(dtype).mT)  # before B is converted: one large temporary at a time
     B = B.to(dtype)
     return _column_space_by_gram(B, gram) or _column_space_by_qr(B, A.to(dtype), rtol)
 
 
-def _gram(matrix: Tensor) -> Tensor:
+def _column_gram(matrix: Tensor) -> Tensor:
     """The Gram matrix of the columns."""
     return matrix.mT @ matrix
 
@@ -147,7 +147,7 @@ def _column_space_by_gram(B: Tensor, gram: Tensor) -> ColumnSpace | None:
     L, info = torch.linalg.cholesky_ex(gram)
     if int(info) or B.shape[0] < B.shape[1]:
         return None
-    gram_B = _gram(B)
+    gram_B = _column_gram(B)
     if not bool(gram_B.isfinite().all()):
         return None
     values, V = torch.linalg.eigh(L.mT @ gram_B @ L)
@@ -155,12 +155,12 @@ def _column_space_by_gram(B: Tensor, gram: Tensor) -> ColumnSpace | None:
         return None
     # What rounding in the Gram matrices costs: the factors may be large where their product is not.
     loss = float(torch.finfo(B.dtype).eps * gram_B.norm() * gram.norm() / values[0])
-    if not loss < _LARGEST_LOSS:
+    if not loss < _LARGEST_GRAM_LOSS:
         return None
     S = values.sqrt().flip(0)
     U = B @ (L @ V.flip(1) / S)
-    if loss > _NO_LOSS:
-        U = U @ (1.5 * torch.eye(len(S)).to(U) - 0.5 * _gram(U))
+    if loss > _NEGLIGIBLE_LOSS:
+        U = U @ (1.5 * torch.eye(len(S)).to(U) - 0.5 * _column_gram(U))
     return ColumnSpace(U, S)
 
 
@@ -195,18 +195,20 @@ def core_svd(R_B: Float[Tensor, "p r"], R_A: Float[Tensor, "q r"]) -> ProductSVD
         )
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     terms = (R_B.norm(dim=0) * R_A.norm(dim=0)).sum()
-    return ProductSVD(U, torch.where(S > _ROUNDING * torch.finfo(S.dtype).eps * terms, S, 0), Vh)
+    return ProductSVD(
+        U, torch.where(S > _ROUNDINGS_OF_ZERO * torch.finfo(S.dtype).eps * terms, S, 0), Vh
+    )
 
 
 @full_precision
-def nearly_dependent(A: Float[Tensor, "r n"]) -> bool:
+def has_nearly_dependent_rows(A: Float[Tensor, "r n"]) -> bool:
     """Whether rows, brought to one length, have a singular value below about a third."""
     # sums of such rows may cancel most of their terms
     lengths = torch.linalg.vector_norm(A, dim=1, keepdim=True)
     rows = A / torch.where(lengths > 0, lengths, 1)
     identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
     gram = rows @ rows.mT + identity * (lengths == 0)
-    return bool(torch.linalg.cholesky_ex(gram - _DEPENDENT * identity).info)
+    return bool(torch.linalg.cholesky_ex(gram - _SMALLEST_SQUARE * identity).info)
 
 
 def numerical_rank(S: Float[Tensor, " k"], rtol: float) -> int:

@@ -22,12 +22,12 @@ from devec.errors import IncompatibleError
 from devec.linalg.dtypes import BLOCK_ROWS, RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.factors import ProductSVD, numerical_rank, product_svd
 from devec.linalg.precision import full_precision
-from devec.linalg.range_finder import leading_rows, orthonormal
+from devec.linalg.range_finder import leading_row_space, orthonormal_basis
 
 Operand: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Factors(NamedTuple):
+class FactorPair(NamedTuple):
     """A matrix as a product of two factors.
 
     Attributes:
@@ -48,7 +48,7 @@ def hadamard_product(
     B2: Float[Tensor, "m r2"],
     A2: Float[Tensor, "r2 n"],
     max_rank: int,
-) -> Factors:
+) -> FactorPair:
     """Factors of the entrywise product ``(B1·A1) ⊙ (B2·A2)``.
 
     Exact at rank r1·r2: row i of B is B1[i] ⊗ B2[i], column j of A is A1[:, j] ⊗ A2[:, j]. Beyond
@@ -82,27 +82,27 @@ def hadamard_product(
         raise IncompatibleError(
             f"an entrywise product needs matrices of one shape, got {shapes[0]} and {shapes[1]}"
         )
-    _require_rank(max_rank)
+    _require_positive_rank(max_rank)
     dtype = working_dtype(B1, A1, B2, A2)
     (m, n), rank = shapes[0], B1.shape[1] * B2.shape[1]
     if rank <= max_rank:
         B1, A1, B2, A2 = (t.to(dtype) for t in (B1, A1, B2, A2))
-        return Factors(_rowwise(B1, B2), _columnwise(A1, A2), 0.0)
+        return FactorPair(_rowwise(B1, B2), _columnwise(A1, A2), 0.0)
     precise = basis_dtype(B1.device)
     if rank * (m + n) <= m * n:
         B1, A1, B2, A2 = (t.to(precise) for t in (B1, A1, B2, A2))
         return _truncated(*product_svd(_rowwise(B1, B2), _columnwise(A1, A2)), max_rank, dtype)
     product = _Hadamard(B1, A1, B2, A2)
-    V = leading_rows(product.to(dtype), max_rank, B1.to(dtype))
+    V = leading_row_space(product.to(dtype), max_rank, B1.to(dtype))
     product = product.to(precise)
-    Q = orthonormal(product @ V.to(precise))
+    Q = orthonormal_basis(product @ V.to(precise))
     B, A, _ = _truncated(*product_svd(Q, product.adjoint(Q).mT), max_rank, dtype)
     error = product.relative_error(B, A)
-    return Factors(B, A, error if error > RANK_RTOL[dtype] else 0.0)
+    return FactorPair(B, A, error if error > RANK_RTOL[dtype] else 0.0)
 
 
 @full_precision
-def kronecker_product(left: Operand, right: Operand, max_rank: int) -> Factors:
+def kronecker_product(left: Operand, right: Operand, max_rank: int) -> FactorPair:
     """Factors of the Kronecker product ``left ⊗ right``.
 
     Exact at the product of the ranks: (C_L·C_R) ⊗ (B·A) = (C_L ⊗ B)·(C_R ⊗ A). Beyond `max_rank`,
@@ -128,13 +128,13 @@ def kronecker_product(left: Operand, right: Operand, max_rank: int) -> Factors:
 
     Reference: Golub and Van Loan 2013, "Matrix Computations", §12.3.
     """
-    _require_rank(max_rank)
-    dtype = working_dtype(*_parts(left), *_parts(right))
-    left, right = _smallest("left operand", left), _smallest("right operand", right)
+    _require_positive_rank(max_rank)
+    dtype = working_dtype(*_tensors_of(left), *_tensors_of(right))
+    left, right = _smaller_form("left operand", left), _smaller_form("right operand", right)
     (C_L, C_R), (B, A) = _pair(left), _pair(right)
     if C_L.shape[1] * B.shape[1] <= max_rank:
         C_L, C_R, B, A = (t.to(dtype) for t in (C_L, C_R, B, A))
-        return Factors(_kron(C_L, B), _kron(C_R, A), 0.0)
+        return FactorPair(_kron(C_L, B), _kron(C_R, A), 0.0)
     C, M = _svd(left), _svd(right)
     S, order = torch.outer(C.S, M.S).flatten().sort(descending=True, stable=True)
     i, j = order[:max_rank] // len(M.S), order[:max_rank] % len(M.S)
@@ -185,13 +185,13 @@ class _Hadamard:
         return (lost / total) ** 0.5 if total else 0.0
 
 
-def _truncated(U: Tensor, S: Tensor, Vh: Tensor, max_rank: int, dtype: torch.dtype) -> Factors:
+def _truncated(U: Tensor, S: Tensor, Vh: Tensor, max_rank: int, dtype: torch.dtype) -> FactorPair:
     """Balanced factors of the leading triplets; S holds all singular values of the matrix."""
     S = S[: max(1, numerical_rank(S, RANK_RTOL[dtype]))]
     root = S[:max_rank].sqrt()
     rank = len(root)
     error = float(S[rank:].norm()) / (float(S.norm()) or 1.0)
-    return Factors((U[:, :rank] * root).to(dtype), (root[:, None] * Vh[:rank]).to(dtype), error)
+    return FactorPair((U[:, :rank] * root).to(dtype), (root[:, None] * Vh[:rank]).to(dtype), error)
 
 
 def _rowwise(X: Tensor, Y: Tensor) -> Tensor:
@@ -209,12 +209,12 @@ def _kron(X: Tensor, Y: Tensor) -> Tensor:
     return (X[:, None, :, None] * Y[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def _parts(operand: Operand) -> tuple[Tensor, ...]:
+def _tensors_of(operand: Operand) -> tuple[Tensor, ...]:
     """The tensors that an operand is made of."""
     return operand if isinstance(operand, tuple) else (operand,)
 
 
-def _smallest(name: str, operand: Operand) -> Operand:
+def _smaller_form(name: str, operand: Operand) -> Operand:
     """The operand, multiplied out where the product is smaller than its factors."""
     if not isinstance(operand, tuple):
         if operand.ndim != 2:
@@ -253,7 +253,7 @@ def _pair_shape(name: str, B: Tensor, A: Tensor) -> tuple[int, int]:
     return B.shape[0], A.shape[1]
 
 
-def _require_rank(max_rank: int) -> None:
+def _require_positive_rank(max_rank: int) -> None:
     """Refuse a rank that holds nothing."""
     if max_rank < 1:
         raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")

@@ -19,7 +19,7 @@ _ITERATIONS = 4
 
 
 @runtime_checkable
-class Operator(Protocol):
+class LinearOperator(Protocol):
     """A matrix of which only products are at hand."""
 
     @property
@@ -33,7 +33,7 @@ class Operator(Protocol):
 
 
 @full_precision
-def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n size"]:
+def leading_row_space(matrix: LinearOperator, rank: int, like: Tensor) -> Float[Tensor, "n size"]:
     """Orthonormal columns that span the leading right singular vectors of a matrix, nearly.
 
     Randomised subspace iteration from a fixed seed, so that the same call gives the same result.
@@ -53,15 +53,15 @@ def leading_rows(matrix: Operator, rank: int, like: Tensor) -> Float[Tensor, "n 
     n, shorter = matrix.shape[1], min(matrix.shape)
     size = min(rank + max(_OVERSAMPLING, rank // 4), shorter)
     generator = torch.Generator().manual_seed(_SEED)
-    V = orthonormal(torch.randn(n, size, generator=generator).to(like))
+    V = orthonormal_basis(torch.randn(n, size, generator=generator).to(like))
     # As many as the shorter side need not lead: any of them reach the whole range.
     for _ in range(_ITERATIONS if size < shorter else 0):
-        V = orthonormal(matrix.adjoint(orthonormal(matrix @ V)))
+        V = orthonormal_basis(matrix.adjoint(orthonormal_basis(matrix @ V)))
     return V
 
 
 @full_precision
-def orthonormal(columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
+def orthonormal_basis(columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
     """Orthonormal basis of the columns."""
     Q: Tensor = torch.linalg.qr(columns).Q
     return Q

@@ -20,24 +20,24 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from devec.errors import IncompatibleError
-from devec.linalg.dtypes import small
+from devec.linalg.dtypes import to_float64
 from devec.linalg.factors import eig
 from devec.linalg.precision import full_precision
 
 # Exactly shared directions come out as 1 - O(1e-15) in float64, 1 - O(1e-6) in float32; without
 # this allowance τ = 1, the value of the paper's Proposition 3.1, would select nothing.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+_SPECTRUM_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 # Squared cosines below this are those of directions that one subspace has alone.
-_ALONE = 1e-9
+_SINGLE_SUBSPACE = 1e-9
 
 # A number, or what gives it once the bases, and so their dimensions, are known.
-Level = float | Callable[[], float]
+LazyThreshold = float | Callable[[], float]
 
 
 @runtime_checkable
 @runtime_checkable
-class Bases(Protocol):
+class OrthonormalBases(Protocol):
     """Orthonormal bases U_i of shape (n, ρ_i), or stacks (batch, n, ρ_i), in a list or computed."""
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ def principal_vectors(
 
 
 @full_precision
-def principal(bases: Bases, threshold: Level) -> SharedSubspace:
+def principal(bases: OrthonormalBases, threshold: LazyThreshold) -> SharedSubspace:
     """Shared subspace of two column spaces by principal angles.
 
     Z holds the principal vectors f_i of the first subspace whose cos² θ_i exceeds the threshold.
@@ -120,14 +120,14 @@ def principal(bases: Bases, threshold: Level) -> SharedSubspace:
             "use method='mean' or 'chain', or scope='pairwise'"
         )
     first, second = bases
-    Y, cosines, _ = torch.linalg.svd(small(first.mT @ second), full_matrices=False)
+    Y, cosines, _ = torch.linalg.svd(to_float64(first.mT @ second), full_matrices=False)
     squared = cosines.clamp(max=1).square()
     counts = _shared_count(squared, threshold, first.dtype)
-    return SharedSubspace(first @ _leading(Y, counts).to(first), squared, counts)
+    return SharedSubspace(first @ _leading_columns(Y, counts).to(first), squared, counts)
 
 
 @full_precision
-def chain(bases: Bases, threshold: Level) -> SharedSubspace:
+def chain(bases: OrthonormalBases, threshold: LazyThreshold) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the chained projectors P1·P2···Pk.
 
     The nonzero eigenvalues of the n × n chain are those of the ρ1 × ρ1 matrix
@@ -154,9 +154,9 @@ def chain(bases: Bases, threshold: Level) -> SharedSubspace:
     first = left = next(rest)
     M = torch.eye(first.shape[-1], dtype=torch.float64)
     for right in rest:
-        M = M.to(overlap := small(left.mT @ right)) @ overlap
+        M = M.to(overlap := to_float64(left.mT @ right)) @ overlap
         left = right
-    M = M @ small(left.mT @ first)
+    M = M @ to_float64(left.mT @ first)
     values, vectors = eig(M.cpu())  # which not all devices have
     order = values.real.argsort(descending=True)
     spectrum = values.real.gather(-1, order).clamp(max=1)  # but for rounding
@@ -180,7 +180,7 @@ def _orthonormal_spans(
 
 
 @full_precision
-def mean(bases: Bases, threshold: Level) -> SharedSubspace:
+def mean(bases: OrthonormalBases, threshold: LazyThreshold) -> SharedSubspace:
     """Shared subspace from the eigenvectors of the mean projector (P1 + … + Pk)/k.
 
     Symmetric, independent of the order of the bases, and not shrinking with k. An eigenvalue μ is
@@ -201,14 +201,14 @@ def mean(bases: Bases, threshold: Level) -> SharedSubspace:
     """
     k = len(bases)
     stacked = torch.cat(list(bases), dim=-1)
-    values, Y = torch.linalg.eigh(small(stacked.mT @ stacked))
+    values, Y = torch.linalg.eigh(to_float64(stacked.mT @ stacked))
     values, Y = values.flip(-1), Y.flip(-1)
     spectrum = ((values - 1) / (k - 1)).clamp(0, 1).square()
     counts = _shared_count(spectrum, threshold, stacked.dtype)
-    Y = _leading(Y, counts)
-    lengths = values[..., None, : Y.shape[-1]].clamp(min=_ALONE).sqrt()
+    Y = _leading_columns(Y, counts)
+    lengths = values[..., None, : Y.shape[-1]].clamp(min=_SINGLE_SUBSPACE).sqrt()
     Z = stacked @ (Y / lengths).to(stacked)
-    spectrum = torch.where(spectrum > _ALONE, spectrum, 0)
+    spectrum = torch.where(spectrum > _SINGLE_SUBSPACE, spectrum, 0)
     most = int(spectrum.count_nonzero(-1).max()) if spectrum.numel() else 0
     return SharedSubspace(Z, spectrum[..., :most], counts, padded=True)
 
@@ -216,7 +216,7 @@ def mean(bases: Bases, threshold: Level) -> SharedSubspace:
 @full_precision
 def deflate(
     U: Float[Tensor, "n rho"],
-    others: Bases,
+    others: OrthonormalBases,
     threshold: Callable[[int, int], float],
 ) -> list[SharedSubspace]:
     """What a target subspace shares with each of the others in turn, taken away after each.
@@ -239,10 +239,10 @@ def deflate(
 
     Reference: arXiv 2512.22511, §4.3.
     """
-    K = small(torch.eye(U.shape[1], device=U.device))
+    K = to_float64(torch.eye(U.shape[1], device=U.device))
     steps = []
     for other in others:
-        Y, cosines, _ = torch.linalg.svd(K.mT @ small(U.mT @ other))
+        Y, cosines, _ = torch.linalg.svd(K.mT @ to_float64(U.mT @ other))
         spectrum = cosines.clamp(max=1).square()
         counts = _shared_count(spectrum, threshold(K.shape[1], other.shape[1]), U.dtype)
         shared = int(counts)
@@ -252,8 +252,8 @@ def deflate(
 
 
 @full_precision
-def held_by_all(
-    found: SharedSubspace, bases: Bases, level: Callable[[int, int], float]
+def shared_by_all(
+    found: SharedSubspace, bases: OrthonormalBases, level: Callable[[int, int], float]
 ) -> SharedSubspace:
     """The directions of a shared subspace that every one of the subspaces holds beyond chance.
 
@@ -273,7 +273,7 @@ def held_by_all(
     """
     Z = found.basis
     overlaps = [U.mT @ Z for U in bases]
-    _, V = torch.linalg.eigh(sum(small(overlap.mT @ overlap) for overlap in overlaps))
+    _, V = torch.linalg.eigh(sum(to_float64(overlap.mT @ overlap) for overlap in overlaps))
     V = V.flip(-1).to(Z)
     total = sum(U @ (overlap @ V) for U, overlap in zip(bases, overlaps, strict=True))
     held = torch.ones(*Z.shape[:-2], Z.shape[-1], dtype=torch.bool, device=Z.device)
@@ -284,18 +284,18 @@ def held_by_all(
     order = held.byte().argsort(dim=-1, descending=True, stable=True)
     rotated = (Z @ V).gather(-1, order[..., None, :].expand_as(Z))
     counts = held.sum(-1)
-    return replace(found, basis=_leading(rotated, counts), counts=counts)
+    return replace(found, basis=_leading_columns(rotated, counts), counts=counts)
 
 
 def _shared_count(
-    spectrum: Float[Tensor, "*batch k"], threshold: Level, dtype: torch.dtype
+    spectrum: Float[Tensor, "*batch k"], threshold: LazyThreshold, dtype: torch.dtype
 ) -> Int[Tensor, "*batch"]:
     """How many values of a descending spectrum exceed the threshold, but for rounding of bases."""
     level = threshold() if callable(threshold) else threshold
-    return (spectrum >= level * (1 - _ROUNDING[dtype])).sum(-1)
+    return (spectrum >= level * (1 - _SPECTRUM_ROUNDING[dtype])).sum(-1)
 
 
-def _leading(
+def _leading_columns(
     Y: Float[Tensor, "*batch r k"], counts: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch r shared"]:
     """The first so many columns of every matrix, with zeros up to the largest number of them."""
@@ -304,7 +304,7 @@ def _leading(
     return Y[..., :size] * wanted[..., None, :]
 
 
-METHODS: dict[str, Callable[[Bases, Level], SharedSubspace]] = {
+METHODS: dict[str, Callable[[OrthonormalBases, LazyThreshold], SharedSubspace]] = {
     "chain": chain,
     "mean": mean,
     "principal": principal,

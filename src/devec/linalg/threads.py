@@ -9,19 +9,19 @@ from threading import Lock, local
 import torch
 
 
-class _Own(local):
+class _ThreadState(local):
     """What a thread knows of itself."""
 
-    in_crew = False
+    in_worker_thread = False
 
 
-_OWN = _Own()
-_SETTING = Lock()
-_MAKING = Lock()
-_CREWS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
+_STATE = _ThreadState()
+_SETTING_LOCK = Lock()
+_EXECUTORS_LOCK = Lock()
+_EXECUTORS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
 
 
-def crew(name: str, size: int, count: int) -> ThreadPoolExecutor:
+def shared_executor(name: str, size: int, count: int) -> ThreadPoolExecutor:
     """Threads in each of which torch uses a given number of threads.
 
     They are shared by all calls and stay for the life of the process, since beginning one changes a
@@ -35,22 +35,22 @@ def crew(name: str, size: int, count: int) -> ThreadPoolExecutor:
     Returns:
         The executor, the same for the same arguments, which is never shut down.
     """
-    with _MAKING:
-        executor = _CREWS.get((name, size, count))
+    with _EXECUTORS_LOCK:
+        executor = _EXECUTORS.get((name, size, count))
         if executor is None:
-            executor = ThreadPoolExecutor(size, f"devec-{name}", _begin, (count,))
-            _CREWS[name, size, count] = executor
+            executor = ThreadPoolExecutor(size, f"devec-{name}", _start_worker, (count,))
+            _EXECUTORS[name, size, count] = executor
         return executor
 
 
-def in_crew() -> bool:
+def in_worker_thread() -> bool:
     """Whether the calling thread is one of a crew, which must not wait for others of its crew."""
-    return _OWN.in_crew
+    return _STATE.in_worker_thread
 
 
-def _begin(count: int) -> None:
+def _start_worker(count: int) -> None:
     """Prepare a thread of a crew."""
-    _OWN.in_crew = True
+    _STATE.in_worker_thread = True
     use_threads(count)
 
 
@@ -69,11 +69,11 @@ def use_threads(count: int) -> None:
     """
     if torch.get_num_threads() == count:
         return
-    with _SETTING, ThreadPoolExecutor(1, "devec-threads") as other:
+    with _SETTING_LOCK, ThreadPoolExecutor(1, "devec-threads") as other:
         default = other.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
         other.submit(torch.set_num_threads, default).result()
 
 
 if hasattr(os, "register_at_fork"):  # a child process has none of the threads
-    os.register_at_fork(after_in_child=_CREWS.clear)
+    os.register_at_fork(after_in_child=_EXECUTORS.clear)

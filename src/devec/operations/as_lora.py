@@ -14,7 +14,7 @@ from devec.lazy import outlines
 from devec.linalg.dtypes import RANK_RTOL
 from devec.linalg.factors import numerical_rank, product_svd
 from devec.linalg.precision import full_precision
-from devec.linalg.range_finder import leading_rows, orthonormal
+from devec.linalg.range_finder import leading_row_space, orthonormal_basis
 from devec.operations.compress import Compression, Cut, of_cuts
 
 
@@ -61,8 +61,8 @@ def _nearest(original: Delta, rank: int) -> Cut:
     change, norm = delta.change(), delta.weight_norm()
     if change is None:
         return Cut(original, 0.0, norm)
-    V = leading_rows(change, rank, change.W)
-    Q = orthonormal(change @ V)
+    V = leading_row_space(change, rank, change.W)
+    Q = orthonormal_basis(change @ V)
     U, S, Vh = product_svd(Q, change.adjoint(Q).mT)
     rank = min(rank, numerical_rank(S, RANK_RTOL[delta.dtype]))
     root = S[:rank].sqrt()

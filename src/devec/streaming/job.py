@@ -32,7 +32,7 @@ from devec.errors import IncompatibleError, listed
 from devec.files.staging import Staging, Writer, explained
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
-from devec.linalg.buffers import Blocks, return_memory, reused
+from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
 from devec.linalg.precision import full_precision
 from devec.operations.as_lora import as_lora as nearest_lora
 from devec.operations.as_lora import recorded
@@ -125,7 +125,7 @@ class Job:
         self.keys = planned_outputs(question.names, question.scope, question.target)
         self.parts: dict[Key, Direct | PutBy] = {}
         self.staging: Staging
-        self._blocks = Blocks()
+        self._blocks = MemoryBlocks()
 
     def targets(self, report: Path | None) -> list[Path]:
         """All that may be written.
@@ -232,7 +232,7 @@ class Job:
         found = Findings()
         modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
         what = f"{modules}, which need about {size:.0f} MB beside all else"
-        with memory_for(what), reused(self._blocks):
+        with memory_for(what), reuse_memory(self._blocks):
             for part in split(self.question, stack, found):
                 found.add_part(part)
                 self.parts[part.kind, part.name].take(part.deltas)
