@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from devec.naming.families import Family, flat
-from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
+from devec.naming.module_id import (
+    CLIP_G,
+    CLIP_L,
+    DENOISER,
+    DENOISER_2,
+    DENOISERS,
+    T5,
+    ModuleId,
+    parse_module_id,
+)
 
 DORA_SCALE = ".dora_scale"
 MAGNITUDE_VECTOR = ".lora_magnitude_vector"
@@ -35,18 +44,18 @@ class Naming:
     one_model: bool = False
     quirks: frozenset[str] = frozenset()
 
-    def agrees(self, other: Naming) -> bool:
+    def same_ids_as(self, other: Naming) -> bool:
         """Whether the same module has the same id in both."""
-        return self.alike(other) and _SEVERAL not in self.quirks
+        return self.same_style_as(other) and _SEVERAL not in self.quirks
 
-    def alike(self, other: Naming) -> bool:
+    def same_style_as(self, other: Naming) -> bool:
         """Whether ids are made in the same way, as far as one prefix a component says it."""
         common = self.prefixes.keys() & other.prefixes.keys()
         ways = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
         return ways and all(self.prefixes[c] == other.prefixes[c] for c in common)
 
     @property
-    def for_comfy(self) -> bool:
+    def is_comfy(self) -> bool:
         """Whether it is read as ComfyUI reads: with ``dora_scale``, ``diff`` and the like."""
         return self.flat or self.prefixes.get(DENOISER) in _COMFY
 
@@ -126,14 +135,16 @@ def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
     Returns:
         The naming; for a component with several prefixes the most frequent one.
     """
-    names = [parse(module) for module in modules]
+    names = [parse_module_id(module) for module in modules]
     counts: dict[str, Counter[str]] = {}
     for name in names:
         counts.setdefault(name.component, Counter())[name.prefix] += 1
-    native = _flat_names(family.native) - _flat_names(family.own) if family else frozenset()
+    native = (
+        _flat_names(family.native) - _flat_names(family.diffusers_names) if family else frozenset()
+    )
     scheme = "diffusers"
     if any(n.component in DENOISERS and n.key[1] in native for n in names):
-        scheme = "xlabs" if any(".processor." in n.current for n in names) else "native"
+        scheme = "xlabs" if any(".processor." in n.current_path for n in names) else "native"
     quirks = {quirk for quirk, has in _QUIRKS.items() if any(map(has, names))}
     if any(len(found) > 1 for found in counts.values()):
         quirks.add(_SEVERAL)
@@ -147,8 +158,8 @@ def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
 
 
 _SEVERAL = "several prefixes"
-_QUIRKS: dict[str, Callable[[Name], bool]] = {
-    "processor": lambda name: name.current != name.path,
+_QUIRKS: dict[str, Callable[[ModuleId], bool]] = {
+    "processor": lambda name: name.current_path != name.path,
     "no text_model": lambda name: (
         name.component in (CLIP_L, CLIP_G) and not flat(name.path).startswith("text_")
     ),
@@ -159,7 +170,7 @@ def _flat_names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(flat(name) for name in names)
 
 
-def describe(names: Iterable[Name], down: str) -> str:
+def convention_name(names: Iterable[ModuleId], down: str) -> str:
     """What a convention is called, after the programs that write it.
 
     Args:
@@ -214,7 +225,7 @@ def kohya_naming(family: Family | None, components: Iterable[str]) -> Naming:
     return Naming(
         {component: prefixes[component] for component in components},
         flat=True,
-        scheme="native" if family is not None and family.native_files else "diffusers",
+        scheme="native" if family is not None and family.kohya_native else "diffusers",
     )
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-Names = dict[str, "tuple[Part, ...]"]
+NativeNames = dict[str, "tuple[Segment, ...]"]
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A piece of a module's rows.
 
     Attributes:
@@ -35,18 +35,18 @@ class Family:
     Attributes:
         name: What the family is called.
         native: Dotted name by the model's authors → parts, in the order of the rows.
-        own: Dotted names in diffusers.
-        native_files: Whether kohya's trainers use the authors' names for it.
+        diffusers_names: Dotted names in diffusers.
+        kohya_native: Whether kohya's trainers use the authors' names for it.
         swapped: Authors' names of modules of shape (2·n, n) whose halves diffusers swaps.
     """
 
     name: str
-    native: Names
-    own: frozenset[str]
-    native_files: bool = True
+    native: NativeNames
+    diffusers_names: frozenset[str]
+    kohya_native: bool = True
     swapped: frozenset[str] = frozenset()
 
-    def parts(self, name: str, shape: tuple[int, int]) -> tuple[Part, ...]:
+    def segments(self, name: str, shape: tuple[int, int]) -> tuple[Segment, ...]:
         """What a module is made of.
 
         Args:
@@ -58,13 +58,13 @@ class Family:
         """
         name, _, half = name.partition(":")
         if half:
-            return (Part(f"{self._by_flat_name.get(name, (name, False))[0]}:{half}"),)
+            return (Segment(f"{self._by_flat_name.get(name, (name, False))[0]}:{half}"),)
         module, native = self._by_flat_name.get(name, (name, False))
-        parts = self.native[module] if native else (Part(module),)
+        parts = self.native[module] if native else (Segment(module),)
         halved = parts[0].name in self._halved and shape[0] == 2 * shape[1]
         if not halved:
             return parts
-        halves = (Part(f"{parts[0].name}:scale"), Part(f"{parts[0].name}:shift"))
+        halves = (Segment(f"{parts[0].name}:scale"), Segment(f"{parts[0].name}:shift"))
         return halves[::-1] if native else halves
 
     def module(self, part: str, scheme: str) -> str:
@@ -79,13 +79,13 @@ class Family:
         """
         whole = part.partition(":")[0]
         if scheme == "diffusers":
-            return whole if whole in self.own else ""
-        return self._by_part[scheme].get(whole, "")
+            return whole if whole in self.diffusers_names else ""
+        return self._by_segment[scheme].get(whole, "")
 
     @cached_property
     def _by_flat_name(self) -> dict[str, tuple[str, bool]]:
         """Flat name → dotted name, and whether it is one by the model's authors."""
-        own = {flat(name): (name, False) for name in self.own}
+        own = {flat(name): (name, False) for name in self.diffusers_names}
         return own | {flat(name): (name, True) for name in self.native}
 
     @cached_property
@@ -94,7 +94,7 @@ class Family:
         return frozenset(self.native[name][0].name for name in self.swapped)
 
     @cached_property
-    def _by_part(self) -> dict[str, dict[str, str]]:
+    def _by_segment(self) -> dict[str, dict[str, str]]:
         """Scheme → part → the authors' module it is in; the first where several hold it."""
         found: dict[str, dict[str, str]] = {"native": {}, "xlabs": {}}
         for module, parts in self.native.items():
@@ -109,7 +109,7 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def names_below(table: Mapping[str, str], native: str = "", own: str = "") -> Names:
+def prefixed_names(table: Mapping[str, str], native: str = "", own: str = "") -> NativeNames:
     """The names of a block's modules.
 
     Args:
@@ -121,20 +121,24 @@ def names_below(table: Mapping[str, str], native: str = "", own: str = "") -> Na
     Returns:
         Native name → parts.
     """
-    result: Names = {}
+    result: NativeNames = {}
     for name, parts in table.items():
         sized = (part.partition("*") for part in parts.split())
-        result[native + name] = tuple(Part(own + part, int(size or 1)) for part, _, size in sized)
+        result[native + name] = tuple(
+            Segment(own + part, int(size or 1)) for part, _, size in sized
+        )
     return result
 
 
-def family(name: str, native: Names, *, native_files: bool = True, swapped: str = "(?!)") -> Family:
+def native_family(
+    name: str, native: NativeNames, *, kohya_native: bool = True, swapped: str = "(?!)"
+) -> Family:
     """A family all of whose names have a native form.
 
     Args:
         name: What the family is called.
         native: Native name → parts.
-        native_files: Whether kohya's trainers use the native names.
+        kohya_native: Whether kohya's trainers use the native names.
         swapped: Pattern of the native names of modules whose halves diffusers swaps.
 
     Returns:
@@ -142,4 +146,4 @@ def family(name: str, native: Names, *, native_files: bool = True, swapped: str 
     """
     own = frozenset(part.name for parts in native.values() for part in parts)
     halves = frozenset(n for n in native if re.fullmatch(swapped, n))
-    return Family(name, native, own, native_files, halves)
+    return Family(name, native, own, kohya_native, halves)

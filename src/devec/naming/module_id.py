@@ -49,7 +49,7 @@ _DOTTED_PREFIXES = {
 
 
 @dataclass(frozen=True)
-class Name:
+class ModuleId:
     """A module's id, taken apart.
 
     Attributes:
@@ -65,7 +65,7 @@ class Name:
     flat: bool
 
     @property
-    def current(self) -> str:
+    def current_path(self) -> str:
         """The path with names of today; dots as they are."""
         path = self.path
         if not self.flat and ".processor." in f".{path}" and not path.startswith(_XLABS):
@@ -80,21 +80,21 @@ class Name:
     @property
     def key(self) -> tuple[str, str]:
         """What two ids of the same module have in common: component and flat name."""
-        return self.component, flat(self.bare)
+        return self.component, flat(self.bare_path)
 
     @property
-    def bare(self) -> str:
+    def bare_path(self) -> str:
         """The current path without what some versions of transformers put before CLIP's."""
         if self.component in DENOISERS:
-            return self.current
-        return self.current.removeprefix("text_model_" if self.flat else "text_model.")
+            return self.current_path
+        return self.current_path.removeprefix("text_model_" if self.flat else "text_model.")
 
 
 _XLABS = ("double_blocks.", "single_blocks.")
 
 
 @lru_cache(maxsize=1 << 14)  # adapters of one pool have the same names
-def parse(module: str) -> Name:
+def parse_module_id(module: str) -> ModuleId:
     """Take the id of a module apart.
 
     Args:
@@ -106,16 +106,18 @@ def parse(module: str) -> Name:
     for prefix, component in _FLAT_PREFIXES.items():
         if module.startswith(prefix) and "." not in module:
             path = module.removeprefix(prefix)
-            return Name(prefix, _encoder(component, path), path, flat=True)
+            return ModuleId(prefix, _text_encoder(component, path), path, flat=True)
     for prefix, component in _DOTTED_PREFIXES.items():
         if module.startswith(prefix):
             path = module.removeprefix(prefix)
-            return Name(prefix, _encoder(component, path), path, flat=False)
+            return ModuleId(prefix, _text_encoder(component, path), path, flat=False)
     component = CLIP_L if module.startswith("text_model.") else DENOISER
-    return Name("", T5 if module.startswith("encoder.block.") else component, module, flat=False)
+    return ModuleId(
+        "", T5 if module.startswith("encoder.block.") else component, module, flat=False
+    )
 
 
-def _encoder(component: str, path: str) -> str:
+def _text_encoder(component: str, path: str) -> str:
     """Which text encoder it is: T5 is the second in Flux and the third in SD3."""
     if component not in DENOISERS and flat(path).startswith(("encoder_block_", "shared")):
         return T5

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from devec.naming.families import Family, Names, Part, family, flat, names_below
-from devec.naming.module_id import DENOISERS, Name
+from devec.naming.families import Family, NativeNames, Segment, flat, native_family, prefixed_names
+from devec.naming.module_id import DENOISERS, ModuleId
 
 _MOST_BLOCKS = 100
 _MOST_TRANSFORMER_BLOCKS = 24
@@ -62,25 +62,25 @@ def flux() -> Family:
         "processor.qkv": "attn.to_q attn.to_k attn.to_v",
         "processor.proj": "proj_out",
     }
-    native = names_below(_FLUX_ENDS)
+    native = prefixed_names(_FLUX_ENDS)
     for theirs, ours in (
         ("time_in", "timestep"),
         ("guidance_in", "guidance"),
         ("vector_in", "text"),
     ):
         embedder = f"time_text_embed.{ours}_embedder"
-        native |= names_below(
+        native |= prefixed_names(
             {f"{theirs}.in_layer": "linear_1", f"{theirs}.out_layer": "linear_2"},
             own=f"{embedder}.",
         )
     for i in range(_MOST_BLOCKS):
-        native |= names_below(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
-        native |= names_below(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
-        native |= names_below(_XLABS_DOUBLE, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
-        native |= names_below(
+        native |= prefixed_names(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
+        native |= prefixed_names(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
+        native |= prefixed_names(_XLABS_DOUBLE, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
+        native |= prefixed_names(
             xlabs_single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}."
         )
-    return family("flux", native, swapped=_FINAL_SWAPPED)
+    return native_family("flux", native, swapped=_FINAL_SWAPPED)
 
 
 @cache
@@ -94,21 +94,21 @@ def flux2() -> Family:
         "txt_mlp.2": "ff_context.linear_out",
     }
     single = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
-    native = names_below(_FLUX_ENDS)
+    native = prefixed_names(_FLUX_ENDS)
     for stream in ("single_stream_modulation", "double_stream_modulation_img"):
-        native |= names_below({f"{stream}.lin": f"{stream}.linear"})
-    native |= names_below(
+        native |= prefixed_names({f"{stream}.lin": f"{stream}.linear"})
+    native |= prefixed_names(
         {"double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear"}
     )
     for theirs, ours in (("time_in", "timestep"), ("guidance_in", "guidance")):
-        native |= names_below(
+        native |= prefixed_names(
             {f"{theirs}.in_layer": "linear_1", f"{theirs}.out_layer": "linear_2"},
             own=f"time_guidance_embed.{ours}_embedder.",
         )
     for i in range(_MOST_BLOCKS):
-        native |= names_below(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
-        native |= names_below(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
-    return family("flux2", native, swapped=_FINAL_SWAPPED)
+        native |= prefixed_names(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
+        native |= prefixed_names(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
+    return native_family("flux2", native, swapped=_FINAL_SWAPPED)
 
 
 @cache
@@ -128,7 +128,7 @@ def sd3() -> Family:
         "x_block.adaLN_modulation.1": "norm1.linear",
         "context_block.adaLN_modulation.1": "norm1_context.linear",
     }
-    native = names_below(
+    native = prefixed_names(
         {
             "x_embedder.proj": "pos_embed.proj",
             "context_embedder": "context_embedder",
@@ -141,9 +141,9 @@ def sd3() -> Family:
         }
     )
     for i in range(_MOST_BLOCKS):
-        native |= names_below(block, f"joint_blocks.{i}.", f"transformer_blocks.{i}.")
+        native |= prefixed_names(block, f"joint_blocks.{i}.", f"transformer_blocks.{i}.")
     swapped = rf"{_FINAL_SWAPPED}|joint_blocks\.\d+\.context_block\.adaLN_modulation\.1"
-    return family("sd3", native, swapped=swapped)
+    return native_family("sd3", native, swapped=swapped)
 
 
 @cache
@@ -151,7 +151,7 @@ def wan() -> Family:
     """Wan 2.1 and 2.2."""
     attention = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
     images = {"k_img": "add_k_proj", "v_img": "add_v_proj"}
-    native = names_below(
+    native = prefixed_names(
         {
             "time_projection.1": "condition_embedder.time_proj",
             "head.head": "proj_out",
@@ -165,14 +165,14 @@ def wan() -> Family:
         }
     )
     for i in range(_MOST_BLOCKS):
-        native |= names_below(attention, f"blocks.{i}.self_attn.", f"blocks.{i}.attn1.")
-        native |= names_below(
+        native |= prefixed_names(attention, f"blocks.{i}.self_attn.", f"blocks.{i}.attn1.")
+        native |= prefixed_names(
             {**attention, **images}, f"blocks.{i}.cross_attn.", f"blocks.{i}.attn2."
         )
-        native |= names_below(
+        native |= prefixed_names(
             {"0": "net.0.proj", "2": "net.2"}, f"blocks.{i}.ffn.", f"blocks.{i}.ffn."
         )
-    return family("wan", native)
+    return native_family("wan", native)
 
 
 @cache
@@ -193,7 +193,7 @@ def lumina2() -> Family:
         "final_layer.linear": "norm_out.linear_2",
         "x_embedder": "x_embedder",
     }
-    return family("lumina2", {**names_below(ends), **_in_layers(block)})
+    return native_family("lumina2", {**prefixed_names(ends), **_refiner_layers(block)})
 
 
 @cache
@@ -212,15 +212,15 @@ def z_image() -> Family:
         **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2")},
         **{name: name for name in ("cap_embedder.0", "cap_embedder.1")},
     }
-    return family("z-image", {**names_below(ends), **_in_layers(block)})
+    return native_family("z-image", {**prefixed_names(ends), **_refiner_layers(block)})
 
 
-def _in_layers(block: Mapping[str, str]) -> Names:
+def _refiner_layers(block: Mapping[str, str]) -> NativeNames:
     """The names of a block in the three stacks of Lumina 2 and Z-Image."""
-    native: Names = {}
+    native: NativeNames = {}
     for stack in ("layers", "noise_refiner", "context_refiner"):
         for i in range(_MOST_BLOCKS):
-            native |= names_below(block, f"{stack}.{i}.", f"{stack}.{i}.")
+            native |= prefixed_names(block, f"{stack}.{i}.", f"{stack}.{i}.")
     return native
 
 
@@ -239,16 +239,16 @@ def hunyuan_video() -> Family:
         "linear2": "proj_out",
         "modulation.linear": "norm.linear",
     }
-    native = names_below({"img_in.proj": "x_embedder.proj", "final_layer.linear": "proj_out"})
+    native = prefixed_names({"img_in.proj": "x_embedder.proj", "final_layer.linear": "proj_out"})
     for theirs, ours in (("time_in.mlp", "timestep"), ("guidance_in.mlp", "guidance")):
         ends = {f"{theirs}.0": "linear_1", f"{theirs}.2": "linear_2"}
-        native |= names_below(ends, own=f"time_text_embed.{ours}_embedder.")
+        native |= prefixed_names(ends, own=f"time_text_embed.{ours}_embedder.")
     ends = {"vector_in.in_layer": "linear_1", "vector_in.out_layer": "linear_2"}
-    native |= names_below(ends, own="time_text_embed.text_embedder.")
+    native |= prefixed_names(ends, own="time_text_embed.text_embedder.")
     for i in range(_MOST_BLOCKS):
-        native |= names_below(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
-        native |= names_below(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
-    return family("hunyuan-video", native)
+        native |= prefixed_names(double, f"double_blocks.{i}.", f"transformer_blocks.{i}.")
+        native |= prefixed_names(single, f"single_blocks.{i}.", f"single_transformer_blocks.{i}.")
+    return native_family("hunyuan-video", native)
 
 
 @cache
@@ -260,7 +260,7 @@ def qwen_image() -> Family:
         layers += [f"{stream}_mod.1", f"{stream}_mlp.net.0.proj", f"{stream}_mlp.net.2"]
     own = {"img_in", "txt_in", "proj_out", "norm_out.linear"}
     own |= {f"transformer_blocks.{i}.{name}" for i in range(_MOST_BLOCKS) for name in layers}
-    return Family("qwen-image", {}, frozenset(own), native_files=False)
+    return Family("qwen-image", {}, frozenset(own), kohya_native=False)
 
 
 # Names in the model of Stability's generative-models ("sgm") → in diffusers, inside of a block.
@@ -297,7 +297,7 @@ _UNET_ENDS = {
 }
 
 
-def _unet() -> Names:
+def _unet() -> NativeNames:
     """The names of a UNet of two resnets a block: SD 1, SD 2, SDXL.
 
     Input block 1 + 3b + l is layer l of down block b, 3 + 3b its downsampler; output block 3b + l
@@ -306,10 +306,10 @@ def _unet() -> Names:
     Returns:
         Native name → parts.
     """
-    native = names_below(_UNET_ENDS)
+    native = prefixed_names(_UNET_ENDS)
     for n, middle in ((0, "resnets.0"), (1, "attentions.0"), (2, "resnets.1")):
         inner = _ATTENTION if n == 1 else _RESNET
-        native |= names_below(inner, f"middle_block.{n}.", f"mid_block.{middle}.")
+        native |= prefixed_names(inner, f"middle_block.{n}.", f"mid_block.{middle}.")
     for b in range(4):
         for side, block, first, count in (
             ("input_blocks", "down_blocks", 1 + 3 * b, 2),
@@ -317,32 +317,32 @@ def _unet() -> Names:
         ):
             for layer in range(count):
                 at = f"{side}.{first + layer}"
-                native |= names_below(_RESNET, f"{at}.0.", f"{block}.{b}.resnets.{layer}.")
-                native |= names_below(_ATTENTION, f"{at}.1.", f"{block}.{b}.attentions.{layer}.")
+                native |= prefixed_names(_RESNET, f"{at}.0.", f"{block}.{b}.resnets.{layer}.")
+                native |= prefixed_names(_ATTENTION, f"{at}.1.", f"{block}.{b}.attentions.{layer}.")
         down, up = f"down_blocks.{b}.downsamplers.0.", f"up_blocks.{b}.upsamplers.0."
-        native |= names_below({"op": "conv"}, f"input_blocks.{3 + 3 * b}.0.", down)
+        native |= prefixed_names({"op": "conv"}, f"input_blocks.{3 + 3 * b}.0.", down)
         # behind an attention in SDXL, straight behind a resnet where a block has none
-        native |= names_below({"conv": "conv"}, f"output_blocks.{2 + 3 * b}.2.", up)
-        native |= names_below({"conv": "conv"}, f"output_blocks.{2 + 3 * b}.1.", up)
+        native |= prefixed_names({"conv": "conv"}, f"output_blocks.{2 + 3 * b}.2.", up)
+        native |= prefixed_names({"conv": "conv"}, f"output_blocks.{2 + 3 * b}.1.", up)
     return native
 
 
 @cache
 def sdxl() -> Family:
     """Stable Diffusion XL, which kohya's trainers name after its original source."""
-    return family("sdxl", _unet())
+    return native_family("sdxl", _unet())
 
 
 @cache
 def sd() -> Family:
     """Stable Diffusion 1, which kohya's trainers name like diffusers."""
-    return family("sd", _unet(), native_files=False)
+    return native_family("sd", _unet(), kohya_native=False)
 
 
 @cache
 def sd2() -> Family:
     """Stable Diffusion 2: the names of the first, linear layers for its 1 × 1 convolutions."""
-    return family("sd2", _unet(), native_files=False)
+    return native_family("sd2", _unet(), kohya_native=False)
 
 
 @cache
@@ -356,7 +356,7 @@ def text_encoders() -> Family:
     for i in range(_MOST_BLOCKS):
         own |= {f"text_model.encoder.layers.{i}.{name}" for name in clip}
         own |= {f"encoder.block.{i}.{name}" for name in t5}
-    return Family("text encoder", {}, frozenset(own), native_files=False)
+    return Family("text encoder", {}, frozenset(own), kohya_native=False)
 
 
 TABLES: dict[str, Callable[[], Family]] = {
@@ -379,14 +379,16 @@ def dotted_names() -> Mapping[str, str]:
     """Flat name → dotted name in diffusers, for names that are the same in all known families."""
     found: dict[str, str] = {}
     for table in TABLES.values():
-        for name in table().own:
+        for name in table().diffusers_names:
             other = found.setdefault(flat(name), name)
             if other != name:
                 found[flat(name)] = ""
     return {flat_name: name for flat_name, name in found.items() if name}
 
 
-def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Part, ...]:
+def segments_of(
+    name: ModuleId, shape: tuple[int, int], family: Family | None
+) -> tuple[Segment, ...]:
     """What a module is made of, by the tables of its component.
 
     Args:
@@ -399,8 +401,8 @@ def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple
     """
     component, flat_name = name.key
     if component in DENOISERS:
-        return family.parts(flat_name, shape) if family else (Part(flat_name),)
-    parts = text_encoders().parts(f"text_model_{flat_name}", shape)
+        return family.segments(flat_name, shape) if family else (Segment(flat_name),)
+    parts = text_encoders().segments(f"text_model_{flat_name}", shape)
     if parts[0].name.startswith("text_model_"):  # not one of CLIP's
-        parts = text_encoders().parts(flat_name, shape)
+        parts = text_encoders().segments(flat_name, shape)
     return parts
