@@ -13,7 +13,7 @@ import torch
 from cases import make_pool
 
 from devec import Adapter, Delta, DevecError, as_lora, combine, compress, decompose, distance
-from devec.arguments import listed_numbers, number, whole_number
+from devec.arguments import number, numbers, whole_number
 from devec.errors import IncompatibleError
 from devec.streaming.decompose_to import Form
 
@@ -175,7 +175,7 @@ def test_a_scaling_is_finite(scaling):
 
 
 def test_numbers_keep_whether_they_are_whole():
-    assert [type(x) for x in listed_numbers([1, 2.0, np.int32(3)], "weights")] == [int, float, int]
+    assert [type(x) for x in numbers([1, 2.0, np.int32(3)], "weights")] == [int, float, int]
     assert type(number(np.float64(1.0), "x")) is float
     assert type(whole_number(np.int8(1), "x")) is int
 

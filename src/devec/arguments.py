@@ -74,7 +74,7 @@ def whole_number(value: object, what: str) -> int:
     return int(value)
 
 
-def listed_numbers(values: object, what: str) -> list[float]:
+def numbers(values: object, what: str) -> list[float]:
     """A sequence of finite numbers as a new list.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Lazy(Mapping[str, T]):
+class LazyMapping(Mapping[str, T]):
     """A mapping whose values are made anew whenever they are asked for, and never held.
 
     Args:
@@ -39,7 +39,7 @@ class Lazy(Mapping[str, T]):
 
 def outlines(values: Mapping[str, T]) -> Mapping[str, T]:
     """What is known of values without reading them; values in memory are their own outlines."""
-    return values.outlines if isinstance(values, Lazy) else values
+    return values.outlines if isinstance(values, LazyMapping) else values
 
 
 def mapped(values: Mapping[str, T], change: Callable[[str, T], T]) -> Mapping[str, T]:
@@ -53,29 +53,29 @@ def mapped(values: Mapping[str, T], change: Callable[[str, T], T]) -> Mapping[st
         The new values under the same keys.
     """
     changed = {key: change(key, value) for key, value in outlines(values).items()}
-    if not isinstance(values, Lazy):
+    if not isinstance(values, LazyMapping):
         return changed
-    return Lazy(changed, lambda key: change(key, values[key]))
+    return LazyMapping(changed, lambda key: change(key, values[key]))
 
 
-def only(values: Mapping[str, T], keys: Mapping[str, object] | set[str]) -> Mapping[str, T]:
+def selected(values: Mapping[str, T], keys: Mapping[str, object] | set[str]) -> Mapping[str, T]:
     """The values of some of the keys, in their order, read when those are."""
     held = {key: value for key, value in outlines(values).items() if key in keys}
-    return Lazy(held, values.__getitem__) if isinstance(values, Lazy) else held
+    return LazyMapping(held, values.__getitem__) if isinstance(values, LazyMapping) else held
 
 
 def joined(first: Mapping[str, T], second: Mapping[str, T]) -> Mapping[str, T]:
     """The values of two mappings, read when they are asked for if any of them is."""
-    if not isinstance(first, Lazy) and not isinstance(second, Lazy):
+    if not isinstance(first, LazyMapping) and not isinstance(second, LazyMapping):
         return {**first, **second}
     known = {**outlines(first), **outlines(second)}
-    return Lazy(known, lambda key: (second if key in second else first)[key])
+    return LazyMapping(known, lambda key: (second if key in second else first)[key])
 
 
 def renamed(values: Mapping[str, T], names: Mapping[str, str]) -> Mapping[str, T]:
     """The values under other keys."""
     known = {names[key]: value for key, value in outlines(values).items()}
-    if not isinstance(values, Lazy):
+    if not isinstance(values, LazyMapping):
         return known
     before = {names[key]: key for key in values}
-    return Lazy(known, lambda key: values[before[key]])
+    return LazyMapping(known, lambda key: values[before[key]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from devec.decomposition.stack import Measured, Pool, Projected, Stack
 from devec.deltas.delta import Delta
-from devec.deltas.sums import base_of, resolved_together
+from devec.deltas.sums import first_base_weight, resolve_together
 from devec.errors import located
 from devec.lazy import outlines
 from devec.linalg.dtypes import basis_dtype, to_float64
@@ -39,7 +39,7 @@ class ExactStack(Stack):
         if self.device.type == "mps":
             self.device = torch.device("cpu")
         known = (outlines(pool[name])[self.modules[0]] for name in self.names)
-        self._base = base_of(known)
+        self._base = first_base_weight(known)
         self._resolved: dict[str, Delta] = {}
 
     @property
@@ -94,7 +94,7 @@ class ExactStack(Stack):
         if not self._resolved:
             self._read = {}
             held = {n: self.deltas(n)[0].to(self.device) for n in self.names}
-            self._resolved.update(resolved_together(held))
+            self._resolved.update(resolve_together(held))
         return self._resolved[name]
 
 

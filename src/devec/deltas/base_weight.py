@@ -35,7 +35,7 @@ class BaseWeight(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class HeldWeight:
+class InMemoryWeight:
     """A base weight in memory.
 
     Attributes:
@@ -55,9 +55,9 @@ class HeldWeight:
         return norms.to(basis_dtype(norms.device)).square().sum(dim=0)
 
     @cached_property
-    def turned(self) -> HeldWeight:
+    def transpose(self) -> InMemoryWeight:
         """The weight as the map from outputs to inputs."""
-        return HeldWeight(self.tensor.mT, self.source)
+        return InMemoryWeight(self.tensor.mT, self.source)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
         """The weight itself, copied only where precision or place differ."""
@@ -65,7 +65,7 @@ class HeldWeight:
 
 
 @dataclass(frozen=True)
-class RowsOfWeight:
+class WeightRows:
     """Some rows of a base weight.
 
     Attributes:
@@ -89,7 +89,7 @@ class RowsOfWeight:
 
 
 @dataclass(frozen=True)
-class StackedWeight:
+class ConcatenatedWeight:
     """Base weights one under the other.
 
     Attributes:
@@ -110,13 +110,13 @@ class StackedWeight:
 
 def transposed(weight: BaseWeight) -> BaseWeight:
     """The weight as the map from outputs to inputs."""
-    if isinstance(weight, HeldWeight):
-        return weight.turned
-    return weight.weight if isinstance(weight, _Transposed) else _Transposed(weight)
+    if isinstance(weight, InMemoryWeight):
+        return weight.transpose
+    return weight.weight if isinstance(weight, _TransposedWeight) else _TransposedWeight(weight)
 
 
 @dataclass(frozen=True)
-class _Transposed:
+class _TransposedWeight:
     weight: BaseWeight
 
     @property

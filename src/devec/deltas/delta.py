@@ -19,17 +19,17 @@ from devec.deltas.gains import (
     AxisGain,
     Gain,
     Magnitude,
-    gain_of,
-    gain_on,
-    identical,
+    base_overlap,
+    gain_from_magnitude,
     inner_across,
+    is_same_gain,
+    is_same_tensor,
+    nonzero_gain,
     oriented,
-    overlap_of,
     require_same_base,
     row_dots,
-    same_gain,
 )
-from devec.deltas.matrix import Change
+from devec.deltas.matrix import DeltaMatrix
 from devec.errors import IncompatibleError
 from devec.linalg.dtypes import CANCELLATION, basis_dtype, working_dtype
 from devec.linalg.factors import ColumnSpace, column_space, norm, product_inner, product_norm
@@ -118,10 +118,10 @@ class Delta:
         """Whether all tensors are those of another delta, so that nothing need be computed."""
         return (
             self.scaling == other.scaling
-            and identical(self.B, other.B)
-            and identical(self.A, other.A)
-            and identical(self.bias, other.bias)
-            and same_gain(self.gain, other.gain)
+            and is_same_tensor(self.B, other.B)
+            and is_same_tensor(self.A, other.A)
+            and is_same_tensor(self.bias, other.bias)
+            and is_same_gain(self.gain, other.gain)
         )
 
     def on(self, base: BaseWeight) -> Delta:
@@ -162,7 +162,7 @@ class Delta:
             return self
         m, delta = self.gain, self.folded()
         factors = delta.B.to(self.dtype), delta.A.to(self.dtype)
-        D, gain = gain_of(m.values, *oriented(*factors, m.base, m.axis))
+        D, gain = gain_from_magnitude(m.values, *oriented(*factors, m.base, m.axis))
         D = D.to(self.dtype)
         B, A = (D[:, None] * delta.B, delta.A) if m.axis == "out" else (delta.B, delta.A * D)
         return Delta(B, A, bias=delta.bias, gain=Gain(m.base, {m.axis: gain}))
@@ -250,14 +250,14 @@ class Delta:
         change = self.folded().change()
         return 0.0 if change is None else change.norm()
 
-    def change(self) -> Change | None:
+    def change(self) -> DeltaMatrix | None:
         """ΔW of a resolved and folded DoRA as an operator, its base weight read; None of a LoRA."""
         if not isinstance(self.gain, Gain):
             return None
         W = self.gain.base.read(self.dtype, self.B.device)
         axes = self.gain.axes
         g, h = (axes[axis].values.to(W) if axis in axes else None for axis in AXES)
-        return Change(self.B.to(W), self.A.to(W), W, g, h)
+        return DeltaMatrix(self.B.to(W), self.A.to(W), W, g, h)
 
     def bias_norm(self) -> float:
         """Euclidean norm of Δb."""
@@ -353,7 +353,7 @@ def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:
             overlap = torch.cat([_overlap(delta, axis, base) for delta in (left, right)], dim=1)
             values = gains[0].values if len(gains) == 1 else gains[0].values + gains[1].values
             axes[axis] = AxisGain(values, overlap, gains[0].squares)
-    return gain_on(base, axes)
+    return nonzero_gain(base, axes)
 
 
 def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:
@@ -361,7 +361,7 @@ def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:
     if isinstance(delta.gain, Gain) and axis in delta.gain.axes:
         return delta.gain.axes[axis].overlap
     _, A, weight = oriented(delta.B, delta.A, base, axis)
-    return overlap_of(A.to(delta.dtype), weight)
+    return base_overlap(A.to(delta.dtype), weight)
 
 
 def _gain_inner(left: Delta, right: Delta) -> float:

@@ -21,10 +21,10 @@ from devec.deltas.gains import (
     AxisGain,
     Gain,
     Magnitude,
-    no_gain,
     oriented,
     row_dots,
     row_norms,
+    zero_gain,
 )
 from devec.errors import IncompatibleError, UnsupportedError
 from devec.lazy import outlines
@@ -33,7 +33,7 @@ from devec.linalg.precision import full_precision
 
 # B'' is 1/D' times the delta's own factor, and so are a host's activations between its two
 # products: a thousand times larger ones leave the range of half precision.
-_SMALLEST = 1e-3
+_SMALLEST_MULTIPLIER = 1e-3
 _MARGIN = 1e-5
 
 
@@ -61,17 +61,17 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     if isinstance(delta.gain, Magnitude) and delta.gain.axis == axis:
         return delta
     if delta.B.is_meta:
-        return _outline(delta, axis, base, group)
+        return _magnitude_outline(delta, axis, base, group)
     delta = delta.resolved().folded()
     axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
     if any(other != axis for other in axes):
-        raise UnsupportedError(one_axis_only())
+        raise UnsupportedError(two_axes_reason())
     base = delta.gain.base if isinstance(delta.gain, Gain) else base
     B, A, weight = oriented(delta.B, delta.A, base, axis)
-    known = axes.get(axis) or no_gain(A.to(delta.dtype), weight)
+    known = axes.get(axis) or zero_gain(A.to(delta.dtype), weight)
     D = 1 + known.values
-    small = D.abs() < _SMALLEST
-    if bool(small.any()) and bool((small & _moved(B, A, known)).any()):
+    small = D.abs() < _SMALLEST_MULTIPLIER
+    if bool(small.any()) and bool((small & _changed_rows(B, A, known)).any()):
         raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too near zero")
     B = torch.where(small[:, None], 0, B)
     norms, level = row_norms(known, D, B, A, weight, group)
@@ -84,14 +84,14 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     return dataclasses.replace(delta, B=B, A=A, gain=Magnitude(m, axis, base))
 
 
-def _outline(delta: Delta, axis: Axis, base: BaseWeight, group: int) -> Delta:
+def _magnitude_outline(delta: Delta, axis: Axis, base: BaseWeight, group: int) -> Delta:
     """What `as_magnitudes` makes of a delta of which the outline alone is known."""
     size = delta.shape[AXES.index(axis)]
     m = torch.empty(size // group, dtype=delta.dtype, device="meta")
     return dataclasses.replace(delta.folded(), gain=Magnitude(m, axis, base))
 
 
-def _moved(B: Tensor, A: Tensor, known: AxisGain) -> Tensor:
+def _changed_rows(B: Tensor, A: Tensor, known: AxisGain) -> Tensor:
     """Of which rows B·A is more than rounding, beside W0 and the largest row."""
     dtype = working_dtype(B, A)
     B, A = B.to(dtype), A.to(dtype)
@@ -143,34 +143,36 @@ def require_representable(modules: Mapping[str, Delta]) -> None:
         delta = modules[module]
         axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
         if len(axes) > 1:
-            raise UnsupportedError(f"module {module!r}: {one_axis_only()}")
-        if any(_nearest(gain.values) < _SMALLEST for gain in axes.values()):
-            nearest[module] = _nearest(_divided_by(delta))
+            raise UnsupportedError(f"module {module!r}: {two_axes_reason()}")
+        if any(_smallest_multiplier(gain.values) < _SMALLEST_MULTIPLIER for gain in axes.values()):
+            nearest[module] = _smallest_multiplier(_gains_of_changed_rows(delta))
     worst = min(nearest, key=lambda module: nearest[module], default="")
-    if worst and nearest[worst] < _SMALLEST:
-        share = _largest(torch.cat([_divided_by(modules[module]) for module in gained]))
+    if worst and nearest[worst] < _SMALLEST_MULTIPLIER:
+        share = _largest_coefficient(
+            torch.cat([_gains_of_changed_rows(modules[module]) for module in gained])
+        )
         raise IncompatibleError(
             f"module {worst!r}: 1 + g, what the DoRA multiplies a row of the base weight by, would "
-            f"be {nearest[worst]:.3g} in size; below {_SMALLEST:g} none can be written. The "
-            f"largest coefficient that works is {share:.4g} times the one asked for; or write the "
+            f"be {nearest[worst]:.3g} in size; below {_SMALLEST_MULTIPLIER:g} none can be written. "
+            f"The largest coefficient that works is {share:.4g} times the one asked for; or write the "
             "nearest plain LoRA (--as-lora RANK, devec.as_lora)"
         )
 
 
-def _nearest(gains: Tensor) -> float:
+def _smallest_multiplier(gains: Tensor) -> float:
     """The smallest |1 + g|."""
     return float((1 + gains).abs().min()) if len(gains) else math.inf
 
 
-def _divided_by(delta: Delta) -> Tensor:
+def _gains_of_changed_rows(delta: Delta) -> Tensor:
     """The gains g of the rows of a delta whose factor is to be divided by 1 + g."""
     axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
     ((axis, gain),) = axes.items()
     B, A = (delta.B, delta.A) if axis == "out" else (delta.A.mT, delta.B.mT)
-    return gain.values[_moved(B, A, gain)].cpu()
+    return gain.values[_changed_rows(B, A, gain)].cpu()
 
 
-def one_axis_only() -> str:
+def two_axes_reason() -> str:
     """Why gains on both axes cannot be written."""
     return (
         "it is a sum of DoRAs with magnitudes of the outputs and of the inputs, which no single "
@@ -179,7 +181,7 @@ def one_axis_only() -> str:
     )
 
 
-def _largest(gains: Tensor) -> float:
+def _largest_coefficient(gains: Tensor) -> float:
     """The largest coefficient up to 1 at which no 1 + c·g is nearly zero, cut to four digits.
 
     Returns:
@@ -187,7 +189,10 @@ def _largest(gains: Tensor) -> float:
         and a little more for rounding.
     """
     crossing = -gains[gains < 0]
-    low, high = (1 - _SMALLEST - _MARGIN) / crossing, (1 + _SMALLEST) / crossing
+    low, high = (
+        (1 - _SMALLEST_MULTIPLIER - _MARGIN) / crossing,
+        (1 + _SMALLEST_MULTIPLIER) / crossing,
+    )
     coefficient = 1.0
     while bool((ruled_out := (low < coefficient) & (coefficient < high)).any()):
         coefficient = float(low[ruled_out].min())

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.deltas.base_weight import BaseWeight, HeldWeight, transposed
+from devec.deltas.base_weight import BaseWeight, InMemoryWeight, transposed
 from devec.errors import FormatError, IncompatibleError, warn
 from devec.linalg.dtypes import BLOCK_ROWS, CANCELLATION, RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.factors import has_nearly_dependent_rows
@@ -27,7 +27,7 @@ Axis = Literal["out", "in"]
 AXES: tuple[Axis, Axis] = ("out", "in")
 
 # Training leaves magnitudes near the norms; at another factor in most rows, the base is another.
-_FAR = 4.0
+_FAR_RATIO = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class AxisGain:
     Attributes:
         values: g, shape (out,).
         overlap: W·Aᵀ, shape (out, rank): with it norms and inner products need W no more. In
-            float64 where float32 would lose digits, see `overlap_of`.
+            float64 where float32 would lose digits, see `base_overlap`.
         squares: ‖w_i‖², shape (out,).
     """
 
@@ -91,7 +91,7 @@ class Gain:
         for axis, gain in self.axes.items():
             overlap = factor * gain.overlap if axis == "in" else gain.overlap  # W0ᵀ·B or W0·Aᵀ
             axes[axis] = AxisGain(weight * gain.values, overlap, gain.squares)
-        return gain_on(self.base, axes)
+        return nonzero_gain(self.base, axes)
 
     @full_precision
     def beside(self, B: Tensor, A: Tensor) -> Gain:
@@ -99,7 +99,7 @@ class Gain:
         axes: dict[Axis, AxisGain] = {}
         for axis, gain in self.axes.items():
             _, factor, weight = oriented(B, A, self.base, axis)
-            axes[axis] = dataclasses.replace(no_gain(factor, weight), values=gain.values)
+            axes[axis] = dataclasses.replace(zero_gain(factor, weight), values=gain.values)
         return Gain(self.base, axes)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Gain:
@@ -107,7 +107,7 @@ class Gain:
         return Gain(self.base, {axis: gain.each(change) for axis, gain in self.axes.items()})
 
 
-def gain_on(base: BaseWeight, axes: dict[Axis, AxisGain]) -> Gain | None:
+def nonzero_gain(base: BaseWeight, axes: dict[Axis, AxisGain]) -> Gain | None:
     """Gains without the axes on which all are zero, None if nothing is left."""
     kept = {a: gain for a, gain in axes.items() if gain.values.is_meta or bool(gain.values.any())}
     return Gain(base, kept) if kept else None
@@ -121,7 +121,7 @@ def oriented(
 
 
 @full_precision
-def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "out rank"]:
+def base_overlap(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "out rank"]:
     """W·Aᵀ in the working precision, or in float64 where rows of A nearly depend on each other.
 
     Products b·A of rows of B then cancel most of their terms, and so do b·(W·Aᵀ)ᵀ. With Aᵀ = Q·R
@@ -144,7 +144,7 @@ def overlap_of(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor, "
 
 
 @full_precision
-def no_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
+def zero_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
     """Gains of zero beside a factor A, with what is to be known of W.
 
     Args:
@@ -158,17 +158,17 @@ def no_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
         FormatError: If W is not finite.
     """
     dtype = working_dtype(A)
-    if not isinstance(base, HeldWeight) or base.tensor.dtype != dtype:
-        base = HeldWeight(base.read(dtype, A.device))
+    if not isinstance(base, InMemoryWeight) or base.tensor.dtype != dtype:
+        base = InMemoryWeight(base.read(dtype, A.device))
     squares = base.row_squares
     if not bool(torch.isfinite(squares).all()):
         rows = int((~torch.isfinite(squares)).sum())
         raise FormatError(f"the base weight holds NaN or infinity in {rows} of its rows")
-    return AxisGain(torch.zeros_like(squares), overlap_of(A, base), squares)
+    return AxisGain(torch.zeros_like(squares), base_overlap(A, base), squares)
 
 
 @full_precision
-def gain_of(
+def gain_from_magnitude(
     magnitude: Float[Tensor, " n"],
     B: Float[Tensor, "out rank"],
     A: Float[Tensor, "rank in"],
@@ -191,7 +191,7 @@ def gain_of(
 
     Cost: O(out·in·rank), one pass over W.
     """
-    known = no_gain(A, base)
+    known = zero_gain(A, base)
     group = len(B) // len(magnitude)
     norms, level = row_norms(known, torch.ones_like(known.values), B, A, base, group)
     if not bool(norms.isfinite().all() and magnitude.isfinite().all()):
@@ -203,7 +203,7 @@ def gain_of(
             "by zero there); this is not the base model the adapter was trained on"
         )
     D = magnitude.to(norms) / norms
-    if not 1 / _FAR < float(D.abs().median()) < _FAR:
+    if not 1 / _FAR_RATIO < float(D.abs().median()) < _FAR_RATIO:
         warn(
             "the magnitudes of a DoRA are far from the norms of W0 + s·B·A, so this is hardly the "
             "base model it was trained on"
@@ -287,7 +287,7 @@ def inner_across(rows: AxisGain, columns: AxisGain, base: BaseWeight) -> float:
     return total
 
 
-def identical(left: Tensor | None, right: Tensor | None) -> bool:
+def is_same_tensor(left: Tensor | None, right: Tensor | None) -> bool:
     """Whether two tensors are identical, or both missing."""
     if left is None or right is None:
         return left is right
@@ -295,14 +295,14 @@ def identical(left: Tensor | None, right: Tensor | None) -> bool:
     return left is right or (alike and torch.equal(left, right))
 
 
-def same_gain(left: Gain | Magnitude | None, right: Gain | Magnitude | None) -> bool:
+def is_same_gain(left: Gain | Magnitude | None, right: Gain | Magnitude | None) -> bool:
     """Whether gains are the same object, or the same magnitudes of the same base model."""
     if left is right:
         return True
     if not (isinstance(left, Magnitude) and isinstance(right, Magnitude)):
         return False
     same = (left.axis, left.base.source) == (right.axis, right.base.source)
-    return same and identical(left.values, right.values)
+    return same and is_same_tensor(left.values, right.values)
 
 
 def require_same_base(left: Gain | Magnitude, right: Gain | Magnitude) -> None:

@@ -14,7 +14,7 @@ from devec.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class DeltaMatrix:
     """The matrix B·A + diag(g)·W + W·diag(h), of which at most 128 rows are formed at a time.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from devec.deltas.base_weight import BaseWeight, HeldWeight
+from devec.deltas.base_weight import BaseWeight, InMemoryWeight
 from devec.deltas.delta import Delta
 from devec.deltas.gains import require_same_base
 from devec.linalg.dtypes import working_dtype
@@ -12,7 +12,7 @@ from devec.linalg.precision import full_precision
 
 
 @full_precision
-def resolved_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+def resolve_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
     """Deltas of one module that can be computed with, their base weight read once and held.
 
     Args:
@@ -31,11 +31,11 @@ def resolved_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         require_same_base(gains[0], gain)
     factors = [factor for delta in deltas.values() for factor in (delta.B, delta.A)]
     W = gains[0].base.read(working_dtype(*factors), factors[0].device)
-    held = HeldWeight(W, gains[0].base.source)
+    held = InMemoryWeight(W, gains[0].base.source)
     return {name: delta.on(held).resolved() for name, delta in deltas.items()}
 
 
-def base_of(deltas: Iterable[Delta]) -> BaseWeight | None:
+def first_base_weight(deltas: Iterable[Delta]) -> BaseWeight | None:
     """The base weight of the first delta that has one."""
     return next((delta.gain.base for delta in deltas if delta.gain is not None), None)
 
@@ -56,11 +56,11 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """
     if len(deltas) == 1 and weights[0] == 1:
         return deltas[0]
-    held = resolved_together({str(i): delta for i, delta in enumerate(deltas)}).values()
+    held = resolve_together({str(i): delta for i, delta in enumerate(deltas)}).values()
     first, *others = (
         delta if weight == 1 else weight * delta
         for delta, weight in zip(held, weights, strict=True)
     )
     total = sum(others, first)
-    base = base_of(deltas)
+    base = first_base_weight(deltas)
     return total if base is None else total.on(base)

@@ -13,7 +13,7 @@ from devec.formats.alignment.align import Build, realigned
 from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.peft import layout as peft_layout
 from devec.formats.single_file import layout as file_layout
-from devec.lazy import only, outlines
+from devec.lazy import outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA,
@@ -154,13 +154,13 @@ def _component(name: str) -> str:
 
 def _only(adapter: Adapter, component: str) -> Adapter:
     """The part of an adapter that changes one model."""
-    held = only(
+    held = selected(
         adapter.modules, {m for m in adapter.modules if parse_module_id(m).component == component}
     )
     keys = {
         k for k in adapter.carried if parse_module_id(k.rpartition(".")[0]).component == component
     }
-    carried = only(adapter.carried, keys)
+    carried = selected(adapter.carried, keys)
     if not held:
         raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
     return dataclasses.replace(adapter, modules=held, carried=carried)

@@ -8,14 +8,14 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import provenance
 from devec.arguments import whole_number
 from devec.deltas.delta import Delta
-from devec.deltas.sums import resolved_together
+from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
 from devec.lazy import outlines
 from devec.linalg.dtypes import RANK_RTOL
 from devec.linalg.factors import numerical_rank, product_svd
 from devec.linalg.precision import full_precision
 from devec.linalg.range_finder import leading_row_space, orthonormal_basis
-from devec.operations.compress import Compression, Cut, of_cuts
+from devec.operations.compress import Compression, TruncatedDelta, compression_of
 
 
 @full_precision
@@ -45,22 +45,22 @@ def as_lora(adapter: Adapter, rank: int) -> Compression:
     rank = whole_number(rank, "rank")
     if rank < 1:
         raise IncompatibleError(f"rank must be at least 1, got {rank} (--as-lora, as_lora)")
-    cuts: dict[str, Cut] = {}
+    cuts: dict[str, TruncatedDelta] = {}
     for module, delta in adapter.modules.items():
         with located(f"module {module!r} of {adapter.label}"):
-            cuts[module] = _nearest(delta, rank)
-    result = of_cuts(adapter, cuts)
+            cuts[module] = _nearest_lora(delta, rank)
+    result = compression_of(adapter, cuts)
     record = provenance("as_lora", [adapter], rank=rank, relative_error=result.error)
     written = dataclasses.replace(result.adapter, provenance=record)
     return dataclasses.replace(result, adapter=written)
 
 
-def _nearest(original: Delta, rank: int) -> Cut:
+def _nearest_lora(original: Delta, rank: int) -> TruncatedDelta:
     """The nearest delta of a rank, without gains."""
-    delta = resolved_together({"": original})[""].folded()
+    delta = resolve_together({"": original})[""].folded()
     change, norm = delta.change(), delta.weight_norm()
     if change is None:
-        return Cut(original, 0.0, norm)
+        return TruncatedDelta(original, 0.0, norm)
     V = leading_row_space(change, rank, change.W)
     Q = orthonormal_basis(change @ V)
     U, S, Vh = product_svd(Q, change.adjoint(Q).mT)
@@ -68,10 +68,10 @@ def _nearest(original: Delta, rank: int) -> Cut:
     root = S[:rank].sqrt()
     B, A = (U[:, :rank] * root).to(delta.dtype), (root[:, None] * Vh[:rank]).to(delta.dtype)
     nearest = Delta(B, A, bias=delta.bias) if rank or delta.bias is not None else None
-    return Cut(nearest, change.distance(B, A), norm)
+    return TruncatedDelta(nearest, change.distance(B, A), norm)
 
 
-def recorded(part: Adapter, result: Compression, rank: int) -> Adapter:
+def with_lora_record(part: Adapter, result: Compression, rank: int) -> Adapter:
     """A plain LoRA that is written for a DoRA, with a record of how near it is.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import linear_combination, on_common_modules
 from devec.adapters.pool import warn_of_strangers
-from devec.arguments import listed_numbers
+from devec.arguments import numbers
 from devec.errors import IncompatibleError
 
 
@@ -42,7 +42,7 @@ def combine(
 
     Cost: memory O(Σ r_i·(out + in)) per module, no arithmetic beyond scaling B.
     """
-    weights = listed_numbers(weights, "weights")
+    weights = numbers(weights, "weights")
     if not adapters or len(adapters) != len(weights):
         raise IncompatibleError(
             f"combine needs one weight for each adapter; adapters: {len(adapters)}, weights: "

@@ -15,7 +15,7 @@ from devec.adapters.algebra import provenance
 from devec.arguments import number, whole_number
 from devec.deltas.delta import Delta
 from devec.deltas.gains import Gain
-from devec.deltas.sums import resolved_together
+from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
 from devec.linalg.batched import factored_svd
 from devec.linalg.dtypes import RANK_RTOL
@@ -77,7 +77,7 @@ def compress(
         own = rank_for_energy(S, kept, norm)
         return own if rank is None else min(rank, own)
 
-    result = truncate(adapter, choose)
+    result = truncate_adapter(adapter, choose)
     record = provenance(
         "compress", [adapter], rank=rank, energy=energy, relative_error=result.error
     )
@@ -87,7 +87,7 @@ def compress(
 
 
 @full_precision
-def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
+def truncate_adapter(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
     """Cut every module at the rank chosen from its name, singular values and norm.
 
     Args:
@@ -99,14 +99,14 @@ def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> C
         The truncated adapter, factors balanced (U·√S, √S·Vᵀ) and scaling 1, and its errors.
         Modules of rank 0 without gains or a bias change are left out.
     """
-    cut: dict[str, Cut] = {}
+    cut: dict[str, TruncatedDelta] = {}
     for module, delta in adapter.modules.items():
         with located(f"module {module!r} of {adapter.label}"):
-            cut[module] = truncated(delta, lambda S, norm: choose(module, S, norm))  # noqa: B023
-    return of_cuts(adapter, cut)
+            cut[module] = truncate_delta(delta, lambda S, norm: choose(module, S, norm))  # noqa: B023
+    return compression_of(adapter, cut)
 
 
-class Cut(NamedTuple):
+class TruncatedDelta(NamedTuple):
     """What became of a module.
 
     Attributes:
@@ -120,7 +120,7 @@ class Cut(NamedTuple):
     norm: float
 
 
-def of_cuts(adapter: Adapter, cuts: Mapping[str, Cut]) -> Compression:
+def compression_of(adapter: Adapter, cuts: Mapping[str, TruncatedDelta]) -> Compression:
     """The compression that consists of the cuts of all modules."""
     lost, norms = ([getattr(cut, name) for cut in cuts.values()] for name in ("lost", "norm"))
     modules = {m: cut.delta for m, cut in cuts.items() if cut.delta is not None}
@@ -132,7 +132,7 @@ def of_cuts(adapter: Adapter, cuts: Mapping[str, Cut]) -> Compression:
 
 
 @full_precision
-def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
+def truncate_delta(original: Delta, choose: Callable[[Tensor, float], int]) -> TruncatedDelta:
     """A delta at a lower rank; of a DoRA the gains are kept and the low-rank part is cut.
 
     Args:
@@ -143,7 +143,7 @@ def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
         The delta, at no more than its numerical rank, factors balanced and scaling 1; none if
         nothing is left of it.
     """
-    delta = resolved_together({"": original})[""]
+    delta = resolve_together({"": original})[""]
     found = factored_svd(delta.folded().B, delta.A)
     S = found.S
     norm = delta.weight_norm(float(S.norm()))
@@ -151,9 +151,9 @@ def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
     lost = float(S[rank:].norm())
     bias = None if delta.bias is None else delta.folded().bias
     if not (rank or bias is not None or isinstance(delta.gain, Gain)):
-        return Cut(None, lost, norm)
+        return TruncatedDelta(None, lost, norm)
     B, A = (factor.to(delta.dtype) for factor in found.leading(rank))
     gain = None
     if isinstance(delta.gain, Gain) and original.gain is not None:
         gain = dataclasses.replace(delta.gain.beside(B, A), base=original.gain.base)
-    return Cut(Delta(B, A, bias=bias, gain=gain), lost, norm)
+    return TruncatedDelta(Delta(B, A, bias=bias, gain=gain), lost, norm)

@@ -14,7 +14,7 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import cosine_of, on_common_modules
 from devec.adapters.pool import require_distinct_names, warn_of_strangers
 from devec.deltas.delta import Delta
-from devec.deltas.sums import resolved_together
+from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
 from devec.linalg.chance import random_edge
 from devec.linalg.factors import ColumnSpace
@@ -97,7 +97,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
         with located(f"module {module!r}"):
-            deltas = resolved_together(deltas)
+            deltas = resolve_together(deltas)
             own = {name: delta.norm() for name, delta in deltas.items()}
             rows += _module_rows(module, deltas, own)
         for name, norm in own.items():

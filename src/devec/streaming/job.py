@@ -35,7 +35,7 @@ from devec.lazy import outlines
 from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
 from devec.linalg.precision import full_precision
 from devec.operations.as_lora import as_lora as nearest_lora
-from devec.operations.as_lora import recorded
+from devec.operations.as_lora import with_lora_record
 from devec.operations.compress import Compression
 from devec.streaming.output_options import Form
 from devec.streaming.parts import Direct, PutBy, Taken, flushing
@@ -276,7 +276,7 @@ class Job:
                 plain = adapter
                 if self.form.as_lora is not None and _has_gains(adapter):
                     result = nearest_lora(adapter, self.form.as_lora)
-                    plain = recorded(adapter, result, self.form.as_lora)
+                    plain = with_lora_record(adapter, result, self.form.as_lora)
                     kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
                     nearest[label] = _outlined(adapter), kept
                 converted = self.form.converted(plain)

@@ -21,9 +21,9 @@ from devec.adapters.layout import Output, Plan
 from devec.decomposition.scopes import nothing_of
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
-from devec.deltas.sums import base_of
+from devec.deltas.sums import first_base_weight
 from devec.files.random_access import OpenFile, Place, bytes_of
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 
 # Seconds between one file and the next that is brought to the disk.
 _PAUSE = 0.02
@@ -139,7 +139,7 @@ class PutBy:
             Module → delta, read when it is asked for.
         """
         gains = {m: d for m, d in outlines(originals).items() if d.gain is not None}
-        bases = {module: base_of([delta]) for module, delta in gains.items()}
+        bases = {module: first_base_weight([delta]) for module, delta in gains.items()}
         spools = [(one.path, one.held) for one in self._all if one.path is not None]
         held = from_spools(spools, {m: base for m, base in bases.items() if base is not None})
         zeros = {
@@ -150,7 +150,7 @@ class PutBy:
         def read(module: str) -> Delta:
             return held[module] if module in held else nothing_of(originals[module])
 
-        return Lazy({module: known[module] for module in order if module in known}, read)
+        return LazyMapping({module: known[module] for module in order if module in known}, read)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -220,7 +220,7 @@ _NO_BASE = _NoBase()
 
 def from_spools(
     spools: Iterable[tuple[Path, Mapping[str, Spooled]]], bases: Mapping[str, BaseWeight]
-) -> Lazy[Delta]:
+) -> LazyMapping[Delta]:
     """The deltas in spools.
 
     Args:
@@ -244,7 +244,7 @@ def from_spools(
         places = iter(spooled.places)
         return based(name, spooled.outline.each(lambda _: file.read(next(places))))
 
-    return Lazy({name: based(name, s.outline) for name, (_, s) in homes.items()}, read)
+    return LazyMapping({name: based(name, s.outline) for name, (_, s) in homes.items()}, read)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from devec.formats.alignment.cutting import (
 )
 from devec.formats.alignment.joining import Target
 from devec.formats.plan import Places, require_places, spread
-from devec.lazy import Lazy, outlines, renamed
+from devec.lazy import LazyMapping, outlines, renamed
 from devec.naming.conventions import Naming
 from devec.naming.families import Family
 from devec.naming.module_id import parse_module_id
@@ -213,8 +213,8 @@ class AlignedLayout:
 
         # which modules share A, and so the ranks, only the values tell
         modules: Mapping[str, Delta]
-        if isinstance(adapter.modules, Lazy):
-            modules = Lazy({module: whole(module).outline for module in held}, whole)
+        if isinstance(adapter.modules, LazyMapping):
+            modules = LazyMapping({module: whole(module).outline for module in held}, whole)
         else:
             modules = {module: whole(module) for module in held}
         lost = sorted(adapter.carried.keys() - self.carried.keys())

@@ -11,7 +11,7 @@ from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.formats.alignment.dora import rows_of, sliceable
 from devec.formats.alignment.joining import Target
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.naming.conventions import Naming, diffusers_naming
 from devec.naming.families import Family, Segment, flat
 from devec.naming.module_id import DENOISERS, ModuleId, parse_module_id
@@ -273,10 +273,14 @@ def sliced(
             return rows_of(sliceable(held[module]), rows.start, rows.stop)
 
     # rows of DoRAs may take a base weight to know
-    if not isinstance(adapter.modules, Lazy) or any(d.gain is not None for d in known.values()):
+    if not isinstance(adapter.modules, LazyMapping) or any(
+        d.gain is not None for d in known.values()
+    ):
         held = dict(adapter.modules)
         return {name: piece(name, held) for name in places}
-    return Lazy({name: piece(name, known) for name in places}, lambda n: piece(n, adapter.modules))
+    return LazyMapping(
+        {name: piece(name, known) for name in places}, lambda n: piece(n, adapter.modules)
+    )
 
 
 def _rows_of_pieces(

@@ -31,7 +31,7 @@ from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_keys
 from devec.formats.single_file.layout import SUFFIX, FileLayout
 from devec.formats.single_file.slot import FileSlot
 from devec.formats.single_file.stored_module import StoredModule, read_module
-from devec.lazy import Lazy, mapped, only, outlines
+from devec.lazy import LazyMapping, mapped, outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA_SUFFIXES,
@@ -102,7 +102,7 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
     with located(where):
         keys = sort_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
         whole = dict.fromkeys((*keys.carried, *keys.unknown))
-        carried = mapped(only(tensors, whole), require_finite)
+        carried = mapped(selected(tensors, whole), require_finite)
         configured = _configured(header.adapter_config(strings), keys.modules)
         stored = _Stored(keys.modules, tensors, configured, options.max_rank)
         modules = {module: stored.outline(module) for module in keys.modules}
@@ -115,7 +115,7 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
         with located(where):
             return _delta(module, stored.read(module), layout)
 
-    deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
+    deltas = LazyMapping(known, read_delta) if isinstance(tensors, LazyMapping) else known
     remarks.of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         warn(
@@ -149,7 +149,7 @@ class _Stored:
 
     def outline(self, module: str) -> StoredModule:
         """What is known of a module without its values."""
-        if "up" in self._keys[module].parts or not isinstance(self._tensors, Lazy):
+        if "up" in self._keys[module].parts or not isinstance(self._tensors, LazyMapping):
             return self._read(module, outlines(self._tensors))
         self._rewritten[module] = self._read(module, self._tensors)
         return self._rewritten[module]
