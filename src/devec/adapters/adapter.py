@@ -66,9 +66,8 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for name in ("modules", "carried"):
-            if not isinstance(
-                value := getattr(self, name), LazyMapping
-            ):  # the caller may change it
+            value = getattr(self, name)
+            if not isinstance(value, LazyMapping):  # the caller may change it
                 object.__setattr__(self, name, dict(value))
 
     @classmethod
