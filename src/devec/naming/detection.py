@@ -1,4 +1,4 @@
-"""Which family of base models an adapter belongs to, from its names and shapes."""
+"""Detection of the family of base models from an adapter's names, shapes and metadata."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def _any_name(pattern: str) -> Callable[[Shapes], bool]:
-    """Whether any flat name matches."""
+    """A rule that holds if any flat name matches."""
     compiled = re.compile(pattern)
     return lambda shapes: any(compiled.search(name) for name in shapes)
 
 
 def _any_ratio(pattern: str, numerator: int, denominator: int = 1) -> Callable[[Shapes], bool]:
-    """Whether any weight whose flat name matches has this ratio of rows to columns."""
+    """A rule that holds if a weight whose flat name matches has this ratio of rows to columns."""
     compiled = re.compile(pattern)
     return lambda shapes: any(
         compiled.search(name) and m * denominator == n * numerator
@@ -28,7 +28,7 @@ def _any_ratio(pattern: str, numerator: int, denominator: int = 1) -> Callable[[
 
 
 def _any_columns(pattern: str, *columns: int) -> Callable[[Shapes], bool]:
-    """Whether any weight whose flat name matches has one of these numbers of columns."""
+    """A rule that holds if a weight whose flat name matches has one of these column counts."""
     compiled = re.compile(pattern)
     return lambda shapes: any(
         compiled.search(name) and n in columns for name, (_, n) in shapes.items()
@@ -37,7 +37,7 @@ def _any_columns(pattern: str, *columns: int) -> Callable[[Shapes], bool]:
 
 _UNET_NAMES = r"^(?:down|mid|up|input|middle|output)_blocks?_"
 
-# The first rule that holds decides, and no metadata overrules it.
+# The first of these rules that holds decides; metadata do not overrule it.
 _CERTAIN_RULES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_any_name(r"^joint_blocks_"), "sd3"),
     (_any_name(r"_img_mlp_fc\d|_img_mod_linear|_modulation_linear$"), "hunyuan-video"),
@@ -60,7 +60,7 @@ _CERTAIN_RULES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
 )
 
 
-# What holds where metadata say nothing: other families have such names, too.
+# Rules for adapters whose metadata name no family: other families have such names, too.
 _LIKELY_RULES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
     (_any_name(r"^(?:double|single)_blocks_|^single_transformer_blocks_"), "flux"),
     (_any_columns(r"^transformer_blocks_\d+_attn_to_[qkv]$", 1536, 2432), "sd3"),
@@ -70,7 +70,7 @@ _LIKELY_RULES: tuple[tuple[Callable[[Shapes], bool], str], ...] = (
 )
 
 
-# What metadata say of the base model, where names and sizes leave it open.
+# Patterns of base models in metadata, for adapters on which no certain rule decides.
 _METADATA_PATTERNS = (
     (r"stable-diffusion-xl|sdxl", "sdxl"),
     (r"stable-diffusion-?v?3|sd[-_]?3", "sd3"),
@@ -87,22 +87,22 @@ _METADATA_PATTERNS = (
 
 
 def detect_family_name(shapes: Shapes, hint: str = "", *, two_encoders: bool = False) -> str:
-    """The family of a base model, from what is known of an adapter.
+    """Name of the family of a base model.
 
     Args:
         shapes: Flat name of each module of the denoiser, without prefix → (out, in).
-        hint: What metadata say of the base model.
-        two_encoders: Whether the adapter also changes a second CLIP text encoder, as SDXL has.
+        hint: The base model according to metadata.
+        two_encoders: Whether the adapter also changes a second CLIP text encoder, as in SDXL.
 
     Returns:
-        The name, empty if nothing tells.
+        The name; empty if the family cannot be detected.
     """
-    certain = next((name for sign, name in _CERTAIN_RULES if sign(shapes)), "")
+    certain = next((name for holds, name in _CERTAIN_RULES if holds(shapes)), "")
     if certain:
         return certain
-    said = next((name for words, name in _METADATA_PATTERNS if re.search(words, hint.lower())), "")
-    guess = next((name for sign, name in _LIKELY_RULES if sign(shapes)), "")
-    return said or ("sdxl" if guess == "sd" and two_encoders else guess)
+    declared = next((n for words, n in _METADATA_PATTERNS if re.search(words, hint.lower())), "")
+    likely = next((name for holds, name in _LIKELY_RULES if holds(shapes)), "")
+    return declared or ("sdxl" if likely == "sd" and two_encoders else likely)
 
 
 _KERNELS_3 = re.compile(
@@ -119,16 +119,7 @@ _KERNELS_1 = {
 
 
 def conv_kernel(family: str, name: str, columns: int) -> tuple[int, ...]:
-    """The kernel of a UNet's convolution whose stored factors are flattened.
-
-    Args:
-        family: The family of the base model.
-        name: Flat name of the module.
-        columns: Number of columns of the flattened weight.
-
-    Returns:
-        The kernel; empty for what is no convolution, or not known to be one.
-    """
+    """Kernel of a UNet's convolution by flat name and columns; empty for other modules."""
     if family not in _KERNELS_1:
         return ()
     if columns % 9 == 0 and re.search(rf"(?:{_KERNELS_3.pattern})$", name):
@@ -137,15 +128,7 @@ def conv_kernel(family: str, name: str, columns: int) -> tuple[int, ...]:
 
 
 def detect_family(shapes: Mapping[str, tuple[int, int]], hint: str) -> tuple[str, Family | None]:
-    """The family of base models a file belongs to.
-
-    Args:
-        shapes: Module id → (out, in).
-        hint: What metadata say of the base model.
-
-    Returns:
-        Its name, empty if unknown, and its tables, if there are any.
-    """
+    """Name and table of the family of base models, by module ids and metadata."""
     names = {module: parse_module_id(module) for module in shapes}
     denoiser = {n.key[1]: shapes[m] for m, n in names.items() if n.component == DENOISER}
     two = any(n.component == CLIP_G for n in names.values())

@@ -1,8 +1,7 @@
-"""What a module's id says: the model it belongs to, and its name there.
+"""Module ids: the model of a pipeline that a module belongs to, and its name in that model.
 
-Two ids name the same module if they agree when the prefix is taken away and dots are read as
-underscores. That needs no table, and it never turns underscores into dots: which of them were
-dots cannot be told.
+Two ids name the same module if they agree without their prefixes and with dots replaced by
+underscores. This needs no table and never replaces underscores by dots, which would be ambiguous.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5"
 DENOISER_2 = "denoiser_2"  # as Wan 2.2 has one
 DENOISERS = (DENOISER, DENOISER_2)
 
-# Prefix → component. Longer ones first where one begins with the other.
+# Prefix → component. If one prefix begins with another, the longer one comes first.
 _FLAT_PREFIXES = {
     "lora_unet__": DENOISER,
     "lora_unet_": DENOISER,
@@ -50,13 +49,13 @@ _DOTTED_PREFIXES = {
 
 @dataclass(frozen=True)
 class ModuleId:
-    """A module's id, taken apart.
+    """A module id, split into its parts.
 
     Attributes:
-        prefix: What stands before the name.
-        component: Which model of a pipeline it belongs to.
-        path: The name in that model, as it stands in the file.
-        flat: Whether its dots were written as underscores.
+        prefix: Prefix of the component, including its separator.
+        component: The model of the pipeline: `DENOISER`, `CLIP_L`, …
+        path: Name in that model, as written in the file.
+        flat: Whether its dots are written as underscores.
     """
 
     prefix: str
@@ -66,7 +65,7 @@ class ModuleId:
 
     @property
     def current_path(self) -> str:
-        """The path with names of today; dots as they are."""
+        """The path as current versions of diffusers and transformers name it."""
         path = self.path
         if not self.flat and ".processor." in f".{path}" and not path.startswith(_XLABS):
             path = path.replace(".processor.", ".")
@@ -79,12 +78,12 @@ class ModuleId:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What two ids of the same module have in common: component and flat name."""
+        """Component and flat name, which are equal for all ids of one module."""
         return self.component, flat(self.bare_path)
 
     @property
     def bare_path(self) -> str:
-        """The current path without what some versions of transformers put before CLIP's."""
+        """The current path without the prefix that some versions of transformers add in CLIP."""
         if self.component in DENOISERS:
             return self.current_path
         return self.current_path.removeprefix("text_model_" if self.flat else "text_model.")
@@ -95,14 +94,7 @@ _XLABS = ("double_blocks.", "single_blocks.")
 
 @lru_cache(maxsize=1 << 14)  # adapters of one pool have the same names
 def parse_module_id(module: str) -> ModuleId:
-    """Take the id of a module apart.
-
-    Args:
-        module: The id, as it stands in the file.
-
-    Returns:
-        Its parts; without a known prefix it is a bare name of the denoiser.
-    """
+    """Split a module id; without a known prefix it names a module of the denoiser."""
     for prefix, component in _FLAT_PREFIXES.items():
         if module.startswith(prefix) and "." not in module:
             path = module.removeprefix(prefix)
@@ -118,7 +110,7 @@ def parse_module_id(module: str) -> ModuleId:
 
 
 def _text_encoder(component: str, path: str) -> str:
-    """Which text encoder it is: T5 is the second in Flux and the third in SD3."""
+    """The text encoder of a path: T5 is the second one in Flux and the third in SD3."""
     if component not in DENOISERS and flat(path).startswith(("encoder_block_", "shared")):
         return T5
     return component
