@@ -18,7 +18,7 @@ DIGESTS = "digests begin while libraries load"
 
 # Measure → the names, in modules of devec, that are replaced to switch it off.
 MEASURES: dict[str, dict[str, object]] = {
-    "memory of large tensors is reused": {"streaming.job.reused": nullcontext},
+    "memory of large tensors is reused": {"streaming.job.reuse_memory": nullcontext},
     "free memory is returned between outputs": {"streaming.job.return_memory": lambda: None},
     "objects of libraries are frozen": {},
     DIGESTS: {},

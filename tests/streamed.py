@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from devec import Adapter, as_lora, convert, decompose, save_adapters
-from devec.operations.as_lora import recorded
+from devec.operations.as_lora import with_lora_record
 from devec.streaming.decompose_to import decompose_to
 from devec.streaming.output_options import OutputOptions
 
@@ -28,7 +28,7 @@ def in_memory(out, paths, form=None, base=None, **options):
     for label, adapter in parts.outputs(compact=form.compact).items():
         made[label] = adapter
         if form.as_lora is not None and any(d.gain is not None for d in adapter.modules.values()):
-            made[label] = recorded(adapter, as_lora(adapter, form.as_lora), form.as_lora)
+            made[label] = with_lora_record(adapter, as_lora(adapter, form.as_lora), form.as_lora)
         if form.format is not None:
             converted = convert(made[label], form.format)
             made[label] = dataclasses.replace(converted, provenance=made[label].provenance)

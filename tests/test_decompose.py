@@ -262,7 +262,7 @@ def test_nothing_is_held_of_modules_that_are_done(monkeypatch, scope):
     ]
     decompose(adapters, scope=scope)
     assert len(held) == 5
-    assert not any(stack._measured or stack._bases or stack._read for stack in held)
+    assert not any(stack._measured or stack._bases or stack._kept for stack in held)
 
 
 def test_parameters_are_split_and_results_are_not_tracked():

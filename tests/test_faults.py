@@ -24,7 +24,7 @@ from devec.files import random_access
 from devec.files.digest import sha256
 from devec.files.safetensors_writer import TensorWriter
 from devec.files.staging import Staging
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.streaming import sinks
 from devec.streaming.decompose_to import decompose_to
 from devec.streaming.output_options import OutputOptions
@@ -188,7 +188,7 @@ def before_reading(adapter, module, act):
             act()
         return adapter.modules[name]
 
-    return dataclasses.replace(adapter, modules=Lazy(outlines(adapter.modules), read))
+    return dataclasses.replace(adapter, modules=LazyMapping(outlines(adapter.modules), read))
 
 
 def test_a_change_in_the_middle_of_the_work_is_seen(tmp_path, pool):
@@ -210,7 +210,7 @@ def test_a_carried_tensor_that_cannot_be_read_is_an_error_too(tmp_path, change):
     first, second = from_files(pool)
     assert second.carried
 
-    class Carried(Lazy):
+    class Carried(LazyMapping):
         def __getitem__(self, key):
             change(weights(pool[1]))
             return super().__getitem__(key)
@@ -484,7 +484,7 @@ def test_too_little_memory_for_what_is_carried_is_said(tmp_path, plain, lacking)
     first, second = from_files(plain)
     known = {"head": torch.empty(3, device="meta")}
     spoiled = dataclasses.replace(
-        second, carried=Lazy(known, lambda _: _raise(NO_MEMORY[lacking]()))
+        second, carried=LazyMapping(known, lambda _: _raise(NO_MEMORY[lacking]()))
     )
     with pytest.raises(DevecError, match="too little memory"):
         decompose_to(tmp_path / "out", [first, spoiled])

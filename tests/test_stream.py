@@ -21,7 +21,7 @@ from streamed import (
 )
 
 from devec import Adapter, Delta, DevecError, decompose
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.streaming.decompose_to import decompose_to
 from devec.streaming.output_options import OutputOptions
 
@@ -410,8 +410,8 @@ def test_the_number_of_threads_changes_no_byte(tmp_path, peft_pool, threads):
 def test_what_is_read_lazily_is_what_is_read_at_once(tmp_path, peft_pool, name):
     path = golden(name) if "_" in name else peft_pool(name)[0]
     lazy, eager = Adapter.from_pretrained(path, lazy=True), Adapter.from_pretrained(path)
-    assert isinstance(lazy.modules, Lazy)
-    assert not isinstance(eager.modules, Lazy)
+    assert isinstance(lazy.modules, LazyMapping)
+    assert not isinstance(eager.modules, LazyMapping)
     assert list(lazy.modules) == list(eager.modules)
     for module, delta in eager.modules.items():
         known = outlines(lazy.modules)[module]

@@ -30,7 +30,7 @@ from devec.deltas.delta import Delta
 from devec.errors import FormatError, IncompatibleError, UnsupportedError, located
 from devec.files.locate import adapters_inside, default_name, exists, locate, upload
 from devec.files.staging import Writer, write_all
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
 
@@ -66,7 +66,8 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for name in ("modules", "carried"):
-            if not isinstance(value := getattr(self, name), Lazy):  # the caller may change it
+            value = getattr(self, name)
+            if not isinstance(value, LazyMapping):  # the caller may change it
                 object.__setattr__(self, name, dict(value))
 
     @classmethod

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from devec.adapters.layout import Layout
-from devec.arguments import listed_numbers
+from devec.arguments import numbers
 from devec.deltas.delta import Delta
-from devec.deltas.sums import resolved_together, weighted_sum
+from devec.deltas.sums import resolve_together, weighted_sum
 from devec.errors import IncompatibleError, listed, located
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.linalg.precision import full_precision
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def inner(a: Adapter, b: Adapter) -> float:
     products: list[float] = []
     for module in a.modules.keys() & b.modules.keys():
         with located(f"module {module!r}"):
-            held = resolved_together({"a": a.modules[module], "b": b.modules[module]})
+            held = resolve_together({"a": a.modules[module], "b": b.modules[module]})
             products.append(held["a"].inner(held["b"]))
     return math.fsum(products)
 
@@ -134,7 +134,7 @@ def linear_combination(
         IncompatibleError: If the adapters do not fit together or carry tensors.
     """
     adapters = on_common_modules(adapters)
-    weights = listed_numbers(weights, "weights")
+    weights = numbers(weights, "weights")
     sums = _sums([adapter.modules for adapter in adapters], tuple(map(float, weights)))
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
@@ -159,7 +159,7 @@ def _sums(pool: Sequence[Mapping[str, Delta]], weights: Sequence[float]) -> Mapp
     known = [outlines(modules) for modules in pool]
     order = dict.fromkeys(module for modules in known for module in modules)
     gained = any(delta.gain is not None for modules in known for delta in modules.values())
-    lazy = any(isinstance(modules, Lazy) for modules in pool)
+    lazy = any(isinstance(modules, LazyMapping) for modules in pool)
 
     def total(module: str, *, outlined: bool = False) -> Delta:
         terms = [
@@ -171,7 +171,7 @@ def _sums(pool: Sequence[Mapping[str, Delta]], weights: Sequence[float]) -> Mapp
             return weighted_sum(*zip(*terms, strict=True))
 
     if lazy and not gained:  # what a sum with a DoRA is like shows when its base weight is read
-        return Lazy({module: total(module, outlined=True) for module in order}, total)
+        return LazyMapping({module: total(module, outlined=True) for module in order}, total)
     return {module: total(module) for module in order}
 
 

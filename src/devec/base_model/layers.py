@@ -19,10 +19,19 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError, UnsupportedError, listed
 from devec.files.safetensors_reader import STORAGE_DTYPES
-from devec.naming.detection import family_of
+from devec.naming.detection import detect_family
 from devec.naming.families import Family, flat
-from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
-from devec.naming.tables import parts_of
+from devec.naming.module_id import (
+    CLIP_G,
+    CLIP_L,
+    DENOISER,
+    DENOISER_2,
+    DENOISERS,
+    T5,
+    ModuleId,
+    parse_module_id,
+)
+from devec.naming.tables import segments_of
 
 # Layers that share the weights of the input embedding, which files then hold once.
 _TIED_INPUTS = re.compile(r"(?:.+\.)?(?:en|de)coder\.embed_tokens")
@@ -153,12 +162,12 @@ class Model:
 
     def _find(self, module: str, shape: tuple[int, int], family: Family | None) -> Sequence[Rows]:
         """The rows that a module of an adapter stands for."""
-        name = parse(module)
+        name = parse_module_id(module)
         for exact in (module, module.removeprefix(_PEFT_PREFIX), name.path):
             if exact in self.layers:
                 return [Rows(exact)]
         index = self._index(name.component, family or self._family)
-        found = [index.get(p.name, []) for p in parts_of(name, shape, family or self._family)]
+        found = [index.get(p.name, []) for p in segments_of(name, shape, family or self._family)]
         if not all(found) and (family is None or name.component not in DENOISERS):
             found = [self._tails(name) or self._tied(name)]
         several = [rows.name for candidates in found for rows in candidates[1:]]
@@ -169,7 +178,7 @@ class Model:
     @cached_property
     def _family(self) -> Family | None:
         """The family that the model's own names and shapes tell, if there are tables of it."""
-        return family_of({name: layer.shape for name, layer in self.layers.items()}, "")[1]
+        return detect_family({name: layer.shape for name, layer in self.layers.items()}, "")[1]
 
     def _index(self, component: str, family: Family | None) -> dict[str, list[Rows]]:
         """Part → the rows that hold it, the model taken for a component."""
@@ -177,7 +186,7 @@ class Model:
         if key not in self._indices:
             index: dict[str, list[Rows]] = defaultdict(list)
             for name, layer in self.layers.items():
-                parts = parts_of(Name("", component, name, flat=False), layer.shape, family)
+                parts = segments_of(ModuleId("", component, name, flat=False), layer.shape, family)
                 first, total = 0, sum(part.size for part in parts)
                 for part in parts:
                     index[part.name].append(Rows(name, first, part.size, total))
@@ -185,7 +194,7 @@ class Model:
             self._indices[key] = index
         return self._indices[key]
 
-    def _tails(self, name: Name) -> list[Rows]:
+    def _tails(self, name: ModuleId) -> list[Rows]:
         """The layers whose names end with that of a module, or the other way round."""
         wanted = flat(name.path)
         inside = set() if name.flat else set(_shorter(name.path))
@@ -195,13 +204,13 @@ class Model:
             if flat(layer) in inside or wanted in _shorter(layer)
         ]
 
-    def _tied(self, name: Name) -> list[Rows]:
+    def _tied(self, name: ModuleId) -> list[Rows]:
         """The input embedding, for a layer that shares its weight."""
         shares = bool(_TIED_INPUTS.fullmatch(name.path))
         shares |= not self.untied and bool(_TIED_OUTPUTS.fullmatch(name.path))
         return [Rows(n) for n in self.layers if _EMBEDDING.fullmatch(n)] if shares else []
 
-    def _not_found(self, name: Name, found: list[str], several: list[str]) -> str:
+    def _not_found(self, name: ModuleId, found: list[str], several: list[str]) -> str:
         """Why a module cannot be found."""
         if several:
             return f"{self.where} has several layers that this could be: {listed(found + several)}"

@@ -22,7 +22,7 @@ from devec.deltas.base_weight import BaseWeight
 from devec.errors import FormatError, IncompatibleError, located
 from devec.files.locate import exists
 from devec.naming.families import Family
-from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, T5, parse
+from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, T5, parse_module_id
 
 _REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w.-]+))?"
@@ -182,7 +182,7 @@ class _ModuleWeight:
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         with located("base weight"):
-            model = self.model.opened(parse(self.module).component)
+            model = self.model.opened(parse_module_id(self.module).component)
             weight = model.read(
                 self.module, self.shape, self.family, self.transposed, hint=self.fan_in_fan_out
             )

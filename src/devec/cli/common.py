@@ -52,13 +52,13 @@ def to_plain(adapter: Adapter, rank: int | None) -> Adapter:
         The adapter, under the record of the operation that made it.
     """
     from devec import as_lora
-    from devec.operations.as_lora import recorded
+    from devec.operations.as_lora import with_lora_record
 
     if rank is None or all(delta.gain is None for delta in outlines(adapter.modules).values()):
         return adapter
     result = as_lora(adapter, rank)
     print_nearest(adapter.name, adapter, result)
-    return recorded(adapter, result, rank)
+    return with_lora_record(adapter, result, rank)
 
 
 def said_norm(adapter: Adapter) -> str:

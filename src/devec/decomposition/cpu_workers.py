@@ -11,7 +11,7 @@ import torch
 
 from devec.decomposition.memory import memory_for
 from devec.decomposition.stacks.stack import Stack
-from devec.linalg.threads import crew, in_crew
+from devec.linalg.threads import in_worker_thread, shared_executor
 
 V = TypeVar("V")
 
@@ -35,7 +35,7 @@ def on_cpu(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
         with gate, torch.no_grad():
             return call(stack)
 
-    if in_crew():
+    if in_worker_thread():
         for stack in work:
             yield compute(stack)
         return
@@ -44,7 +44,7 @@ def on_cpu(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
         for stack in work:
             threads = _threads_of(stack, workers)
             with memory_for("a thread"):
-                futures.append(crew("stacks", workers, threads).submit(compute, stack))
+                futures.append(shared_executor("stacks", workers, threads).submit(compute, stack))
         for future in futures:  # in order, so that of several errors the same is raised each time
             yield future.result()
     finally:

@@ -16,7 +16,7 @@ from devec.adapters.algebra import merged_layout, provenance
 from devec.decomposition.findings import EMPTY_RTOL, Findings, ModuleSplit, Norms, is_rounding
 from devec.decomposition.question import Kind, PartName, Question
 from devec.deltas.delta import Delta
-from devec.operations.compress import truncate
+from devec.operations.compress import truncate_adapter
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -198,7 +198,7 @@ def _common_vector(
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     """Every module at its numerical rank; what is cut is rounding beside the original module."""
-    cut = truncate(
+    cut = truncate_adapter(
         adapter, lambda module, S, _: int((S > EMPTY_RTOL * scales[module]).sum())
     ).adapter
     return cut if cut.modules else adapter  # kept for its carried tensors alone

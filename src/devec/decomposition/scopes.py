@@ -23,7 +23,7 @@ from devec.decomposition.stacks.stack import Stack
 from devec.deltas.delta import Delta
 from devec.deltas.weighted_mean import WeightedMean
 from devec.linalg.chance import chance_level, random_edge
-from devec.linalg.subspaces import SharedSubspace, deflate, held_by_all
+from devec.linalg.subspaces import SharedSubspace, deflate, shared_by_all
 
 # Relative accuracy of differences of squared norms.
 _SQUARES_RTOL = 1e-4
@@ -236,7 +236,7 @@ def _shared_subspace(question: Question, stack: Stack, names: Sequence[str]) -> 
         return dataclasses.replace(subspace, spectrum=subspace.spectrum[..., :0])
     if question.threshold != "auto" or len(names) <= 2:
         return subspace
-    return held_by_all(subspace, bases, _chance_level_of_line)
+    return shared_by_all(subspace, bases, _chance_level_of_line)
 
 
 def _chance_level_of_line(n: int, rank: int) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
 from devec.files.digest import sha256, version
 from devec.files.random_access import OpenFile, Place
-from devec.lazy import Lazy, mapped, outlines
+from devec.lazy import LazyMapping, mapped, outlines
 from devec.linalg.buffers import empty
 
 STORAGE_DTYPES = {
@@ -172,7 +172,7 @@ def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]
         raise FormatError(
             f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
-    return Lazy(known, lambda key: held.read(places[key])), metadata
+    return LazyMapping(known, lambda key: held.read(places[key])), metadata
 
 
 def _place(entry: Mapping[str, Any], start: int) -> Place:

@@ -13,7 +13,7 @@ from devec.formats.alignment.align import Build, realigned
 from devec.formats.magnitudes import axes_of, of_outputs_only
 from devec.formats.peft import layout as peft_layout
 from devec.formats.single_file import layout as file_layout
-from devec.lazy import only, outlines
+from devec.lazy import outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA,
@@ -25,7 +25,7 @@ from devec.naming.conventions import (
     kohya_naming,
 )
 from devec.naming.families import Family
-from devec.naming.module_id import CLIP_L, DENOISER_2, parse
+from devec.naming.module_id import CLIP_L, DENOISER_2, parse_module_id
 from devec.naming.tables import TABLES
 
 Components = frozenset[str]
@@ -120,7 +120,7 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
         adapter = _only(adapter, _component(component))
     table = TABLES.get(layout.describe().get("family") or "")
     family = table() if table else None
-    components = frozenset(parse(module).component for module in adapter.modules)
+    components = frozenset(parse_module_id(module).component for module in adapter.modules)
     if declared is not None:
         components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
@@ -154,9 +154,13 @@ def _component(name: str) -> str:
 
 def _only(adapter: Adapter, component: str) -> Adapter:
     """The part of an adapter that changes one model."""
-    held = only(adapter.modules, {m for m in adapter.modules if parse(m).component == component})
-    keys = {k for k in adapter.carried if parse(k.rpartition(".")[0]).component == component}
-    carried = only(adapter.carried, keys)
+    held = selected(
+        adapter.modules, {m for m in adapter.modules if parse_module_id(m).component == component}
+    )
+    keys = {
+        k for k in adapter.carried if parse_module_id(k.rpartition(".")[0]).component == component
+    }
+    carried = selected(adapter.carried, keys)
     if not held:
         raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
     return dataclasses.replace(adapter, modules=held, carried=carried)

@@ -30,10 +30,10 @@ from devec.errors import IncompatibleError, listed
 from devec.files.staging import Staging, Writer, explained
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
-from devec.linalg.buffers import Blocks, return_memory, reused
+from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
 from devec.linalg.precision import full_precision
 from devec.operations.as_lora import as_lora as nearest_lora
-from devec.operations.as_lora import recorded
+from devec.operations.as_lora import with_lora_record
 from devec.operations.compress import Compression
 from devec.streaming.output_options import OutputOptions
 from devec.streaming.processes import Team
@@ -82,7 +82,7 @@ class Job:
         self.paths = {part.label: out / f"{part.label}{suffix}" for part in question.parts}
         self.sinks: dict[PartName, FileSink | SpoolSink] = {}
         self.staging: Staging
-        self._blocks = Blocks()
+        self._blocks = MemoryBlocks()
 
     def targets(self, report: Path | None) -> list[Path]:
         """All paths that may be written.
@@ -171,7 +171,7 @@ class Job:
         """Reuse memory from stack to stack, and say which modules need more than there is."""
         modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
         what = f"{modules}, which need about {size:.0f} MB beside all else"
-        with memory_for(what), reused(self._blocks):
+        with memory_for(what), reuse_memory(self._blocks):
             yield
 
     def _open(self, unfinished: Mapping[str, Path], closing: ExitStack, team: Team) -> None:
@@ -246,7 +246,7 @@ class Job:
         plain = adapter
         if self.options.as_lora is not None and _has_gains(adapter):
             result = nearest_lora(adapter, self.options.as_lora)
-            plain = recorded(adapter, result, self.options.as_lora)
+            plain = with_lora_record(adapter, result, self.options.as_lora)
             kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
             outputs.nearest[label] = _outlined(adapter), kept
         converted = self.options.converted(plain)

@@ -17,8 +17,8 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.layout import Output, Plan
 from devec.decomposition.result import zero_part
 from devec.deltas.delta import Delta
-from devec.deltas.sums import base_of
-from devec.lazy import Lazy, outlines
+from devec.deltas.sums import first_base_weight
+from devec.lazy import LazyMapping, outlines
 from devec.streaming.spool import Spool, Spooled, read_spools
 
 # Seconds between flushing one file and the next.
@@ -132,7 +132,7 @@ class SpoolSink:
         self._zeros = set().union(*(report.zeros for report in reports))
         self._reports = reports
 
-    def modules(self, originals: Mapping[str, Delta], order: Sequence[str]) -> Lazy[Delta]:
+    def modules(self, originals: Mapping[str, Delta], order: Sequence[str]) -> LazyMapping[Delta]:
         """The modules in order, read on access.
 
         Args:
@@ -140,7 +140,7 @@ class SpoolSink:
             order: The order of modules.
         """
         gains = {m: d for m, d in outlines(originals).items() if d.gain is not None}
-        bases = {module: base_of([delta]) for module, delta in gains.items()}
+        bases = {module: first_base_weight([delta]) for module, delta in gains.items()}
         spools = [(one.spool, one.contents) for one in self._reports if one.spool is not None]
         spooled = read_spools(spools, {m: base for m, base in bases.items() if base is not None})
         zeros = {
@@ -151,7 +151,7 @@ class SpoolSink:
         def read(module: str) -> Delta:
             return spooled[module] if module in spooled else zero_part(originals[module])
 
-        return Lazy({module: known[module] for module in order if module in known}, read)
+        return LazyMapping({module: known[module] for module in order if module in known}, read)
 
     def close(self) -> None:
         """Close the spool."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
 from devec.files.random_access import OpenFile, Place, bytes_of
-from devec.lazy import Lazy
+from devec.lazy import LazyMapping
 
 
 class Spooled(NamedTuple):
@@ -73,7 +73,7 @@ _NO_BASE = _NoBase()
 
 def read_spools(
     spools: Iterable[tuple[Path, Mapping[str, Spooled]]], bases: Mapping[str, BaseWeight]
-) -> Lazy[Delta]:
+) -> LazyMapping[Delta]:
     """The deltas of several spools, read on access.
 
     Args:
@@ -94,4 +94,4 @@ def read_spools(
         places = iter(spooled.places)
         return based(name, spooled.outline.each(lambda _: file.read(next(places))))
 
-    return Lazy({name: based(name, s.outline) for name, (_, s) in homes.items()}, read)
+    return LazyMapping({name: based(name, s.outline) for name, (_, s) in homes.items()}, read)

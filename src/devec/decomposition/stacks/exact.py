@@ -12,9 +12,9 @@ from torch import Tensor
 from devec.decomposition.stacks.lora import projected_loras
 from devec.decomposition.stacks.stack import Measured, Pool, Projected, Stack
 from devec.deltas.delta import Delta
-from devec.deltas.sums import base_of, resolved_together
+from devec.deltas.sums import first_base_weight, resolve_together
 from devec.errors import located
-from devec.linalg.dtypes import basis_dtype, small
+from devec.linalg.dtypes import basis_dtype, to_float64
 from devec.linalg.factors import norm
 from devec.linalg.precision import full_precision
 
@@ -36,7 +36,7 @@ class ExactModule(Stack):
         super().__init__([module], pool, device)
         if self.device.type == "mps":
             self.device = torch.device("cpu")
-        self._base = base_of(self.outlines.values())
+        self._base = first_base_weight(self.outlines.values())
         self._resolved: dict[str, Delta] = {}
 
     @property
@@ -52,7 +52,7 @@ class ExactModule(Stack):
         with located(f"module {self.modules[0]!r} of {name!r}"):
             U, S = delta.column_space()
         total = delta.weight_norm(abs(delta.scaling) * float(S.norm()))
-        self._measured[name] = Measured(len(S), [total], small(A @ A.mT)[None])
+        self._measured[name] = Measured(len(S), [total], to_float64(A @ A.mT)[None])
         return U[None]
 
     def norms(self, name: str) -> list[float]:
@@ -93,5 +93,5 @@ class ExactModule(Stack):
         if not self._resolved:
             self._kept = {}
             deltas = {n: self.deltas(n)[0].to(self.device) for n in self.names}
-            self._resolved.update(resolved_together(deltas))
+            self._resolved.update(resolve_together(deltas))
         return self._resolved[name]

@@ -12,8 +12,8 @@ from torch import Tensor
 from devec.decomposition.stacks.stack import Measured, Projected, Stack, UnsoundError
 from devec.deltas.delta import Delta
 from devec.linalg.batched import column_bases
-from devec.linalg.buffers import empty, product
-from devec.linalg.dtypes import RANK_RTOL, small
+from devec.linalg.buffers import empty, matmul
+from devec.linalg.dtypes import RANK_RTOL, to_float64
 from devec.linalg.exponents import extreme_exponent, times_powers
 from devec.linalg.precision import full_precision
 
@@ -68,8 +68,8 @@ def projected_loras(
     values = [delta.scaling for delta in deltas]
     scalings = Z.new_tensor(values)[:, None, None]
     C = Z.mT @ B
-    shared_B = product(Z, C)
-    squares = (small(C) @ gram * small(C)).sum(dim=(-2, -1))
+    shared_B = matmul(Z, C)
+    squares = (to_float64(C) @ gram * to_float64(C)).sum(dim=(-2, -1))
     factors = scalings.flatten().to(squares)
     if extreme := any(map(extreme_exponent, values)):
         factors = squares.new_tensor(values)

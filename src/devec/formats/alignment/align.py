@@ -32,11 +32,11 @@ from devec.formats.alignment.cutting import (
 )
 from devec.formats.alignment.joining import Target
 from devec.formats.plan import Places, require_places, spread
-from devec.lazy import Lazy, outlines, renamed
+from devec.lazy import LazyMapping, outlines, renamed
 from devec.naming.conventions import Naming
 from devec.naming.families import Family
-from devec.naming.module_id import parse
-from devec.naming.tables import TABLES, parts_of
+from devec.naming.module_id import parse_module_id
+from devec.naming.tables import TABLES, segments_of
 
 
 class NamedLayout(Layout, Protocol):
@@ -213,8 +213,8 @@ class AlignedLayout:
 
         # which modules share A, and so the ranks, only the values tell
         modules: Mapping[str, Delta]
-        if isinstance(adapter.modules, Lazy):
-            modules = Lazy({module: whole(module).outline for module in held}, whole)
+        if isinstance(adapter.modules, LazyMapping):
+            modules = LazyMapping({module: whole(module).outline for module in held}, whole)
         else:
             modules = {module: whole(module) for module in held}
         lost = sorted(adapter.carried.keys() - self.carried.keys())
@@ -335,13 +335,13 @@ def _carried_names(adapter: Adapter, tables: Tables) -> dict[str, str]:
     before, known = layout.naming, {key: key for key in adapter.carried}
     if isinstance(layout, AlignedLayout):
         before, known = layout.inner.naming, dict(layout.carried)
-    if tables.naming.agrees(before) and tables.naming.one_model == before.one_model:
+    if tables.naming.same_ids_as(before) and tables.naming.one_model == before.one_model:
         return known
     result: dict[str, str] = {}
-    for key in adapter.carried if tables.naming.for_comfy else ():
+    for key in adapter.carried if tables.naming.is_comfy else ():
         module, _, end = key.rpartition(".")
-        name = parse(module)
-        parts = parts_of(name, (0, 1), tables.family)
+        name = parse_module_id(module)
+        parts = segments_of(name, (0, 1), tables.family)
         whole, held, unnamed = tables.whole((name.component, parts[0].name))
         prefix = tables.naming.prefix(name.component, tables.family)
         if key.startswith("bundle_emb."):

@@ -11,11 +11,11 @@ from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, located
 from devec.formats.alignment.dora import rows_of, sliceable
 from devec.formats.alignment.joining import Target
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.naming.conventions import Naming, diffusers_naming
-from devec.naming.families import Family, Part, flat
-from devec.naming.module_id import DENOISERS, Name, parse
-from devec.naming.tables import dotted_names, parts_of, text_encoders
+from devec.naming.families import Family, Segment, flat
+from devec.naming.module_id import DENOISERS, ModuleId, parse_module_id
+from devec.naming.tables import dotted_names, segments_of, text_encoders
 
 Key = tuple[str, str]  # component and part
 
@@ -30,8 +30,8 @@ class Module:
 
     adapter: int
     id: str
-    name: Name
-    parts: tuple[Part, ...]
+    name: ModuleId
+    parts: tuple[Segment, ...]
     shape: tuple[int, int]
 
     @property
@@ -67,10 +67,10 @@ def cut(
     """
     result = []
     for module, delta in outlines(adapter.modules).items():
-        name = parse(module)
+        name = parse_module_id(module)
         if component is not None:
             name = dataclasses.replace(name, component=component)
-        parts = parts_of(name, delta.shape, family)
+        parts = segments_of(name, delta.shape, family)
         result.append(Module(index, module, name, parts, delta.shape))
     return result
 
@@ -127,9 +127,9 @@ class Tables:
             # by other authors' names a module that no table has may be called anything
             alike = family is None or schemes[module.adapter] == naming.scheme
             if len(module.keys) == 1 and not module.name.flat and alike:
-                self.dotted.setdefault(module.keys[0], module.name.current)
+                self.dotted.setdefault(module.keys[0], module.name.current_path)
 
-    def whole(self, key: Key) -> tuple[str, tuple[Part, ...], str]:
+    def whole(self, key: Key) -> tuple[str, tuple[Segment, ...], str]:
         """The module of the output that a part belongs to, and its parts.
 
         Returns:
@@ -142,11 +142,11 @@ class Tables:
         known = table.module(part, scheme) if table else ""
         if table is None or not known:
             name, unnamed = self._unknown(key, table)
-            return name, (Part(part),), unnamed
+            return name, (Segment(part),), unnamed
         whole = part.partition(":")[0]
         rows, columns = self.rows.get(key, 0), self.columns.get(key, 0)
         shape = (rows * (2 if whole != part else 1), columns)
-        parts = table.parts(flat(known), shape)
+        parts = table.segments(flat(known), shape)
         return (flat(known) if self.naming.flat else known), parts, ""
 
     def _unknown(self, key: Key, table: Family | None) -> tuple[str, str]:
@@ -273,10 +273,14 @@ def sliced(
             return rows_of(sliceable(held[module]), rows.start, rows.stop)
 
     # rows of DoRAs may take a base weight to know
-    if not isinstance(adapter.modules, Lazy) or any(d.gain is not None for d in known.values()):
+    if not isinstance(adapter.modules, LazyMapping) or any(
+        d.gain is not None for d in known.values()
+    ):
         held = dict(adapter.modules)
         return {name: piece(name, held) for name in places}
-    return Lazy({name: piece(name, known) for name in places}, lambda n: piece(n, adapter.modules))
+    return LazyMapping(
+        {name: piece(name, known) for name in places}, lambda n: piece(n, adapter.modules)
+    )
 
 
 def _rows_of_pieces(

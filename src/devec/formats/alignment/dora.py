@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from devec.deltas.base_weight import BaseWeight, RowsOfWeight, StackedWeight
+from devec.deltas.base_weight import BaseWeight, ConcatenatedWeight, WeightRows
 from devec.deltas.delta import Delta
-from devec.deltas.dora import as_magnitudes, one_axis_only
+from devec.deltas.dora import as_magnitudes, two_axes_reason
 from devec.deltas.gains import AxisGain, Gain, Magnitude
 from devec.errors import UnsupportedError
 from devec.formats.magnitudes import axes_of
@@ -41,7 +41,7 @@ def rows_of(delta: Delta, start: int, stop: int) -> Delta:
     part = dataclasses.replace(delta, B=delta.B[rows], bias=bias, gain=None)
     if delta.gain is None:
         return part
-    base = RowsOfWeight(delta.gain.base, start, stop)
+    base = WeightRows(delta.gain.base, start, stop)
     if isinstance(delta.gain, Magnitude):
         return dataclasses.replace(part, gain=Magnitude(delta.gain.values[rows], "out", base))
     gain = Gain(base, dict(delta.gain.axes))
@@ -66,7 +66,7 @@ def with_magnitudes(pieces: Sequence[Delta], whole: BaseWeight) -> list[Delta]:
     result, start = [], 0
     for piece in pieces:
         stop = start + piece.shape[0]
-        result.append(as_magnitudes(piece, "out", RowsOfWeight(whole, start, stop)))
+        result.append(as_magnitudes(piece, "out", WeightRows(whole, start, stop)))
         start = stop
     return result
 
@@ -85,7 +85,7 @@ def one_axis(pieces: Sequence[Delta]) -> str:
     """
     axes = set().union(*map(axes_of, pieces))
     if len(axes) > 1:
-        raise UnsupportedError(one_axis_only())
+        raise UnsupportedError(two_axes_reason())
     return next(iter(axes), "")
 
 
@@ -93,7 +93,7 @@ def stacked_magnitude(pieces: Sequence[Delta]) -> Magnitude:
     """The magnitudes of pieces one under the other, which have magnitudes of their outputs."""
     gains = [piece.gain for piece in pieces if piece.gain is not None]
     values = [gain.values for gain in gains if isinstance(gain, Magnitude)]
-    return Magnitude(torch.cat(values), "out", StackedWeight([gain.base for gain in gains]))
+    return Magnitude(torch.cat(values), "out", ConcatenatedWeight([gain.base for gain in gains]))
 
 
 def common_gain(pieces: Sequence[Delta], product: Delta) -> Gain:
@@ -117,5 +117,5 @@ def common_gain(pieces: Sequence[Delta], product: Delta) -> Gain:
             "single DoRA represents; --as-lora RANK (devec.as_lora) writes the nearest plain LoRA "
             "and says how near it is"
         )
-    base = StackedWeight([gain.base for gain in gains])
+    base = ConcatenatedWeight([gain.base for gain in gains])
     return Gain(base, {"in": gains[0].axes["in"]}).beside(product.B, product.A)

@@ -37,7 +37,7 @@ from devec.formats.plan import FilePlan, Piece, Places, require_places, usual_dt
 from devec.formats.rank_patterns import Config
 from devec.lazy import joined, outlines, renamed
 from devec.naming.conventions import Naming, naming_of
-from devec.naming.detection import family_of
+from devec.naming.detection import detect_family
 from devec.naming.families import Family
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -368,7 +368,7 @@ def family(config: Config, slots: Sequence[Slot]) -> tuple[str, Family | None]:
         Name and tables.
     """
     shapes = {slot.name: slot.shape for slot in slots}
-    return family_of(shapes, str(config.get("base_model_name_or_path") or ""))
+    return detect_family(shapes, str(config.get("base_model_name_or_path") or ""))
 
 
 def plain_layout(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.layout import ReadOptions
 from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
-from devec.errors import DevecWarning, FormatError, listed, located
+from devec.errors import FormatError, listed, located, warn
 from devec.files.safetensors_reader import read_tensors, require_factor, require_finite
 from devec.formats import card
 from devec.formats.magnitudes import warn_of_signs
@@ -27,7 +26,7 @@ from devec.formats.peft.keys import SortedKeys, sort_keys
 from devec.formats.peft.layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
 from devec.formats.peft.slots import Slot
 from devec.formats.rank_patterns import Config
-from devec.lazy import Lazy, mapped, only, outlines
+from devec.lazy import LazyMapping, mapped, outlines, selected
 
 _PICKLED_NAME = "adapter_model.bin"
 _UNUSED = (
@@ -93,7 +92,7 @@ def parsed(
         for path, kept, key in keys.repeated:
             peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
         copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
-        carried = mapped(only(tensors, keys.carried), require_finite)
+        carried = mapped(selected(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
         slots = slots_of(config, keys, outlines(tensors))
         weights = BaseWeights(base, family(config, slots)[1], copies)
@@ -131,7 +130,7 @@ class _Stored:
         known: dict[str, Delta] = {}
         for slot in self._slots:
             known |= self._read(slot, outlines(self._tensors))
-        return Lazy(known, self._delta) if isinstance(self._tensors, Lazy) else known
+        return LazyMapping(known, self._delta) if isinstance(self._tensors, LazyMapping) else known
 
     def _delta(self, module: str) -> Delta:
         slot, last = self._slot_of[module], self._last
@@ -180,8 +179,4 @@ def _has_peft_keys(path: Path) -> bool:
 def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
     """Name the tensors that take no part in the forward pass."""
     if keys:
-        warnings.warn(
-            f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}",
-            DevecWarning,
-            stacklevel=5,
-        )
+        warn(f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}")

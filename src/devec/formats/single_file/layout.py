@@ -36,8 +36,8 @@ from devec.naming.conventions import (
     Suffixes,
     naming_of,
 )
-from devec.naming.detection import family_of
-from devec.naming.module_id import parse
+from devec.naming.detection import detect_family
+from devec.naming.module_id import parse_module_id
 from devec.naming.tables import TABLES
 
 # UNets whose files diffusers reads by one alpha for all attention layers
@@ -133,7 +133,7 @@ class FileLayout:
         """
         metadata = {**self.metadata, "base_model_name_or_path": base}
         shapes = {slot.id: slot.shape for slot in self.slots}
-        family, table = family_of(shapes, header.base_hint(metadata))
+        family, table = detect_family(shapes, header.base_hint(metadata))
         naming = naming_of(shapes, table)  # whose names these are shows by the family's tables
         return dataclasses.replace(self, metadata=metadata, family=family, naming=naming)
 
@@ -160,19 +160,19 @@ class FileLayout:
         """Whether the same module has the same name under another layout."""
         if not isinstance(other, FileLayout):
             return False
-        return self.naming.agrees(other.naming) or (
-            self.naming.alike(other.naming)
+        return self.naming.same_ids_as(other.naming) or (
+            self.naming.same_style_as(other.naming)
             and all(self._ids.get(key, id) == id for key, id in other._ids.items())
         )
 
     @cached_property
     def _ids(self) -> dict[tuple[str, str], str]:
         """What two names of a module have in common → its id."""
-        return {parse(slot.id).key: slot.id for slot in self.slots}
+        return {parse_module_id(slot.id).key: slot.id for slot in self.slots}
 
     def same_spelling(self, naming: Naming) -> bool:
         """Whether files are written in a naming as they are."""
-        return self.naming.agrees(naming)
+        return self.naming.same_ids_as(naming)
 
     def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
         """Adapters named alike, to be written in this convention.
@@ -341,7 +341,7 @@ def _patterns(deltas: Mapping[str, Delta]) -> str:
     config: dict[str, dict[str, int]] = {}
     fields: dict[str, Any] = {}
     for module, delta in deltas.items():
-        name = parse(module)
+        name = parse_module_id(module)
         component = name.prefix.rstrip(".")
         config.setdefault(component, {})[name.path] = delta.rank
         if delta.gain is not None:

@@ -21,7 +21,7 @@ from devec.deltas.delta import Delta
 from devec.deltas.gains import Axis, Magnitude
 from devec.errors import FormatError, UnsupportedError
 from devec.formats import magnitudes
-from devec.linalg.hadamard_kronecker import Factors, hadamard_product, kronecker_product
+from devec.linalg.hadamard_kronecker import FactorPair, hadamard_product, kronecker_product
 from devec.linalg.precision import full_precision
 
 Parts = Mapping[str, Tensor]
@@ -214,7 +214,9 @@ _KINDS: dict[tuple[str, ...], Callable[[Parts, float | None, int], StoredModule]
 }
 
 
-def _rewritten(kind: str, found: Factors, scaling: float, kernel: tuple[int, ...]) -> StoredModule:
+def _rewritten(
+    kind: str, found: FactorPair, scaling: float, kernel: tuple[int, ...]
+) -> StoredModule:
     """A module whose product was rewritten to factors."""
     return StoredModule(Delta(found.B, found.A, scaling), kind, kernel, found.error)
 
