@@ -29,7 +29,7 @@ from devec.decomposition.stacks import stacks
 from devec.decomposition.workers import in_parallel, memory_for
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
-from devec.files.staging import Staging, Writer, explained
+from devec.files.staging import Staging, Writer, output_errors
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
 from devec.linalg.buffers import Blocks, return_memory, reused
@@ -172,7 +172,7 @@ class Job:
             return {}
         self.staging = staging
         closing.enter_context(staging)
-        places = {label: staging.place(self.target(label)) for label in self.keys.values()}
+        places = {label: staging.staged_path(self.target(label)) for label in self.keys.values()}
         self._open(places, closing, team)
         return places
 
@@ -190,7 +190,7 @@ class Job:
         work = stacks(self.pool, device, together=self.question.scope != "iterative")
         with ExitStack() as within:
             if not team.is_first:  # where there is no staging that would do so
-                within.enter_context(explained([self.target(label) for label in places]))
+                within.enter_context(output_errors([self.target(label) for label in places]))
                 self._open(places, closing, team)
             direct = [part for part in self.parts.values() if isinstance(part, Direct)]
             within.enter_context(flushing(direct))
@@ -245,7 +245,7 @@ class Job:
         written = self.complete(self.gather(shares), self.staging, team)
         kept = list(written.written.values())
         if report is not None:
-            report[1](written)(self.staging.place(report[0]))
+            report[1](written)(self.staging.staged_path(report[0]))
             kept.append(report[0])
         self.staging.commit(kept, written.removed)
         return written
@@ -280,7 +280,7 @@ class Job:
                     kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
                     nearest[label] = _outlined(adapter), kept
                 converted = self.form.converted(plain)
-                converted.plan(self.form.dtype).write(staging.place(self.target(label)))
+                converted.plan(self.form.dtype).write(staging.staged_path(self.target(label)))
                 held[label] = _outlined(converted)
                 del adapter, plain, converted  # before the next one is made
                 return_memory()

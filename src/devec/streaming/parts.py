@@ -22,7 +22,7 @@ from devec.decomposition.scopes import nothing_of
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
 from devec.deltas.sums import base_of
-from devec.files.random_access import OpenFile, Place, bytes_of
+from devec.files.random_access import OpenFile, TensorSpan, bytes_of
 from devec.lazy import Lazy, outlines
 
 # Seconds between one file and the next that is brought to the disk.
@@ -166,7 +166,7 @@ class Spooled(NamedTuple):
     """
 
     outline: Delta
-    places: list[Place]
+    places: list[TensorSpan]
 
 
 class Spool:
@@ -190,10 +190,10 @@ class Spool:
             name: Its name.
             delta: The delta, on the CPU.
         """
-        places: list[Place] = []
+        places: list[TensorSpan] = []
 
         def write(tensor: Tensor) -> Tensor:
-            places.append(Place(self._file.tell(), tuple(tensor.shape), tensor.dtype))
+            places.append(TensorSpan(self._file.tell(), tuple(tensor.shape), tensor.dtype))
             self._file.write(bytes_of(tensor))
             return tensor.to("meta")
 
