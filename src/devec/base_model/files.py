@@ -95,7 +95,7 @@ def _pipeline(path: Path) -> ModelOpeners:
     }
 
     def opener(slot: str) -> Callable[[], Model]:
-        return cache(lambda: _model(path / slot, _read_headers(_model_files(path / slot))))
+        return cache(lambda: _model(path / slot, _all_entries(_model_files(path / slot))))
 
     return models_of_pipeline(classes, str(path), opener)
 
@@ -179,7 +179,7 @@ class _HeaderEntry(NamedTuple):
     type: str
 
 
-def _read_header(path: Path) -> dict[str, _HeaderEntry]:
+def _header_entries(path: Path) -> dict[str, _HeaderEntry]:
     """Key → entry in the header of a file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -192,9 +192,9 @@ def _read_header(path: Path) -> dict[str, _HeaderEntry]:
         raise FormatError(_unreadable(path, error)) from error
 
 
-def _read_headers(files: Iterable[Path]) -> dict[str, _HeaderEntry]:
+def _all_entries(files: Iterable[Path]) -> dict[str, _HeaderEntry]:
     """Key → entry in the headers of files."""
-    return {key: entry for path in files for key, entry in _read_header(path).items()}
+    return {key: entry for path in files for key, entry in _header_entries(path).items()}
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -206,7 +206,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _models(path: Path, files: Iterable[Path]) -> ModelOpeners:
     """The models in files: one, or several distinguished by prefixes."""
-    entries = _read_headers(files)
+    entries = _all_entries(files)
     by_component: dict[str, dict[str, _HeaderEntry]] = defaultdict(dict)
     openers: ModelOpeners = {}
     for key in entries:
@@ -260,7 +260,7 @@ def _layers(entries: Mapping[str, _HeaderEntry], types: Collection[str]) -> dict
         if not weight or not name or len(entries[f"{name}.{weight}"].shape) < 2:
             continue
         entry = entries[f"{name}.{weight}"]
-        load = partial(_load, entry, quantised=_is_quantised(entry, weight, own))
+        load = partial(_load, entry, quantised=_is_quantised_entry(entry, weight, own))
         shape = (entry.shape[0], math.prod(entry.shape[1:]))
         # a kernel is never stored transposed, even if its matrix would fit the other way round
         is_plain = len(entry.shape) > 2 or (bool(types) and shape[0] == shape[1])
@@ -278,7 +278,7 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _model_types(value)
 
 
-def _is_quantised(entry: _HeaderEntry, end: str, ends: Collection[str]) -> bool:
+def _is_quantised_entry(entry: _HeaderEntry, end: str, ends: Collection[str]) -> bool:
     """Whether the values of a weight depend on more than its own tensor."""
     if entry.type in _FLOAT8_TYPES:
         return any("scale" in other for other in ends)

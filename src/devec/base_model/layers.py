@@ -188,11 +188,11 @@ class Model:
     def _by_suffix(self, name: Name) -> list[Rows]:
         """The layers whose names are a suffix of the module's, or end with the module's name."""
         wanted = flat(name.path)
-        suffixes = set() if name.flat else set(_suffixes(name.path))
+        suffixes = set() if name.flat else set(_flat_suffixes(name.path))
         return [
             Rows(layer)
             for layer in self.layers
-            if flat(layer) in suffixes or wanted in _suffixes(layer)
+            if flat(layer) in suffixes or wanted in _flat_suffixes(layer)
         ]
 
     def _tied(self, name: Name) -> list[Rows]:
@@ -221,7 +221,7 @@ LOAD_ADVICE = (
 )
 
 
-def _suffixes(name: str) -> Iterator[str]:
+def _flat_suffixes(name: str) -> Iterator[str]:
     """The flat names of a dotted name and of its suffixes, up to the first number."""
     head = ""  # without its number, a layer would match the layers of all blocks
     while name and not head.isdigit():

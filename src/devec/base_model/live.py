@@ -61,7 +61,9 @@ def live_model(base: nn.Module) -> Model:
     changed_by = _weight_changing_adapter(base)
     layers = {
         layer.name: Layer(
-            _shape(layer.module), partial(_load, layer, changed_by), _is_transposed(layer.module)
+            _weight_shape(layer.module),
+            partial(_read_weight, layer, changed_by),
+            _is_transposed(layer.module),
         )
         for layer in _live_layers("", _without_adapters(base), ())
         if layer.name and _has_weight(layer.module)
@@ -109,7 +111,7 @@ def _has_weight(module: Any) -> bool:  # noqa: ANN401
     return packed or (isinstance(weight, Tensor) and weight.ndim > 1)
 
 
-def _shape(module: Any) -> tuple[int, int]:  # noqa: ANN401
+def _weight_shape(module: Any) -> tuple[int, int]:  # noqa: ANN401
     """The shape (out, in) of the weight of a layer, also if it is quantised."""
     if _is_quantised(module) or hasattr(module, "qweight"):
         return module.out_features, module.in_features
@@ -135,7 +137,7 @@ def _weight_changing_adapter(base: nn.Module) -> str:
     return next((f"{n!r} ({init})" for n, init in inits.items() if not is_plain_init(init)), "")
 
 
-def _load(layer: _LiveLayer, changed_by: str) -> Tensor:
+def _read_weight(layer: _LiveLayer, changed_by: str) -> Tensor:
     """The base weight of a layer; threads wait for each other."""
     with _reading:
         return _base_weight(layer, changed_by)

@@ -24,7 +24,7 @@ from devec.files.locate import exists
 from devec.naming.families import Family
 from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, T5, parse
 
-_REPOSITORY = re.compile(
+_MODEL_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w.-]+))?"
     r"(?:/(?P<inside>.+))?"
 )
@@ -133,7 +133,7 @@ class BaseModel:
         if not isinstance(self.reference, str | Path):
             return live_models(self.reference)
         if self._path is None:
-            raise FormatError(_unavailable(str(self.reference)) + self._trained_on)
+            raise FormatError(_unavailable_model(str(self.reference)) + self._trained_on)
         return models_in(self._path)
 
     @property
@@ -182,7 +182,7 @@ def _cached_path(reference: str) -> Path | None:
     """The path of a model in the local cache of the Hub, None if it is not cached."""
     from huggingface_hub import snapshot_download
 
-    match = _REPOSITORY.fullmatch(reference)
+    match = _MODEL_ID.fullmatch(reference)
     if match is None:
         return None
     try:
@@ -193,9 +193,9 @@ def _cached_path(reference: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _unavailable(reference: str) -> str:
+def _unavailable_model(reference: str) -> str:
     """The message for a path or id of a model that is not available."""
-    match = _REPOSITORY.fullmatch(reference)
+    match = _MODEL_ID.fullmatch(reference)
     if match is None:
         return f"no such file or directory: {reference!r}; a base model is {_ACCEPTED}"
     revision = f" --revision {match['revision']}" if match["revision"] else ""

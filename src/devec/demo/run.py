@@ -82,8 +82,10 @@ def run(
     return Demo(
         overlap=overlap(adapters),
         parts=parts,
-        own={domain: _own(model, domain, outputs, sets, progress) for domain in DOMAINS},
-        sums={c: _sums(model, c, sets, progress) for c in COEFFICIENTS},
+        own={
+            domain: _domain_accuracies(model, domain, outputs, sets, progress) for domain in DOMAINS
+        },
+        sums={c: _sum_accuracies(model, c, sets, progress) for c in COEFFICIENTS},
     )
 
 
@@ -112,7 +114,7 @@ def _accuracy(model: PeftModel, name: str, sets: Sets, tasks: Sequence[str]) -> 
     return sum(accuracy(model, *sets[task]) for task in tasks) / len(tasks)
 
 
-def _own(
+def _domain_accuracies(
     model: PeftModel,
     domain: str,
     outputs: Mapping[str, Adapter],
@@ -130,7 +132,7 @@ def _own(
     return measured
 
 
-def _sums(
+def _sum_accuracies(
     model: PeftModel, coefficient: float, sets: Sets, progress: Callable[[str], None]
 ) -> dict[str, float]:
     """Mean accuracy over the domains, of the sums at one coefficient."""

@@ -149,12 +149,12 @@ def _download(
         raise
     except (*network, ValueError) as error:
         if isinstance(error, ValueError) or _status(error) in _FINAL_STATUS:
-            raise FormatError(_unavailable(repo, error)) from error
+            raise FormatError(_unavailable_repository(repo, error)) from error
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except (OSError, ValueError) as missing:
             raise FormatError(
-                f"{_unavailable(repo, error)}, nor is it in the local cache of the Hub"
+                f"{_unavailable_repository(repo, error)}, nor is it in the local cache of the Hub"
             ) from missing
         files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         selected = _select_files(repo, files, subfolder, weight_name)
@@ -167,7 +167,7 @@ def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
-def _unavailable(repo: str, error: Exception) -> str:
+def _unavailable_repository(repo: str, error: Exception) -> str:
     """The message for a repository that is not available, with the first line of the reason."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (

@@ -21,7 +21,7 @@ from devec.files.random_access import BINARY, bytes_of, read_at, uncache, write_
 from devec.files.safetensors_reader import SAFETENSORS_TYPES
 
 _CHUNK = 1 << 22
-_LARGE = 1 << 20
+_LARGE_TENSOR = 1 << 20
 
 
 class _Slot(NamedTuple):
@@ -92,7 +92,7 @@ class TensorWriter:
             )
         self._write(bytes_of(tensor), self._header_size + slot.start)
         self._missing.discard(key)
-        if slot.stop - slot.start >= _LARGE:
+        if slot.stop - slot.start >= _LARGE_TENSOR:
             self._cached.append(slot)
 
     def flush(self) -> None:

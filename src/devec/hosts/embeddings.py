@@ -45,7 +45,7 @@ def base_copies(
     return {
         f"{PREFIX}{path}.{key}": tensor.clone()
         for path in (layers if resized else saved)
-        for key, tensor in _tensors(layers[path][1]).items()
+        for key, tensor in _layer_tensors(layers[path][1]).items()
     }
 
 
@@ -121,7 +121,7 @@ def _vocabulary_size(config: Any) -> int | None:  # noqa: ANN401
     return size if isinstance(size, int) else None
 
 
-def require_same_base(copies: Mapping[str, Tensor], model: nn.Module) -> None:
+def require_same_embeddings(copies: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuse an adapter that was saved with base weights other than those of the model."""
     modules = list(walk(model)) if copies else []
     for key, copy in copies.items():
@@ -138,10 +138,10 @@ def _base_tensor(modules: NamedModules, key: str) -> Tensor | None:
     path, _, last = key.removeprefix(PREFIX).rpartition(".")
     path = path.replace(".token_adapter", "").replace(".base_layer", "")
     layer = next((module for name, module in modules if name.removeprefix(PREFIX) == path), None)
-    return None if layer is None else _tensors(_unwrapped(layer)[1]).get(last)
+    return None if layer is None else _layer_tensors(_unwrapped(layer)[1]).get(last)
 
 
-def _tensors(layer: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def _layer_tensors(layer: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """Name → floating-point tensor of a layer, loaded if accelerate has offloaded it."""
     from accelerate.utils import align_module_device
 

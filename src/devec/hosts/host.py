@@ -214,7 +214,7 @@ class Host:
             if shape is not None:  # a parameter is no layer
                 towers.require_shape(module, delta, model, module, shape)
         bases = {key: adapter.carried[key] for key in of_base(layout.config, adapter.carried)}
-        embeddings.require_same_base({**layout.base_copies, **bases}, model)
+        embeddings.require_same_embeddings({**layout.base_copies, **bases}, model)
         carried = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         layout = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _widest_dtype(model, adapter) if foreign else None
