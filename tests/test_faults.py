@@ -348,7 +348,7 @@ def test_what_is_not_finite_is_not_written_in_any_type(tmp_path, plain):
 def test_where_files_have_one_place_only_the_same_is_written(tmp_path, pool, monkeypatch):
     """As on Windows, which has no calls that say where to read and write."""
     from_files_to_files(tmp_path / "want", pool)
-    monkeypatch.setattr(random_access, "_AT_ONCE", False)
+    monkeypatch.setattr(random_access, "_HAS_POSITIONED_CALLS", False)
     for name in ("preadv", "pwrite"):
         monkeypatch.delattr(os, name)
     from_files_to_files(tmp_path / "out", pool)
@@ -566,7 +566,7 @@ def test_what_another_process_works_on_is_left_alone(tmp_path, plain):
     target = tmp_path / "other" / "a"
     target.parent.mkdir()
     with Staging([tmp_path / "mine"], overwrite=False) as staging:
-        staging.place(tmp_path / "mine").write_text("mine")
+        staging.staged_path(tmp_path / "mine").write_text("mine")
         from_files_to_files(tmp_path / "out", plain)
         assert len(list(tmp_path.glob(".devec-*"))) == 1
         staging.commit([tmp_path / "mine"])

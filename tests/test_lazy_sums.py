@@ -74,7 +74,7 @@ def test_adapters_in_memory_may_be_among_them(pool):
 
 def test_sums_with_doras_are_made_at_once(tmp_path):
     path = save_dora(tmp_path / "a", "linear")
-    lazy = Adapter.from_pretrained(path, lazy=True, base=read(path, "linear").layout.base.given)
+    lazy = Adapter.from_pretrained(path, lazy=True, base=read(path, "linear").layout.base.reference)
     assert combine([lazy], [0.5]) == combine([read(path, "linear")], [0.5])
 
 

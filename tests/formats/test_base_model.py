@@ -956,7 +956,7 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     assert wrong(base, ["lm_head"], weights.__getitem__) == []
     # whatever else is needed is in the files of weights
     path.unlink()
-    monkeypatch.setattr("devec.base_model.files._stored", None)
+    monkeypatch.setattr("devec.base_model.files._header_entries", None)
     assert wrong(base, list(weights), weights.__getitem__) == []
 
 

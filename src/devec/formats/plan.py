@@ -151,7 +151,7 @@ class Output:
 
     def written_elsewhere(self, piece: Piece) -> None:
         """Take note that another process has written a piece."""
-        self._writer.take(self.plan.outlines_of(piece).keys())
+        self._writer.mark_written(self.plan.outlines_of(piece).keys())
 
     def finish(self) -> None:
         """Write what is stored as it is, the digest, and what stands beside the file."""

@@ -27,7 +27,7 @@ from devec.decomposition.stacks.build import stacks_of
 from devec.decomposition.stacks.stack import Pool, Stack
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
-from devec.files.staging import Staging, Writer, explained
+from devec.files.staging import Staging, Writer, output_errors
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
 from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
@@ -118,7 +118,7 @@ class Job:
             return {}
         self.staging = staging
         closing.enter_context(staging)
-        unfinished = {label: staging.place(path) for label, path in self.paths.items()}
+        unfinished = {label: staging.staged_path(path) for label, path in self.paths.items()}
         self._open(unfinished, closing, team)
         return unfinished
 
@@ -137,7 +137,7 @@ class Job:
         work = team.share(list(stacks_of(self.pool, device, batched=batched)))
         with ExitStack() as within:
             if not team.is_first:  # where no staging explains errors
-                within.enter_context(explained([self.paths[label] for label in unfinished]))
+                within.enter_context(output_errors([self.paths[label] for label in unfinished]))
                 self._open(unfinished, closing, team)
             files = [sink for sink in self.sinks.values() if isinstance(sink, FileSink)]
             within.enter_context(flushing(files))
@@ -161,7 +161,7 @@ class Job:
         written = self._result(findings, self._complete(findings), team)
         outputs = list(written.written.values())
         if report is not None:
-            report[1](written)(self.staging.place(report[0]))
+            report[1](written)(self.staging.staged_path(report[0]))
             outputs.append(report[0])
         self.staging.commit(outputs, written.removed)
         return written
@@ -250,7 +250,7 @@ class Job:
             kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
             outputs.nearest[label] = _outlined(adapter), kept
         converted = self.options.converted(plain)
-        converted.plan(self.options.dtype).write(self.staging.place(self.paths[label]))
+        converted.plan(self.options.dtype).write(self.staging.staged_path(self.paths[label]))
         outputs.outlines[label] = _outlined(converted)
 
     def _result(self, findings: Findings, outputs: _Outputs, team: Team) -> WrittenDecomposition:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
-from devec.files.random_access import OpenFile, Place, bytes_of
+from devec.files.random_access import OpenFile, TensorSpan, bytes_of
 from devec.lazy import LazyMapping
 
 
@@ -20,11 +20,11 @@ class Spooled(NamedTuple):
 
     Attributes:
         outline: Its shapes and types, without its base weight.
-        places: Offsets, shapes and types of its tensors in the file.
+        spans: Offsets, shapes and types of its tensors in the file.
     """
 
     outline: Delta
-    places: list[Place]
+    spans: list[TensorSpan]
 
 
 class Spool:
@@ -43,16 +43,16 @@ class Spool:
 
     def append(self, name: str, delta: Delta) -> None:
         """Append a delta, which is on the CPU."""
-        places: list[Place] = []
+        spans: list[TensorSpan] = []
 
         def write(tensor: Tensor) -> Tensor:
-            places.append(Place(self._file.tell(), tuple(tensor.shape), tensor.dtype))
+            spans.append(TensorSpan(self._file.tell(), tuple(tensor.shape), tensor.dtype))
             self._file.write(bytes_of(tensor))
             return tensor.to("meta")
 
         with self._lock:
             outline = delta.each(write)
-        self.contents[name] = Spooled(outline.on(_NO_BASE), places)
+        self.contents[name] = Spooled(outline.on(_NO_BASE), spans)
 
     def close(self) -> None:
         """Complete the file."""
@@ -91,7 +91,7 @@ def read_spools(
 
     def read(name: str) -> Delta:
         file, spooled = homes[name]
-        places = iter(spooled.places)
-        return based(name, spooled.outline.each(lambda _: file.read(next(places))))
+        spans = iter(spooled.spans)
+        return based(name, spooled.outline.each(lambda _: file.read(next(spans))))
 
     return LazyMapping({name: based(name, s.outline) for name, (_, s) in homes.items()}, read)

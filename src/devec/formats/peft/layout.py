@@ -163,7 +163,7 @@ class PeftLayout:
         return dataclasses.replace(
             self,
             slots=merged_slots([layout.slots for layout in layouts]),
-            base=next((o.base for o in layouts if o.base.given is not None), self.base),
+            base=next((o.base for o in layouts if o.base.reference is not None), self.base),
             base_copies=merged_copies([layout.base_copies for layout in layouts]),
             merged_from=configs if others else self.merged_from,
             unlisted=tuple(dict.fromkeys(n for layout in layouts for n in layout.unlisted)),

@@ -108,7 +108,7 @@ class FileLayout:
         return dataclasses.replace(
             self,
             slots=tuple(slots.values()),
-            base=next((o.base for o in layouts if o.base.given is not None), self.base),
+            base=next((o.base for o in layouts if o.base.reference is not None), self.base),
             by_metadata=self.by_metadata and not others,
             kinds={module: kind for o in layouts for module, kind in o.kinds.items()},
             errors={module: error for o in layouts for module, error in o.errors.items()},
