@@ -72,7 +72,7 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     D = 1 + gain.values
     small = D.abs() < _SMALLEST_MULTIPLIER
     if bool(small.any()) and bool((small & _changed_rows(B, A, gain)).any()):
-        raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too near zero")
+        raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too close to zero")
     B = torch.where(small[:, None], 0, B)
     norms, roundoff = row_norms(gain, D, B, A, weight, group)
     sign = torch.where(D.reshape(-1, group)[:, 0] < 0, -1.0, 1.0)
