@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from types import FrameType, TracebackType
 
-_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")  # noqa: PTH100, PTH118, PTH120
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class DevecError(ValueError):
