@@ -67,7 +67,7 @@ def sum_of_gains(left: Terms, right: Terms) -> Gain | None:
 
 @full_precision
 def gain_inner(left: Terms, right: Terms) -> float:
-    """The terms of ⟨ΔW1, ΔW2⟩_F in which gains take part."""
+    """The terms of ⟨ΔW1, ΔW2⟩_F that contain gains."""
     gains = _require_one_base(left, right)
     if not gains:
         return 0.0
