@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from devec.linalg import subspaces
+from devec.linalg import chance, subspaces
 from devec.linalg.factors import column_space
 from devec.linalg.subspaces import SharedSubspace
 
@@ -240,8 +240,8 @@ def clusters(setup: Setup = FIGURE_8, seed: int = 0) -> Clusters:
     n, r, s = setup.n, setup.rank, setup.shared
     bases, _ = planted(setup, 2, 0.0, generator(0, seed))
     edge, unrelated_edge = (
-        subspaces.random_edge(n - s, r - s, r - s),
-        subspaces.random_edge(n, r, r),
+        chance.random_edge(n - s, r - s, r - s),
+        chance.random_edge(n, r, r),
     )
     return Clusters(subspaces.chain(bases, TAU).spectrum, s, edge, unrelated_edge)
 

@@ -1,7 +1,9 @@
 """Checks of shapes: which modules name them in their signatures, and how calls are held to them."""
 
+from contextlib import contextmanager
+
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Not of `Delta`, which takes numbers of NumPy and torch where it declares floats, and checks the
 # shapes of its factors itself.
@@ -25,3 +27,13 @@ def checked(function):
 def install():
     """Have the modules checked as they are imported, which must be later than this."""
     install_import_hook(MODULES, f"{__name__}.checked")
+
+
+@contextmanager
+def unchecked():
+    """For tests of what devec itself says of shapes that do not fit."""
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)
