@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import shape_checks
+from support import shape_checks
 
 # Before anything imports devec. pytest resolves the filters of its configuration even earlier, so
 # those that name a class of devec are added below.

@@ -10,12 +10,12 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from cases import make_pool
 
 from devec import Adapter, Delta, DevecError, as_lora, combine, compress, decompose, distance
 from devec.arguments import listed_numbers, number, whole_number
 from devec.errors import IncompatibleError
 from devec.streaming.decompose_to import Form
+from support.adapters.cases import make_pool
 
 
 @pytest.fixture(scope="module")

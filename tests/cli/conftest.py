@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass
 
 import pytest
-from cases import Variant, WithHead, make_pool, save_adapter
 from torch import nn
 
 from devec.cli import main
+from support.adapters.cases import Variant, WithHead, make_pool, save_adapter
 
 CONFIG = "adapter_config.json"
 

@@ -4,22 +4,21 @@ import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from golden_pool import DORA
-from golden_truth import dense_truth
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from devec import Adapter, DevecError, convert, distance
 from devec.cli import main
 from devec.naming.families import flat
+from support.paths import GOLDEN
+from support.pools.golden_pool import DORA
+from support.truth.golden_truth import dense_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::devec.DevecWarning")
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 OTHERS = {"lycoris_full", *DORA}  # whole tensors; DoRAs have tests of their own
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors") if path.stem not in OTHERS)
 CARRIED = {"bundled_embeddings", "lycoris_norm"}

@@ -22,13 +22,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from diffusers.utils import convert_state_dict_to_diffusers  # noqa: E402
-from golden_truth import dense_truth  # noqa: E402
 from lycoris.wrapper import LycorisNetwork  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.utils import get_peft_model_state_dict  # noqa: E402
-from pipelines import find_modules, make_pipeline  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save  # noqa: E402
+
+from support.models.pipelines import find_modules, make_pipeline  # noqa: E402
+from support.truth.golden_truth import dense_truth  # noqa: E402
 
 FILES = {}
 KOHYA = (".lora_up.weight", ".lora_down.weight")
