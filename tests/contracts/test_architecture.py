@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 
 import devec
+from support import paths
 
 ROOT = Path(devec.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
+LINES = 400  # of a file, at most
+LONGER = {
+    "notebooks/styles.py",
+    "src/devec/deltas/delta.py",
+    "src/devec/formats/peft/layout.py",
+    "src/devec/hosts/host.py",
+    "src/devec/naming/tables.py",
+}
 HEAVY = {"peft", "transformers", "diffusers", "accelerate", "matplotlib", "scipy", "numpy"}
 
 
@@ -40,6 +49,15 @@ def test_rooms_are_small():
     siblings = {room: len([*room.glob("*.py")]) for room in rooms}
     assert max(siblings.values()) <= 13, siblings
     assert siblings[ROOT] <= 8
+
+
+def test_files_are_short():
+    folders = ("src", "tests", "benchmarks", "examples", "notebooks")
+    files = [path for folder in folders for path in (paths.ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    longer = {p.relative_to(paths.ROOT).as_posix() for p, lines in lengths.items() if lines > LINES}
+    assert longer <= LONGER, longer - LONGER
 
 
 def run(code):

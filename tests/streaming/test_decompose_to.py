@@ -5,24 +5,19 @@ from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from devec import Adapter, Delta, DevecError, decompose
-from devec.lazy import Lazy, outlines
 from devec.streaming.decompose_to import Form, decompose_to
-from support.adapters.cases import Variant, WithHead, make_pool, save_adapter
 from support.adapters.doras import base, dora_file
 from support.adapters.peft_doras import BASES, save_dora, save_lora
 from support.checks.streamed import (
-    assert_same_files,
     contents,
     from_files,
     from_files_to_files,
-    in_memory,
-    stored,
     tree,
 )
-from support.pools.golden_pool import golden, sibling
+from support.checks.streams import assert_streams_as_in_memory
+from support.pools.golden_pool import golden
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
@@ -33,18 +28,8 @@ pytestmark = [
 ]
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
 CONV = "lora_unet_mid_block_resnets_1_conv2"
-WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def peft_pool(tmp_path_factory):
-    """Directories of adapters that PEFT made."""
-    return cache(
-        lambda kind="linear", variant="plain", k=2: make_pool(
-            tmp_path_factory.mktemp(kind), kind, variant, k
-        )
-    )
 
 
 @pytest.fixture(scope="module")
@@ -67,30 +52,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def golden_pool(tmp_path_factory):
-    """A golden file and one that shares directions with it."""
-    return cache(
-        lambda name: {
-            "a": golden(name),
-            "b": sibling(name, tmp_path_factory.mktemp(name) / "b.safetensors"),
-        }
-    )
-
-
-def assert_streams_as_in_memory(tmp_path, pool, form=None, base=None, **options):
-    """Both ways write the same files, bit by bit; returns what the way from files to files says."""
-    names = in_memory(tmp_path / "memory", pool, form, base, **options)
-    written = from_files_to_files(tmp_path / "files", pool, form, base, **options)
-    assert set(written.written) == names
-    assert_same_files(tmp_path / "files", tmp_path / "memory", without=("modelspec.date",))
-    assert not list(tmp_path.rglob(".devec-*"))
-    return written
-
-
-# --- layer kinds, formats, scopes and forms -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,194 +211,6 @@ def test_a_dora_without_its_base_model_is_refused_and_nothing_written(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-# --- pools with something missing ---------------------------------------------------------------
-
-
-def test_whole_trained_tensors_go_to_unique_parts(tmp_path):
-    fields = {"target_modules": ["first", "second"], "modules_to_save": ["head"]}
-    pool = [
-        save_adapter(tmp_path / name, "linear", "plain", index, WithHead(), **fields)
-        for index, name in enumerate("ab")
-    ]
-    written = assert_streams_as_in_memory(tmp_path, pool)
-    for name, path in written.written.items():
-        assert any("head" in key for key in load_file(path / WEIGHTS)) == name.endswith("-unique")
-
-
-def test_what_is_shared_with_nothing_is_not_written(tmp_path, peft_pool):
-    written = assert_streams_as_in_memory(tmp_path, peft_pool(), threshold=1.0)
-    assert written.nothing_shared
-    assert set(written.written) == {"a-unique", "b-unique"}
-    assert {path.name for path in written.zero} == {"a-shared", "b-shared", "common"}
-    unique, original = (
-        load_file(p / WEIGHTS) for p in (written.written["a-unique"], peft_pool()[0])
-    )
-    assert unique.keys() == original.keys()
-    assert all(torch.equal(unique[key], original[key]) for key in unique)
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_what_is_shared_whole_leaves_nothing_unique(tmp_path, peft_pool, kind):
-    pool = dict.fromkeys("ab", peft_pool(kind)[0])
-    written = assert_streams_as_in_memory(tmp_path, pool)
-    assert set(written.written) == {"a-shared", "b-shared", "common"}
-
-
-def test_a_zero_adapter_has_no_parts(tmp_path, peft_pool):
-    written = assert_streams_as_in_memory(tmp_path, peft_pool("linear", "zero"))
-    assert set(written.written) == {"a-unique"}
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"scope": "pairwise"}, {"scope": "iterative", "target": "b"}]
-)
-def test_adapters_that_lack_modules(tmp_path, options):
-    """Of three, the second lacks a module, and the third has one that no other has."""
-    variant = Variant(ranks=(5,))
-    targets = [["first", "second"], ["first"], ["first", "second", "head"]]
-    pool = [
-        save_adapter(tmp_path / n, "linear", variant, i, WithHead(), target_modules=targets[i])
-        for i, n in enumerate("abc")
-    ]
-    written = assert_streams_as_in_memory(tmp_path, pool, **options)
-    for name, path in written.written.items():
-        if name.startswith("b-"):
-            assert Adapter.from_pretrained(path).modules.keys() == {"first"}
-
-
-def test_an_older_output_without_a_successor_is_taken_away(tmp_path, peft_pool):
-    out, pool = tmp_path / "out", peft_pool()
-    from_files_to_files(out, pool)
-    with pytest.raises(DevecError, match="output exists"):
-        from_files_to_files(out, pool, threshold=1.0)
-    written = from_files_to_files(out, pool, threshold=1.0, overwrite=True)
-    assert {path.name for path in written.removed} == {"a-shared", "b-shared", "common"}
-    assert {path.name for path in out.iterdir()} == {"a-unique", "b-unique"}
-
-
-def test_outputs_may_replace_their_own_inputs(tmp_path, peft_pool):
-    whole = in_memory(tmp_path / "want", {"a-unique": peft_pool()[0], "b": peft_pool()[1]})
-    assert "a-unique-unique" in whole
-    out = tmp_path / "out"
-    first, second = from_files({"a": peft_pool()[0], "b": peft_pool()[1]})
-    first.save_pretrained(out / "a-unique")
-    again = Adapter.from_pretrained(out / "a-unique", "a", lazy=True)
-    decompose_to(out, [again, second], overwrite=True)
-    got, want = (
-        load_file(p / WEIGHTS) for p in (out / "a-unique", tmp_path / "want/a-unique-unique")
-    )
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[key], want[key]) for key in want)
-
-
-# --- bytes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["kohya_sd15", "diffusers_flux_bias", "onetrainer_sdxl"])
-def test_what_does_not_change_is_copied(tmp_path, golden_pool, name):
-    pool = golden_pool(name)
-    written = from_files_to_files(tmp_path / "out", pool)
-    for adapter, path in pool.items():
-        original, _ = stored(path)
-        for kind in ("unique", "shared"):
-            part, _ = stored(written.written[f"{adapter}-{kind}"])
-            same = [k for k in original if (".lora_down." in k or ".lora_A." in k) and k in part]
-            assert same
-            for key in same:
-                assert part[key].dtype == original[key].dtype
-                assert torch.equal(part[key], original[key]), key
-
-
-def test_carried_tensors_of_any_type_are_copied(tmp_path, golden_pool):
-    pool = {}
-    for name, path in golden_pool("kohya_sd15").items():
-        tensors, strings = stored(path)
-        tensors["steps"] = torch.arange(7)
-        pool[name] = tmp_path / f"{name}.safetensors"
-        save_file(tensors, pool[name], strings)
-    with pytest.warns(UserWarning, match="carried over whole: 'steps'"):
-        written = from_files_to_files(tmp_path / "out", pool)
-    for name, path in written.written.items():
-        tensors, _ = stored(path)
-        assert ("steps" in tensors) == name.endswith("-unique")
-        if name.endswith("-unique"):
-            torch.testing.assert_close(tensors["steps"], torch.arange(7), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("part", ["a-unique", "a-shared", "common"])
-@pytest.mark.parametrize("pool", ["linear", "experts", "kohya_flux", "diffusers_sdxl"])
-def test_saved_again_every_byte_is_the_same(tmp_path, peft_pool, golden_pool, pool, part):
-    paths = peft_pool(pool) if pool in ("linear", "experts") else golden_pool(pool)
-    written = from_files_to_files(tmp_path / "out", paths)
-    first = written.written[part]
-    for lazy in (False, True):
-        again = Adapter.from_pretrained(first, lazy=lazy).save_pretrained(tmp_path / f"{lazy}")
-        got, want = (contents(p) if p.is_dir() else p.read_bytes() for p in (again, first))
-        assert got == want
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_number_of_threads_changes_no_byte(tmp_path, peft_pool, threads):
-    def run(name, threads):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            for kind in ("linear", "conv2d"):
-                from_files_to_files(tmp_path / name / kind, peft_pool(kind))
-            assert torch.get_num_threads() == threads
-        finally:
-            torch.set_num_threads(before)
-        return contents(tmp_path / name)
-
-    assert run("some", threads) == run("other", 2)
-
-
-# --- what is read, and when -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["linear", "experts", "embedding", "kohya_sd15", "lycoris_loha", "diffusers_flux_bias"]
-)
-def test_what_is_read_lazily_is_what_is_read_at_once(tmp_path, peft_pool, name):
-    path = golden(name) if "_" in name else peft_pool(name)[0]
-    lazy, eager = Adapter.from_pretrained(path, lazy=True), Adapter.from_pretrained(path)
-    assert isinstance(lazy.modules, Lazy)
-    assert not isinstance(eager.modules, Lazy)
-    assert list(lazy.modules) == list(eager.modules)
-    for module, delta in eager.modules.items():
-        known = outlines(lazy.modules)[module]
-        assert known.B.is_meta or name == "lycoris_loha"  # whose ranks only its values tell
-        assert (known.shape, known.rank, known.scaling) == (delta.shape, delta.rank, delta.scaling)
-        assert known.B.dtype == delta.B.dtype
-        assert lazy.modules[module].same_as(delta)
-    assert lazy.loaded() == eager
-    assert repr(lazy) == repr(eager)
-    for field in ("name", "source", "sha256", "provenance"):
-        assert getattr(lazy, field) == getattr(eager, field)
-    (tmp_path / "x").mkdir()
-    written = [a.save_pretrained(tmp_path / "x" / n) for a, n in ((lazy, "lazy"), (eager, "eager"))]
-    first, second = (contents(p) if p.is_dir() else p.read_bytes() for p in written)
-    assert first == second
-
-
-def test_what_is_read_lazily_is_not_held(peft_pool):
-    adapter = Adapter.from_pretrained(peft_pool()[0], lazy=True)
-    first, second = (adapter.modules["first.layer"] for _ in range(2))
-    assert first.B.data_ptr() != second.B.data_ptr()
-    first.B.zero_()
-    assert adapter.modules["first.layer"].same_as(second)
-
-
-def test_lazy_adapters_can_be_computed_with(peft_pool):
-    lazy, eager = (from_files(peft_pool(), lazy=way) for way in (True, False))
-    assert lazy[0] == eager[0]
-    assert 2 * lazy[0] - lazy[1] == 2 * eager[0] - eager[1]
-    assert lazy[0].norm() == eager[0].norm()
-    got, want = decompose(lazy), decompose(eager)
-    assert got.common == want.common
-    assert got.unique["b"] == want.unique["b"]
-
-
 def test_adapters_in_memory_are_written_the_same(tmp_path, peft_pool):
     decompose_to(tmp_path / "memory", from_files(peft_pool(), lazy=False))
     decompose_to(tmp_path / "files", from_files(peft_pool()))
@@ -449,9 +222,6 @@ def test_without_a_layout_there_is_nothing_to_write(tmp_path):
     with pytest.raises(DevecError, match="was made in memory and has no file layout"):
         decompose_to(tmp_path / "out", pool)
     assert not list(tmp_path.iterdir())
-
-
-# --- reports --------------------------------------------------------------------------------------
 
 
 def test_modules_are_counted_and_a_report_is_written(tmp_path, peft_pool):

@@ -21,7 +21,7 @@ from support.adapters.weight_changes import (
     total,
     zero_pipeline,
 )
-from support.models.pipelines import find_modules
+from support.models.module_names import find_modules
 from support.pools.golden_pool import assert_close_deltas, command, factors, golden, sibling, summed
 from support.truth import reference
 from support.truth.golden_truth import dense_truth

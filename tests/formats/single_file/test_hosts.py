@@ -12,14 +12,8 @@ from peft.functional import set_adapter
 from safetensors.torch import save_file
 
 from devec import Adapter, add_adapter, convert
-from support.models.pipelines import (
-    ENCODERS,
-    add_deltas,
-    find_modules,
-    linear_modules,
-    make_pipeline,
-    run,
-)
+from support.models.module_names import add_deltas, find_modules
+from support.models.pipelines import ENCODERS, linear_modules, make_pipeline, run
 from support.pools.golden_pool import READABLE, REWRITTEN, command, golden, sibling, stored, summed
 from support.truth.golden_truth import bias_truth, carried, dense_truth
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from devec.deltas.gains import Gain
-from support.models.pipelines import find_modules, make_pipeline
+from support.models.module_names import find_modules
+from support.models.pipelines import make_pipeline
 from support.truth.golden_truth import dora_truth
 
 SUFFIXES = {  # down, up, magnitudes

@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 from safetensors.torch import save_file
 
-from support.models.pipelines import add_deltas, find_modules, linear_modules, make_pipeline
+from support.models.module_names import add_deltas, find_modules
+from support.models.pipelines import linear_modules, make_pipeline
 from support.pools.golden_pool import stored
 from support.truth.golden_truth import dense_truth
 
