@@ -14,6 +14,7 @@ from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from devec.linalg.batched import column_bases
 from devec.streaming.decompose_to import decompose_to
+from support.folding import folded
 
 SCALES = [1e-30, 1e-24, 1e-22, 1e-21, 1e-20, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e24, 1e30]
 OUT, IN = 64, 48
@@ -68,8 +69,8 @@ def require_common(parts, pool):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("where", ["B", "A", "both", "scaling", "first adapter", "second adapter"])
-@pytest.mark.parametrize("method", ["chain", "mean"])
+@folded("where", ["B", "A", "both", "scaling", "first adapter", "second adapter"])
+@folded("method", ["chain", "mean"])
 def test_common_is_right_and_kept_at_any_norm(scale, where, method):
     pool = {
         "B": lambda: planted(scale_B=scale),
@@ -85,7 +86,7 @@ def test_common_is_right_and_kept_at_any_norm(scale, where, method):
     assert set(parts.outputs(compact=True)) == set(parts.outputs())
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@folded("scale", [1e-12, 1.0, 1e12])
 def test_common_of_doras_is_right_at_any_norm(scale):
     pool, truth = [], []
     W = scale * normal(OUT, IN, seed=9)
@@ -108,7 +109,7 @@ def test_common_of_doras_is_right_at_any_norm(scale):
     assert "common" in parts.outputs()
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@folded("scale", SCALES)
 def test_pairs_and_targets_are_right_at_any_norm(scale):
     pool = [*planted(scale_B=scale), Adapter("c", planted(scale_A=scale)[0].modules)]
     pairs = decompose(pool, scope="pairwise").outputs()
@@ -121,8 +122,8 @@ def test_pairs_and_targets_are_right_at_any_norm(scale):
         assert np.linalg.norm(unique) < 1e-5 * np.linalg.norm(whole)
 
 
-@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("side", ["B", "A"])
+@folded("scale", SCALES)
 def test_bases_of_extreme_factors_are_right_or_left_to_the_exact_way(scale, side):
     """Squares of float32 vanish below 1e-23 and overflow above 1e19."""
     B, A = normal(3, OUT, 4, seed=1), normal(3, 4, IN, seed=2)
@@ -135,7 +136,7 @@ def test_bases_of_extreme_factors_are_right_or_left_to_the_exact_way(scale, side
         assert float(found.norms[index]) == pytest.approx(float(want[index]), rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@folded("scale", SCALES)
 def test_equality_compression_and_norms_hold_at_any_norm(scale):
     (a, b) = planted(scale_B=scale)
     assert (a / 3) * 3 == a
@@ -219,9 +220,7 @@ def save_biased(path, index, big, small, bias):
 
 @pytest.mark.parametrize("scope", ["all", "iterative"])
 @pytest.mark.parametrize("way", ["memory", "files", "compact files"])
-@pytest.mark.parametrize(
-    ("big", "small", "bias"), [(1, 1e-8, 1), (1e9, 1e-3, 1), (1, 1e-8, 1e-12), (0, 0, 1)]
-)
+@folded(("big", "small", "bias"), [(1, 1e-8, 1), (1e9, 1e-3, 1), (1, 1e-8, 1e-12), (0, 0, 1)])
 def test_a_part_that_is_bias_alone_is_kept(tmp_path, scope, way, big, small, bias):
     paths = [save_biased(tmp_path / f"a{i}", i, big, small, bias) for i in range(2)]
     lazy = [Adapter.from_pretrained(path, lazy=True) for path in paths]
@@ -323,9 +322,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("factor", ["B", "A"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@folded("factor", ["B", "A"])
+@folded("value", [math.nan, math.inf, -math.inf])
+@folded("dtype", [torch.float32, torch.float64])
 def test_factors_that_are_not_finite_are_refused_by_name(name, factor, value, dtype):
     good, bad = (
         {"B": normal(OUT, 3, seed=s, dtype=dtype), "A": normal(3, IN, seed=s, dtype=dtype)}

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import devec
 from devec.hosts import state
+from support.folding import folded
 from support.models.live_models import LLAMA, NAMES, THRESHOLD, TOKENS, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -84,9 +85,9 @@ def seen(model):
     return found
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize(("kind", "of_both", "which"), CASES)
+@folded("training", [False, True])
 def test_what_is_active_stays(kind, whole, of_both, which, training):
     model = make(kind, WHOLE[whole], of_both)
     model.train(training)

@@ -12,6 +12,7 @@ from devec.decomposition.stacks import ExactStack, sound
 from devec.linalg.batched import column_bases
 from devec.linalg.dtypes import RANK_RTOL
 from support.adapters.cases import dense, relative_error
+from support.folding import folded
 from support.truth import reference
 
 DTYPES = [torch.float32, torch.float64]
@@ -69,9 +70,9 @@ def test_random_products_are_sound_and_right(dtype, m, r, n):
     assert_right(B, A, found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("side", ["B", "A", "both"])
+@folded("dtype", DTYPES)
+@folded("condition", CONDITIONS)
 def test_any_condition_is_right_or_called_unsound(dtype, condition, side):
     B, A = normal(4, M, R), normal(4, R, N, seed=1)
     if side != "A":
@@ -83,7 +84,7 @@ def test_any_condition_is_right_or_called_unsound(dtype, condition, side):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("condition", CONDITIONS)
+@folded("condition", CONDITIONS)
 def test_the_scaling_of_columns_does_not_matter(dtype, condition):
     """Columns of B scaled and rows of A scaled back are the same product."""
     scales = spread(R, condition)
@@ -95,7 +96,7 @@ def test_the_scaling_of_columns_does_not_matter(dtype, condition):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("condition", CONDITIONS)
+@folded("condition", CONDITIONS)
 def test_a_product_of_lower_numerical_rank_is_not_sound(dtype, condition):
     B, A = (normal(4, M, R) * spread(R, condition)).to(dtype), normal(4, R, N, seed=1).to(dtype)
     found = column_bases(B, A)
@@ -104,8 +105,8 @@ def test_a_product_of_lower_numerical_rank_is_not_sound(dtype, condition):
         assert not found.sound.any()
 
 
-@pytest.mark.parametrize("condition", [2, 5, 10, 30, 100, 300])
 @pytest.mark.parametrize("rows", [500, 1024, 4096])
+@folded("condition", [2, 5, 10, 30, 100, 300])
 def test_long_columns_are_orthonormal_whether_or_not_there_is_a_second_pass(rows, condition):
     B = torch.stack([rotated(rows, 8, condition, seed) for seed in range(4)]).float()
     A = normal(4, 8, N, seed=1).float()
@@ -130,9 +131,9 @@ def deficient(rows, columns, seed):
     return matrix
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "r", "n"), [(60, 6, 50), (3000, 48, 200), (200, 48, 3000)])
 @pytest.mark.parametrize("side", ["B", "A", "zero B", "zero A", "zero column", "zero row", "twice"])
+@folded("dtype", DTYPES)
+@folded(("m", "r", "n"), [(60, 6, 50), (3000, 48, 200), (200, 48, 3000)])
 def test_rank_deficient_products_are_never_sound(dtype, m, r, n, side):
     B, A = normal(8, m, r), normal(8, r, n, seed=1)
     if side == "B":

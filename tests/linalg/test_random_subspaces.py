@@ -16,6 +16,7 @@ from devec.linalg.random_subspaces import (
     largest_cosine_cdf,
     largest_cosine_quantile,
 )
+from support.folding import folded
 
 RUNS = 40_000
 
@@ -49,15 +50,15 @@ def test_the_simulation_is_of_subspaces():
     assert scipy.stats.ks_2samp(direct, largest_cosines(20, 3, 5)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("a", [0.5, 1, 3.5, 40, 800])
 @pytest.mark.parametrize("b", [0.5, 2, 31.5, 2000, 8000])
+@folded("a", [0.5, 1, 3.5, 40, 800])
 def test_the_beta_law_is_scipys(a, b):
     for x in (0.0, 1e-6, 1e-3, 0.02, a / (a + b), 0.5, 0.97, 1.0):
         assert beta_cdf(x, a, b) == pytest.approx(scipy.special.betainc(a, b, x), abs=1e-10)
 
 
 @pytest.mark.parametrize("n", [3, 8, 64, 320, 1024, 11008])
-@pytest.mark.parametrize("q", [1, 2, 16, 300])
+@folded("q", [1, 2, 16, 300])
 def test_the_level_of_a_line_is_the_quantile_of_a_beta_law(n, q):
     if q + 1 < n:
         want = scipy.stats.beta(q / 2, (n - q) / 2).ppf(0.99)
@@ -68,8 +69,8 @@ def test_the_level_of_a_line_is_the_quantile_of_a_beta_law(n, q):
 RANKS = [(1, 1), (1, 2), (1, 7), (2, 2), (2, 3), (2, 16), (3, 3), (3, 8), (4, 4), (4, 16), (4, 60)]
 
 
-@pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("n", [10, 64, 320])
+@folded("ranks", RANKS)
 def test_small_ranks_exceed_the_level_in_one_case_of_a_hundred(n, ranks):
     if sum(ranks) >= n:
         assert chance_level(n, *ranks) == math.inf
@@ -79,9 +80,9 @@ def test_small_ranks_exceed_the_level_in_one_case_of_a_hundred(n, ranks):
     assert share == pytest.approx(0.01, abs=4 * deviation)
 
 
-@pytest.mark.parametrize("p", range(5, 13))
 @pytest.mark.parametrize("wider", [0, 1, 30])
 @pytest.mark.parametrize("n", [64, 320])
+@folded("p", range(5, 13))
 def test_larger_ranks_exceed_the_level_no_more_often(n, p, wider):
     share = (largest_cosines(n, p, p + wider) > chance_level(n, p, p + wider)).mean()
     assert 0.003 < share < 0.0115
@@ -131,9 +132,9 @@ def with_many_digits(n, p, q, x):
     return float(mpmath.sqrt(squared(mpmath.mpf(x)) / squared(mpmath.mpf(1))))
 
 
-@pytest.mark.parametrize("q", [4, 64, 1024])
-@pytest.mark.parametrize("n", [2100, 16384])
 @pytest.mark.parametrize("p", range(1, LARGEST_EXACT + 1))
+@folded("q", [4, 64, 1024])
+@folded("n", [2100, 16384])
 def test_float64_loses_less_than_two_millionths(n, p, q):
     x = 0.98 * chance_level(n, p, q)
     assert largest_cosine_cdf(n, p, q, x) == pytest.approx(with_many_digits(n, p, q, x), abs=2e-6)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.folding import folded
 from support.pools.golden_pool import (
     PRODUCTS,
     READABLE,
@@ -60,8 +61,8 @@ def test_files_are_written_under_the_names_of_their_inputs(decomposed, name):
     assert f"Written: {', '.join(str(ran.files[part]) for part in PARTS)}\n" in ran.printed
 
 
-@pytest.mark.parametrize("adapter", ["a", "b"])
 @pytest.mark.parametrize("name", READABLE)
+@folded("adapter", ["a", "b"])
 def test_unique_and_shared_add_up_in_float32(decomposed, name, adapter):
     ran = decomposed(name, *FLOAT32)
     parts = [dense_truth(ran.files[f"{adapter}-{part}"]) for part in ("unique", "shared")]
@@ -70,8 +71,8 @@ def test_unique_and_shared_add_up_in_float32(decomposed, name, adapter):
     assert_close_deltas(summed(*biases), bias_truth(ran.inputs[adapter]), 1e-6)
 
 
-@pytest.mark.parametrize("adapter", ["a", "b"])
 @pytest.mark.parametrize("name", READABLE)
+@folded("adapter", ["a", "b"])
 def test_unique_and_shared_add_up_as_stored(decomposed, name, adapter):
     """B is rounded once to the type of the input, and of a rewritten product so is A."""
     ran = decomposed(name)
@@ -119,8 +120,8 @@ def test_what_is_carried_goes_to_the_unique_part_and_is_named(decomposed, name):
     assert carried(ran.files["common"]) == []
 
 
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", READABLE)
+@folded("part", PARTS)
 def test_outputs_keep_the_keys_and_types_of_the_input(decomposed, name, part):
     path = decomposed(name).files[part]
     tensors, _ = stored(path)
@@ -138,8 +139,8 @@ def test_outputs_keep_the_keys_and_types_of_the_input(decomposed, name, part):
             assert tensor.shape[2:] == (kernel if "down" in key else (1,) * len(kernel)), key
 
 
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", READABLE)
+@folded("part", PARTS)
 def test_compact_parts_have_their_true_ranks(decomposed, name, part):
     ran, whole = decomposed(name, "--compact", *FLOAT32), decomposed(name, *FLOAT32)
     truth, kept = dense_truth(whole.files[part]), dense_truth(ran.files[part])

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,20 +95,35 @@ def reference_parts(pool, threshold=0.85, method="chain"):
     return parts
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    """The paths of a pool, what is in them dense, the adapters and their parts; made once."""
+
+    @cache
+    def make(kind, variant):
+        paths = make_pool(tmp_path_factory.mktemp("pool"), kind, variant)
+        adapters = [Adapter.from_pretrained(p) for p in paths]
+        dense = {p.name: load_dense(kind, p) for p in paths}
+        return SimpleNamespace(
+            paths=paths, dense=dense, adapters=adapters, parts=decompose(adapters)
+        )
+
+    return make
+
+
 @pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_written_parts_do_what_the_dense_reference_does(tmp_path, kind, variant, compact):
-    paths = make_pool(tmp_path, kind, variant)
-    pool = {p.name: load_dense(kind, p) for p in paths}
-    adapters = [Adapter.from_pretrained(p) for p in paths]
-    parts = decompose(adapters)
-    outputs = {tmp_path / "out" / n: a for n, a in parts.outputs(compact=compact).items()}
-    save_adapters(outputs, dtype=torch.float32)
-    assert len(outputs) == (1 if variant == "zero" else 5)
-    want = reference_parts(pool)
-    for path in outputs:
-        got = through_peft(kind, path)
-        assert relative_error(got, through_dense(kind, want[path.name])) < 1e-5, path.name
+def test_written_parts_do_what_the_dense_reference_does(tmp_path, pools, kind, variant):
+    pool = pools(kind, variant)
+    want = reference_parts(pool.dense)
+    effects = {name: through_dense(kind, deltas) for name, deltas in want.items()}
+    for compact in (False, True):
+        parts = pool.parts.outputs(compact=compact)
+        outputs = {tmp_path / f"compact {compact}" / n: a for n, a in parts.items()}
+        save_adapters(outputs, dtype=torch.float32)
+        assert len(outputs) == (1 if variant == "zero" else 5)
+        for path in outputs:
+            got = through_peft(kind, path)
+            assert relative_error(got, effects[path.name]) < 1e-5, path
 
 
 @pytest.mark.parametrize("method", ["chain", "mean"])
@@ -127,16 +144,15 @@ def test_larger_pools_do_what_the_dense_reference_does(tmp_path, kind, k, method
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_shared_plus_unique_is_the_original_in_storage_precision(tmp_path, kind, variant):
-    paths = make_pool(tmp_path, kind, variant)
-    parts = decompose([Adapter.from_pretrained(p) for p in paths])
-    save_adapters({tmp_path / n: a for n, a in parts.outputs().items()})
+def test_shared_plus_unique_is_the_original_in_storage_precision(tmp_path, pools, kind, variant):
+    pool = pools(kind, variant)
+    save_adapters({tmp_path / n: a for n, a in pool.parts.outputs().items()})
     tolerance = ROUNDING[VARIANTS[variant].dtype]
-    for p in paths:
-        if not (tmp_path / f"{p.name}-unique").exists():
+    for name, whole in pool.dense.items():
+        if not (tmp_path / f"{name}-unique").exists():
             continue
-        whole, unique = load_dense(kind, p), load_dense(kind, tmp_path / f"{p.name}-unique")
-        shared_path = tmp_path / f"{p.name}-shared"
+        unique = load_dense(kind, tmp_path / f"{name}-unique")
+        shared_path = tmp_path / f"{name}-shared"
         shared = load_dense(kind, shared_path) if shared_path.exists() else None
         for module, (W, _) in whole.items():
             total = unique[module][0] + (shared[module][0] if shared else 0)
@@ -144,11 +160,9 @@ def test_shared_plus_unique_is_the_original_in_storage_precision(tmp_path, kind,
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_parts_keep_rank_alpha_config_keys_and_types(tmp_path, kind, variant):
-    paths = make_pool(tmp_path, kind, variant)
-    adapter = Adapter.from_pretrained(paths[0])
-    parts = decompose([adapter, Adapter.from_pretrained(paths[1])])
-    parts.unique["a"].save_pretrained(tmp_path / "unique")
+def test_parts_keep_rank_alpha_config_keys_and_types(tmp_path, pools, kind, variant):
+    paths = pools(kind, variant).paths
+    pools(kind, variant).parts.unique["a"].save_pretrained(tmp_path / "unique")
     before, after = (
         load_file(p / "adapter_model.safetensors") for p in (paths[0], tmp_path / "unique")
     )

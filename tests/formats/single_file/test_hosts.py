@@ -12,6 +12,7 @@ from peft.functional import set_adapter
 from safetensors.torch import save_file
 
 from devec import Adapter, add_adapter, convert
+from support.folding import folded
 from support.models.module_names import add_deltas, find_modules
 from support.models.pipelines import ENCODERS, linear_modules, make_pipeline, run
 from support.pools.golden_pool import READABLE, REWRITTEN, command, golden, sibling, stored, summed
@@ -160,8 +161,8 @@ def loaded(files):
     return load
 
 
-@pytest.mark.parametrize("adapter", PARTS)
 @pytest.mark.parametrize("name", KINDS)
+@folded("adapter", PARTS)
 def test_a_part_alone_in_diffusers(files, loaded, name, adapter):
     pipeline = loaded(name)
     want, modules = truth(name, files(name)[PARTS[adapter]])
