@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.planted import FIGURE_7, FIGURE_8, Setup, generator, planted, principal_angles
 from devec.linalg import subspaces
+from devec.linalg.chance import random_edge
 from devec.linalg.subspaces import SharedSubspace
 
 TAU = 0.85
@@ -149,8 +150,8 @@ def clusters(setup: Setup = FIGURE_8, seed: int = 0) -> Clusters:
     n, r, s = setup.n, setup.rank, setup.shared
     bases, _ = planted(setup, 2, 0.0, generator(0, seed))
     edge, unrelated_edge = (
-        subspaces.random_edge(n - s, r - s, r - s),
-        subspaces.random_edge(n, r, r),
+        random_edge(n - s, r - s, r - s),
+        random_edge(n, r, r),
     )
     return Clusters(subspaces.chain(bases, TAU).spectrum, s, edge, unrelated_edge)
 

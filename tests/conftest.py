@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread for each process of the tests, and for those that they start: as many of them run as
+# there are cores. What is about several threads sets their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support import shape_checks
 

@@ -16,6 +16,14 @@ from devec.arguments import listed_numbers, number, whole_number
 from devec.errors import IncompatibleError
 from devec.streaming.decompose_to import Form
 from support.adapters.cases import make_pool
+from support.shape_checks import unchecked
+
+
+@pytest.fixture(autouse=True)
+def _as_users_call_it():
+    """Without the checks of types that the tests add, so that devec's own are seen."""
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

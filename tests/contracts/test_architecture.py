@@ -12,6 +12,7 @@ import pytest
 
 import devec
 from support import paths
+from support.patience import patience
 
 ROOT = Path(devec.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -63,7 +64,7 @@ def test_files_are_short():
 def run(code):
     """What a fresh interpreter prints."""
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=patience()
     )
     return result.stdout.strip()
 

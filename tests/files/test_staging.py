@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 from devec import Adapter, DevecError, decompose, save_adapters
 from devec.files.staging import write_all
 from support.adapters.cases import make_pool, save_adapter
+from support.patience import patience
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -133,13 +133,13 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 SLOW_WRITE = """
 import sys, time
 from pathlib import Path
-from devec.output import write_all
+from devec.files.staging import write_all
 
 def slow(path):
     path.mkdir()
     (path / "adapter_config.json").write_text("{}")
     print("half", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 
 write_all({Path(sys.argv[1]): slow}, overwrite=True)
 """
@@ -153,8 +153,7 @@ def test_a_killed_process_leaves_no_half_output_and_a_rerun_works(tmp_path, sign
     )
     assert process.stdout.readline() == "half\n"
     process.send_signal(sign)
-    process.wait(timeout=30)
-    time.sleep(0.05)
+    process.wait(timeout=patience())
     visible = [p for p in tmp_path.rglob("*") if not any(q.startswith(".") for q in p.parts)]
     assert not visible
     write_all({target: text("whole")})

@@ -10,6 +10,8 @@ from torch.testing import assert_close
 from devec.errors import IncompatibleError
 from devec.linalg.hadamard_kronecker import hadamard_product, kronecker_product
 from support.checks.never_dense import Watch
+from support.folding import folded
+from support.shape_checks import unchecked
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -72,9 +74,9 @@ def assert_best(result, want, rank, slack):
     assert result.error <= slack * least_error(want, rank) + tolerance
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n"), [(37, 23), (9, 50), (1, 6)])
-@pytest.mark.parametrize(("r1", "r2"), [(3, 4), (1, 1), (1, 5)])
+@folded("dtype", DTYPES)
+@folded(("r1", "r2"), [(3, 4), (1, 1), (1, 5)])
 def test_hadamard_product_is_exact_where_the_rank_allows(m, n, r1, r2, dtype):
     factors = two_pairs(m, n, r1, r2, dtype)
     result = hadamard_product(*factors, max_rank=r1 * r2)
@@ -83,9 +85,9 @@ def test_hadamard_product_is_exact_where_the_rank_allows(m, n, r1, r2, dtype):
     assert_exact(result, dense_hadamard(*factors))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n"), [(40, 15), (15, 40), (15, 15), (300, 15), (15, 300)])
-@pytest.mark.parametrize("max_rank", [15, 24])
+@folded("dtype", DTYPES)
+@folded("max_rank", [15, 24])
 def test_hadamard_product_is_exact_at_the_shorter_side(m, n, max_rank, dtype):
     factors = two_pairs(m, n, 5, 5, dtype)
     result = hadamard_product(*factors, max_rank=max_rank)
@@ -93,9 +95,9 @@ def test_hadamard_product_is_exact_at_the_shorter_side(m, n, max_rank, dtype):
     assert_exact(result, dense_hadamard(*factors))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("max_rank", [9, 20])
 @pytest.mark.parametrize("n", [200, 60, 30])  # by SVD, by the range finder, by a whole basis
+@folded("dtype", DTYPES)
+@folded("max_rank", [9, 20])
 def test_hadamard_product_of_redundant_factors_is_exact_at_its_numerical_rank(n, max_rank, dtype):
     B1, A1, B2, A2 = two_pairs(n, n, 3, 3, dtype)
     factors = torch.cat([B1, B1], 1), torch.cat([A1, -2 * A1]), B2.repeat(1, 2), A2.repeat(2, 1)
@@ -104,17 +106,17 @@ def test_hadamard_product_of_redundant_factors_is_exact_at_its_numerical_rank(n,
     assert_exact(result, dense_hadamard(*factors))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_rank", [1, 7, 20])
+@folded("dtype", DTYPES)
 def test_truncation_of_thin_hadamard_factors_is_optimal(max_rank, dtype):
     factors = two_pairs(90, 70, 5, 6, dtype)
     result = hadamard_product(*factors, max_rank=max_rank)
     assert_best(result, dense_hadamard(*factors), max_rank, slack=1 + 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("m", "n", "r"), [(300, 200, 20), (200, 300, 13), (500, 400, 32)])
 @pytest.mark.parametrize("max_rank", [1, 8, 30, 100])
+@folded("dtype", [torch.float32, torch.float64])
 def test_range_finder_is_within_a_percent_of_the_least_error(m, n, r, max_rank, dtype):
     factors = two_pairs(m, n, r, r, dtype)
     result = hadamard_product(*factors, max_rank=max_rank)
@@ -170,8 +172,8 @@ def cast(operand, dtype):
     return tuple(t.to(dtype) for t in operand) if isinstance(operand, tuple) else operand.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KRONECKER)
+@folded("dtype", DTYPES)
 def test_kronecker_product_is_exact_where_the_rank_allows(name, dtype):
     operands = [cast(operand, dtype) for operand in KRONECKER[name]]
     result = kronecker_product(*operands, max_rank=RANK[name])
@@ -180,9 +182,9 @@ def test_kronecker_product_is_exact_where_the_rank_allows(name, dtype):
     assert_exact(result, dense_kronecker(*operands))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("less", [1, 3, 5, 11])
 @pytest.mark.parametrize("name", [name for name in KRONECKER if RANK[name] > 11])
+@folded("dtype", DTYPES)
+@folded("less", [1, 3, 5, 11])
 def test_truncated_kronecker_product_is_optimal(name, less, dtype):
     operands = [cast(operand, dtype) for operand in KRONECKER[name]]
     rank = RANK[name] - less
@@ -199,8 +201,8 @@ def test_kronecker_product_beyond_the_rank_allowed_is_exact_at_its_numerical_ran
     assert_exact(result, dense_kronecker(low, gaussian(3, 4)))
 
 
-@pytest.mark.parametrize("max_rank", [1, 10, 40, 100])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
+@folded("max_rank", [1, 10, 40, 100])
 def test_zero_products_keep_a_column(side, max_rank):
     B1, A1, B2, A2 = two_pairs(50, 40, 7, 7)
     B1, B2 = (B * (side == other) for B, other in ((B1, "right"), (B2, "left")))
@@ -281,7 +283,7 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_hadamard_product_of_misfits_is_refused(name):
     shapes = MISFITS[name]
-    with pytest.raises(IncompatibleError, match="matri") as caught:
+    with unchecked(), pytest.raises(IncompatibleError, match="matri") as caught:
         hadamard_product(*(torch.ones(shape) for shape in shapes), max_rank=4)
     assert any(str(shape) in str(caught.value) for shape in (*shapes, (8, 6)))
 
@@ -300,7 +302,7 @@ def test_kronecker_product_of_misfits_is_refused(left, right, message):
         tuple(map(torch.ones, o)) if isinstance(o[0], tuple) else torch.ones(o)
         for o in (left, right)
     ]
-    with pytest.raises(IncompatibleError, match=message):
+    with unchecked(), pytest.raises(IncompatibleError, match=message):
         kronecker_product(*operands, max_rank=4)
 
 

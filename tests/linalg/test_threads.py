@@ -8,6 +8,7 @@ import torch
 
 from devec import Adapter, Delta, decompose
 from devec.linalg.threads import crew, use_threads
+from support.patience import patience
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_a_forked_process_has_threads_of_its_own():
     crew("test", 1, 1).submit(torch.get_num_threads).result()
     child = os.fork()
     if child == 0:
-        os._exit(crew("test", 1, 1).submit(torch.get_num_threads).result(60))
+        os._exit(crew("test", 1, 1).submit(torch.get_num_threads).result(patience()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 

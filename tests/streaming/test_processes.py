@@ -16,6 +16,7 @@ from support.adapters.cases import make_base, save_kohya
 from support.adapters.peft_doras import save_dora
 from support.checks.streamed import contents, from_files_to_files, tree
 from support.paths import TESTS
+from support.patience import patience
 from support.processes.children import at_work, die, fail, free_port, run, start_calls, start_team
 
 pytestmark = [
@@ -97,7 +98,7 @@ def test_accelerate_launches_them(tmp_path, pool, alone):
         [*LAUNCH, "--multi_gpu", *launch, "-m", "devec", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(),
         check=False,
         env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
     )
@@ -114,7 +115,7 @@ def launched(out, *arguments):
         [*launch, f"--master-port={free_port()}", script, out, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(),
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -1,7 +1,9 @@
 """Checks of shapes: which modules name them in their signatures, and how calls are held to them."""
 
+import contextlib
+
 from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 MODULES = [
     "devec.linalg",
@@ -21,3 +23,13 @@ def checked(function):
 def install():
     """Have the modules checked as they are imported, which must be later than this."""
     install_import_hook(MODULES, f"{__name__}.checked")
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Calls are not held to the shapes, so that what devec itself says of wrong ones is seen."""
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)

@@ -21,6 +21,7 @@ from devec.streaming import parts
 from devec.streaming.decompose_to import Form, decompose_to
 from support.checks.leftovers import assert_nothing_but, before_reading, module_of
 from support.checks.streamed import contents, from_files, from_files_to_files
+from support.patience import patience
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -71,6 +72,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, plain, monkeypatch, call, after):
     assert decompose_to(tmp_path / "out", adapters).written.keys() >= {"common"}
 
 
+def wait_until(done):
+    """Wait for another thread."""
+    deadline = time.monotonic() + patience()
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkeypatch):
     """Whoever flushes first hears of it, which is the thread that does so beside the work."""
     original, told = os.fsync, []
@@ -83,10 +92,10 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
 
     monkeypatch.setattr(os, "fsync", failing)
     monkeypatch.setattr(parts, "_PAUSE", 0)
-    first, second = from_files(plain)
-    slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
-        decompose_to(tmp_path / "out", [first, slow])
+        decompose_to(
+            tmp_path / "out", from_files(plain), progress=lambda _: wait_until(lambda: told)
+        )
     assert told == ["devec-flush"]
     assert_nothing_but(tmp_path, "in")
 

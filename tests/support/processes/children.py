@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.patience import patience
+
 _LOADED = [
     "torch",
     "accelerate",
@@ -18,7 +20,6 @@ _LOADED = [
     "devec.streaming.decompose_to",
     "devec.formats",
 ]
-_PATIENCE = 600  # for an end that comes by itself, on a machine as busy as may be
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Child:
 
     def until(self, text):
         """Wait until it has printed a text."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + patience()
         while text not in self.printed:
             assert self.process.is_alive(), self.printed
             assert time.monotonic() < deadline, f"{text!r} was not printed: {self.printed}"
@@ -48,11 +49,12 @@ class Child:
 
     def send(self, sign):
         os.kill(self.process.pid, sign)
+        (self.log / "signalled").touch()
         return self
 
     def ends(self):
         """Wait until it has ended; returns its exit code, for a signal minus its number."""
-        self.process.join(_PATIENCE)
+        self.process.join(patience())
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"it does not end: {self.printed}")
@@ -115,7 +117,7 @@ def _run(log, arguments, environment, before):
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.enable()
-    os.environ.update(environment)
+    os.environ.update(environment, DEVEC_SIGNALLED=str(log / "signalled"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:
         before()
@@ -175,15 +177,17 @@ def linger():
     def committing(self, *arguments):
         commit(self, *arguments)
         print("all is written", flush=True)
-        time.sleep(_PATIENCE)
+        time.sleep(patience())
 
     Staging.commit = committing
 
 
 def dawdle():
-    """Say that the work has begun, and take long for it."""
+    """Say that the work has begun, and go on with it only after a signal was sent, and slowly."""
     print("at work", flush=True)
-    time.sleep(0.5)
+    while not Path(os.environ["DEVEC_SIGNALLED"]).exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # a signal interrupts the main thread, whichever thread this is
 
 
 def two_threads():
