@@ -22,6 +22,8 @@ from support.checks.base_weights import (
 from support.models.module_names import find_modules
 from support.models.pipelines import ENCODERS, linear_modules
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -17,7 +17,10 @@ from benchmarks.timing import Run
 
 from devec.cli import app
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "error::devec.DevecWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "error::devec.DevecWarning"),
+]
 
 ELSEWHERE = ("decompose-files",)  # in processes of their own
 HERE = (

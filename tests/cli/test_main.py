@@ -82,6 +82,7 @@ def cost(*arguments, **options):
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, result
 
 
+@pytest.mark.slow
 def test_help_answers_at_once():
     """Before torch alone is imported."""
     seconds, result = cost("--help")
@@ -90,6 +91,7 @@ def test_help_answers_at_once():
     assert seconds < cost("import torch", command=(sys.executable, "-c"))[0]
 
 
+@pytest.mark.slow
 def test_a_process_writes_and_warns(here):
     result = process("decompose", "based0", "based1", "--out", "out", cwd=here)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
@@ -98,6 +100,7 @@ def test_a_process_writes_and_warns(here):
     assert len(names("out")) == 5
 
 
+@pytest.mark.slow
 def test_the_installed_script_refuses(here):
     script = Path(sys.executable).with_name("devec")
     if not script.exists():
@@ -108,6 +111,7 @@ def test_the_installed_script_refuses(here):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_output_is_read_to_its_first_line_only(here):
     shell = f"'{sys.executable}' -m devec inspect a | head -n 1"
     result = process(shell, command=["sh", "-c"], cwd=here)
@@ -142,6 +146,7 @@ def test_standard_error_holds_messages_only(run, options):
     assert "" not in run(*DECOMPOSE, *options).err.splitlines()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(here):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = process(*DECOMPOSE, cwd=here, env=environment)

@@ -69,6 +69,7 @@ def run(code):
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_devec_loads_neither_peft_nor_transformers():
     code = (
         "import sys, devec; devec.decompose, devec.Adapter; "
@@ -77,6 +78,7 @@ def test_importing_devec_loads_neither_peft_nor_transformers():
     assert run(code) == "[]"
 
 
+@pytest.mark.slow
 def test_the_command_line_answers_without_torch():
     code = (
         "import sys\nfrom devec.cli import app\n"
@@ -85,6 +87,7 @@ def test_the_command_line_answers_without_torch():
     assert run(code).splitlines()[-1] == "False"
 
 
+@pytest.mark.slow
 def test_adapters_are_read_whatever_else_was_imported():
     pool = ROOT / "demo" / "pool"
     code = (

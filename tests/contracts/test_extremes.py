@@ -68,6 +68,7 @@ def require_common(parts, pool):
             assert np.linalg.norm(found - want) < 1e-5 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @folded("where", ["B", "A", "both", "scaling", "first adapter", "second adapter"])
 @folded("method", ["chain", "mean"])

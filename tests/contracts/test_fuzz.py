@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::devec.DevecWarning")
 CHUNK = 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(10))
 def test_damaged_files_are_read_or_refused(chunk):
     counts, failures = run(range(chunk * CHUNK, (chunk + 1) * CHUNK))

@@ -43,7 +43,10 @@ def values(adapters):
     return held
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*magnitudes are negative:devec.DevecWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*magnitudes are negative:devec.DevecWarning"),
+]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

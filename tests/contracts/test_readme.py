@@ -19,7 +19,10 @@ from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning"),
+]
 
 
 def blocks(language):

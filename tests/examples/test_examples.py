@@ -17,6 +17,8 @@ from transformers import LlamaForCausalLM
 from support.paths import ROOT
 from support.truth.reference import column_projector, deflate, dora_truth
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 NO_HARNESS = importlib.util.find_spec("lm_eval") is None
 TOKENS = torch.arange(20).reshape(2, 10)

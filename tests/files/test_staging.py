@@ -145,6 +145,7 @@ write_all({Path(sys.argv[1]): slow}, overwrite=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_leaves_no_half_output_and_a_rerun_works(tmp_path, sign):
     target = tmp_path / "out" / "a"

@@ -15,7 +15,10 @@ from transformers import (
 import devec
 from support.models.live_models import GPT2, LLAMA, trained
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
+]
 
 WEIGHTS = "adapter_model.safetensors"
 TOKENS = torch.arange(55, 70)[None]

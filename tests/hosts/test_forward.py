@@ -108,6 +108,7 @@ def test_sums_in_models_of_transformers(transformers):
     check_sums(transformers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_parts_and_sums_in_pipelines(kind, method):
@@ -136,6 +137,7 @@ def test_parts_and_sums_in_pipelines(kind, method):
             assert apart(got[name], want[name]) < 1e-5, (names, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd15", "flux"])
 def test_single_models_of_diffusers(kind):
     pipe = pipeline_host(kind)

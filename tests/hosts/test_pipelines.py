@@ -13,7 +13,10 @@ from support.models.images import paint, painter
 from support.models.live_models import NAMES, PIPELINES, THRESHOLD, components, pipeline_host
 from support.paths import TESTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
+]
 
 PAIR = NAMES[:2]
 

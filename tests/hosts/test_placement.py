@@ -190,6 +190,7 @@ def test_group_offloaded_pipelines():
     assert torch.equal(got["transformer"], want["transformer"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_compiled_models(method):
     fields = {"use_dora": method == "dora"}

@@ -85,6 +85,7 @@ def seen(model):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize(("kind", "of_both", "which"), CASES)
 @folded("training", [False, True])

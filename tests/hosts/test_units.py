@@ -15,7 +15,10 @@ from support.adapters.peft_loaded import require_same, save
 from support.models import small_moe
 from support.models.wrapped_models import Block, Blocks, Several
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
+]
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
 MAMBA = {**SIZES, "state_size": 4, "time_step_rank": 4}

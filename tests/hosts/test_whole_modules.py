@@ -151,6 +151,7 @@ def test_a_peft_model_of_diffusers_is_stored_as_peft_stores_it(tmp_path):
         assert torch.equal(tensors(host, "anime")[key], tensor)
 
 
+@pytest.mark.slow
 def test_every_tensor_is_accounted_for():
     """What was put into a pipeline, from what PEFT itself reads out of it."""
     pipe = pipeline_host("sd15", PAIR)

@@ -105,6 +105,7 @@ def test_a_product_of_lower_numerical_rank_is_not_sound(dtype, condition):
         assert not found.sound.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [500, 1024, 4096])
 @folded("condition", [2, 5, 10, 30, 100, 300])
 def test_long_columns_are_orthonormal_whether_or_not_there_is_a_second_pass(rows, condition):

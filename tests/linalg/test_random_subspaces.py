@@ -80,6 +80,7 @@ def test_small_ranks_exceed_the_level_in_one_case_of_a_hundred(n, ranks):
     assert share == pytest.approx(0.01, abs=4 * deviation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wider", [0, 1, 30])
 @pytest.mark.parametrize("n", [64, 320])
 @folded("p", range(5, 13))
@@ -88,6 +89,7 @@ def test_larger_ranks_exceed_the_level_no_more_often(n, p, wider):
     assert 0.003 < share < 0.0115
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(1, 5), (2, 2), (3, 9), (4, 4)], ids=str)
 def test_the_distribution_function_is_that_of_random_subspaces(ranks):
     found = largest_cosines(40, *ranks, runs=4000)

@@ -7,6 +7,8 @@ from nbclient import NotebookClient
 from support.paths import ROOT
 from support.patience import patience
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

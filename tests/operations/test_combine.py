@@ -78,6 +78,7 @@ def test_sums_with_doras_are_made_at_once(tmp_path):
     assert combine([lazy], [0.5]) == combine([read(path, "linear")], [0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
 def test_the_memory_of_a_sum_does_not_grow_with_the_pool(tmp_path):
     """Each adapter holds 40 MB in eighty modules."""
@@ -106,6 +107,7 @@ def test_the_memory_of_a_sum_does_not_grow_with_the_pool(tmp_path):
     assert many - few < 6 * 40e6 / 3  # of the inputs that are more most is never held
 
 
+@pytest.mark.slow
 def test_a_sum_may_take_the_place_of_what_it_is_made_of(tmp_path, pool):
     first, want = pool[0], combine(from_files(pool, lazy=False)[:1], [-1.0])
     code, printed = run(tmp_path / "log", "negate", first, "--out", first, "--overwrite")

@@ -8,7 +8,10 @@ from safetensors.torch import save_file
 
 from support.processes.children import start, two_threads
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux"),
+]
 
 MODULES, SIZE, RANK = 24, 2560, 16
 FACTORS = 2 * SIZE * RANK * 4  # bytes of a module's factors in the working precision

@@ -20,6 +20,7 @@ from support.patience import patience
 from support.processes.children import at_work, die, fail, free_port, run, start_calls, start_team
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(sys.platform == "win32", reason="processes are forked"),
 ]

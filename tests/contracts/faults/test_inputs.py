@@ -181,6 +181,7 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(tmp_path, value
     assert_nothing_but(tmp_path, "in")
 
 
+@pytest.mark.slow
 def test_an_input_that_is_not_there_any_more_is_an_error_of_one_line(tmp_path, plain):
     weights(plain[1]).unlink()
     code, printed = run(tmp_path / "log", "decompose", *plain, "--out", tmp_path / "out")

@@ -68,6 +68,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(tmp_path, plain):
     assert_nothing_but(tmp_path, "in")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory hold on Linux only")
 def test_a_limit_of_memory_below_that_of_one_module_is_said(tmp_path):
     pool = [tmp_path / "in" / f"{name}.safetensors" for name in "ab"]

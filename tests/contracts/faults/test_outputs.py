@@ -31,6 +31,7 @@ pytestmark = [
 FORMS = {"direct": Form(), "put by": Form(compact=True), "converted": Form(dtype=torch.float64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [0, 100, 1024])
 def test_a_limit_of_the_size_of_files_leaves_nothing(tmp_path, plain, form, limit):

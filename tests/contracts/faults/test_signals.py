@@ -12,6 +12,7 @@ from support.checks.streamed import from_files_to_files, tree
 from support.processes.children import at_work, dawdle, die, linger, run, start
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(sys.platform == "win32", reason="open files are not replaced there"),
 ]

@@ -27,9 +27,10 @@ from support.truth import reference
 from support.truth.golden_truth import bias_truth, carried, dense_truth
 
 # The readers apply it too weakly, and so does the truth.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*side by side but the alpha of one:devec.DevecWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*side by side but the alpha of one:devec.DevecWarning"),
+]
 
 PARTS = ["a-shared", "a-unique", "b-shared", "b-unique", "common"]
 THRESHOLD = 0.85

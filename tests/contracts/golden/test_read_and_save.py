@@ -199,6 +199,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READABLE)
 def test_what_is_saved_is_saved_the_same_again(tmp_path, name):
     a = Adapter.from_pretrained(golden(name), "a")

@@ -29,6 +29,7 @@ from support.truth.golden_truth import dense_truth
 
 # The readers apply it too weakly, and so does the truth.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*side by side but the alpha of one:devec.DevecWarning"),
     pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning"),
     pytest.mark.filterwarnings("ignore:.*name different base models:devec.DevecWarning"),

@@ -77,6 +77,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_peft_holds_what_is_written(tmp_path, model, config):

@@ -111,6 +111,7 @@ def test_save_load_save_is_byte_identical(tmp_path, kind):
 WEIGHTS_OF_THREE = [(0.5, -0.4, 0.3), (-0.8, 0.55, 0.3), (0.25, 1.5, -1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", TOLERANCE)
 @pytest.mark.parametrize("which", ["dld", "ldd", "ddd"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,6 +140,7 @@ def test_combinations_of_differently_configured_adapters(tmp_path, kind, variant
 LAYER = {"embedding": ("first", "second")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", TOLERANCE)
 @pytest.mark.parametrize("which", ["ld", "dl", "dd"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,6 +111,7 @@ def pools(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_written_parts_do_what_the_dense_reference_does(tmp_path, pools, kind, variant):
     pool = pools(kind, variant)
@@ -126,6 +127,7 @@ def test_written_parts_do_what_the_dense_reference_does(tmp_path, pools, kind, v
             assert relative_error(got, effects[path.name]) < 1e-5, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["chain", "mean"])
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("kind", HOSTS)
@@ -177,6 +179,7 @@ def test_parts_keep_rank_alpha_config_keys_and_types(tmp_path, pools, kind, vari
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_combinations_with_negative_weights_are_exact(tmp_path, kind, variant):
     paths = make_pool(tmp_path, kind, variant, k=3)

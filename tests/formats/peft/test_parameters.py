@@ -131,6 +131,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_peft_holds_what_is_written(tmp_path, case):
     make, fields = seeded(CASES[case][0]), CASES[case][1]
@@ -143,6 +144,7 @@ def test_peft_holds_what_is_written(tmp_path, case):
                 require_exact(make, path, adapter, low=low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_sums_do_what_their_adapters_do(tmp_path, case):
     make, fields = seeded(CASES[case][0]), CASES[case][1]

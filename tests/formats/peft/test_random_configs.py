@@ -50,7 +50,10 @@ REFUSALS = (
     r"trains biases of the base model itself",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
+]
 
 
 def refused(error):

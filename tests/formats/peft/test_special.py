@@ -305,6 +305,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_every_part(tmp_path, name, compact):

@@ -31,7 +31,10 @@ from support.adapters.peft_loaded import load, require_exact, save, targets
 from support.models import small_moe
 from support.models.live_models import changed
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
+]
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYERS = {**SIZES, "intermediate_size": 24}

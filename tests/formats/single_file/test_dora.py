@@ -60,6 +60,7 @@ def test_what_is_read_is_the_dense_truth(tmp_path, name, dtype):
         assert delta.norm() == pytest.approx(np.linalg.norm(truth[module]), rel=1e-5)
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("name", DORA)
 def test_what_is_saved_is_saved_the_same_again(tmp_path, name):

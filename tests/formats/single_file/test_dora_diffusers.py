@@ -62,6 +62,7 @@ def assert_loads(kind, path, want):
         assert (got[name] - output).norm() <= RTOL * output.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_combination_in_diffusers(tmp_path, kind, dtype):

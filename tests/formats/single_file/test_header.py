@@ -196,6 +196,7 @@ def test_the_module_is_that_of_plain_lora(tmp_path, result):
     assert strings["ss_network_dim"] == "4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READABLE)
 @folded("result", ["as read", "unique", "common"])
 def test_every_output_is_of_format_pt_and_has_no_stale_metadata(tmp_path, name, result):

@@ -19,6 +19,7 @@ from support.pools.golden_pool import READABLE, REWRITTEN, command, golden, sibl
 from support.truth.golden_truth import bias_truth, carried, dense_truth
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*side by side but the alpha of one:devec.DevecWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
