@@ -1,1 +1,1 @@
-"""Experiments and timings: all timings with ``python -m benchmarks``, one program by its name."""
+"""Benchmarks: ``python -m benchmarks`` runs all timings; experiments are programs of their own."""

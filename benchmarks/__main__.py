@@ -1,10 +1,10 @@
-"""All figures on speed and memory, side by side with what they should be measured against.
+"""Measure speed and memory of devec, and of the alternatives it is compared with.
 
     python -m benchmarks [--only SECTION]... [--quick] [--out PATH] [--repeats N] [--folder DIR]
 
-Every section is written as soon as it is measured, to ``RESULTS.md`` and, as numbers, to
-``results.json`` beside it. Sections that were not run keep what was measured before. `--quick`
-shows in seconds that everything works; it writes nothing unless told where to.
+Each section is written as soon as it is measured: to ``RESULTS.md`` and, as numbers, to
+``results.json`` beside it. Sections that were not run keep their earlier results. `--quick` checks
+in seconds that all benchmarks run; it writes nothing unless `--out` is given.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def chosen(only: Sequence[str] | None) -> list[str]:
-    """The sections that were asked for, in order; all if none was."""
+    """The requested sections in order; all if none was requested."""
     return [name for name in SECTIONS if not only or _groups(name) & set(only)]
 
 
 def _groups(name: str) -> set[str]:
-    """What a section can be called: its name, and what stands before the hyphen."""
+    """The names by which a section can be requested: its own, and the part before the hyphen."""
     return {name, name.partition("-")[0]}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     names = sorted(set().union(*map(_groups, SECTIONS)))
     parser.add_argument("--only", action="append", choices=names, help="section; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all works")
-    parser.add_argument("--out", type=Path, help="page to write, RESULTS.md beside this program")
-    parser.add_argument("--repeats", type=int, help="how often to measure everything")
-    parser.add_argument("--folder", type=Path, help="where files are generated, and removed again")
-    parser.add_argument("--threads", type=int, help="threads of torch, one a core if not given")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that all runs")
+    parser.add_argument("--out", type=Path, help="page to write; default: benchmarks/RESULTS.md")
+    parser.add_argument("--repeats", type=int, help="number of measurements of each figure")
+    parser.add_argument("--folder", type=Path, help="folder for generated files, removed after use")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: one per core")
     return parser.parse_args(arguments)
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command again, without places."""
+    """The command line as recorded in the results, without paths."""
     words = ["python", "-m", "benchmarks"]
     for name in options.only or ():
         words += ["--only", name]
@@ -76,7 +76,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def measured(name: str, settings: Settings, command: str) -> Measured:
-    """One section, measured now."""
+    """Measure one section."""
     found = importlib.import_module(f"benchmarks.{SECTIONS[name]}").section(settings)
     today = datetime.date.today().isoformat()
     place = machine(settings.threads)
@@ -84,11 +84,7 @@ def measured(name: str, settings: Settings, command: str) -> Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write.
-
-    Args:
-        arguments: Command line, without the program's name; the process's own if None.
-    """
+    """Measure, print and write all requested sections; arguments default to `sys.argv[1:]`."""
     options = parse(arguments)
     threads = {"threads": options.threads} if options.threads else {}
     settings = Settings(options.folder, options.quick, options.repeats, **threads)

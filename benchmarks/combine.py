@@ -1,4 +1,4 @@
-"""A weighted sum of adapters at a lower rank: devec beside PEFT and good code on factors."""
+"""A weighted sum of adapters at a lower rank: devec, PEFT, and direct methods on factors."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from benchmarks.merges import (
 from benchmarks.pools import in_memory
 from benchmarks.results import Bar, Row, Section, Table
 from benchmarks.settings import Settings
-from benchmarks.timing import ratio, rivals
+from benchmarks.timing import ratio, times_in_turn
 from devec import Adapter
 
 TEXT = """\
-Σ w_i·ΔW_i of adapters in memory, float32, cut to a lower rank, in one module. Errors are those
-against the sum formed densely in float64, ‖Σ w_i·ΔW_i - ΔW‖/‖Σ w_i·ΔW_i‖; the optimal one is
-Eckart's and Young's. devec is `devec.compress(devec.combine(adapters, weights), rank=…)`; PEFT is
-`add_weighted_adapter(combination_type="svd")` with its defaults, a full SVD of the dense sum, and
-with `svd_full_matrices=False`, run by itself; Core Space (Panariello et al. 2025) and QR with an
-SVD of the core are written plainly on `torch.linalg`, in float64 and in float32."""
+Σ w_i·ΔW_i of adapters in memory, float32, one module, truncated to a lower rank. The error is
+relative to the dense sum in float64, ‖Σ w_i·ΔW_i - ΔW‖/‖Σ w_i·ΔW_i‖; the optimal error is that of
+Eckart and Young. "devec" is `devec.compress(devec.combine(adapters, weights), rank=…)`. "PEFT svd"
+is `add_weighted_adapter(combination_type="svd")` with its defaults, a full SVD of the dense sum;
+"thin" is the same with `svd_full_matrices=False`. These two are not run in turn with the others.
+Core Space (Panariello et al. 2025, in float64) and a QR with an SVD of the core (in float32) are
+straightforward implementations with `torch.linalg`."""
 WEIGHTS = (1.0, 0.7, -0.4)
 DEVEC, QR, CORE = "devec", "QR + SVD of the core", "Core Space, float64"
 PEFT, THIN = "PEFT svd", "PEFT svd, thin"
-FASTER, PARITY, EQUAL = 1000.0, 1.0, 1 + 1e-6  # equal: to rounding of float32
-CHEAP = 10.0
+FASTER, PARITY, EQUAL = 1000.0, 1.0, 1 + 1e-6  # EQUAL allows for rounding of float32
+CHEAP = 10.0  # seconds
 UNITS = {"method": "", "time": "seconds", "time / devec": "times", "error": "error"}
 
 
@@ -45,8 +46,8 @@ def factor_rows(
     errors: Callable[[Factors], float],
     repeats: int,
 ) -> list[Row]:
-    """Times, taken in turn, and errors of calls; the first of them is devec's."""
-    times = rivals(calls, repeats)
+    """Times, measured in turn, and errors of calls, one of which is devec's."""
+    times = times_in_turn(calls, repeats)
     return [
         {
             "method": name,
@@ -65,7 +66,7 @@ def dense_row(
     fast: float,
     settings: Settings,
 ) -> Row:
-    """Time and error of PEFT's, run once, and twice more where that is cheap."""
+    """Time and error of a dense method, run once, or three times if it is cheap."""
     times: list[float] = []
     while len(times) < (settings.times(3) if times and times[0] < CHEAP else 1):
         start = time.perf_counter()
@@ -81,7 +82,7 @@ def dense_row(
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Far faster than PEFT's at no larger an error; as fast as the QR."""
+    """Far faster than PEFT's method with no larger error, and as fast as the QR."""
     found = {row["method"]: row for row in rows}
     limits = [
         Bar("PEFT svd / devec", found[PEFT]["time / devec"], FASTER, "times", at_least=True),
@@ -123,7 +124,7 @@ def table(shape: tuple[int, int], rank: int, settings: Settings) -> Table:
 
 
 def _optimal(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> Row:
-    """The row of the least error there is."""
+    """The row of the optimal error."""
     return {"method": "optimal", "error": optimal_error(adapters, weights, rank)}
 
 

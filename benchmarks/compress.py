@@ -1,4 +1,4 @@
-"""One adapter at a lower rank: devec beside PEFT."""
+"""One adapter at a lower rank: devec, PEFT, and a direct method on factors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 
 TEXT = """\
-One adapter in memory, float32, one module, as in the section before. PEFT has no call for it:
-given one adapter, `add_weighted_adapter` copies it at its own rank, whatever `svd_rank` says, so it
-gets the adapter twice at weight ½."""
+One adapter in memory, float32, one module, measured as in the section before. PEFT has no call for
+this: `add_weighted_adapter` copies a single adapter at its own rank and ignores `svd_rank`, so it
+is given the adapter twice with weight ½."""
 
 
 def section(settings: Settings) -> Section:

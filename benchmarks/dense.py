@@ -1,7 +1,7 @@
-"""devec beside the dense method of the paper, on one module.
+"""devec compared with the dense method of the paper, on one module.
 
-The dense method forms ΔW, takes two full SVDs and the eigenvectors of a general n × n matrix; at
-n = 4096 that takes about a minute.
+The dense method forms ΔW and computes its SVD for each adapter, and the eigenvectors of a general
+n × n matrix; at n = 4096 that takes about a minute.
 """
 
 from __future__ import annotations
@@ -15,22 +15,14 @@ from benchmarks.timing import seconds
 from devec import Adapter, decompose
 
 TEXT = """\
-One module, two adapters of rank 16, float32, in memory, chain. The dense method is the paper's as
-it is written (Eq. 6-13), in float64, run once. Its time for more modules is an **extrapolation**:
-that of one module times their number; it was not run."""
+One module, two adapters of rank 16, float32, in memory, method chain. The dense method is that of
+the paper as written (Eq. 6-13), in float64, run once. The second row is an **extrapolation** and
+was not run: the time of one module times the number of modules."""
 MODULES = 494
 
 
 def dense_decompose(adapters: list[Adapter], threshold: float = 0.85) -> list[torch.Tensor]:
-    """The paper's method as it is written, on one module (Eq. 6-13).
-
-    Args:
-        adapters: The adapters.
-        threshold: Smallest eigenvalue that counts as shared.
-
-    Returns:
-        The unique part of every adapter, dense.
-    """
+    """The dense unique parts of adapters of one module, by the paper as written (Eq. 6-13)."""
     (module,) = adapters[0].modules
     deltas = [a.modules[module] for a in adapters]
     weights = [d.scaling * d.B.double() @ d.A.double() for d in deltas]
@@ -47,7 +39,7 @@ def dense_decompose(adapters: list[Adapter], threshold: float = 0.85) -> list[to
 
 
 def section(settings: Settings) -> Section:
-    """One module, and so many of them extrapolated."""
+    """Measure one module, and extrapolate to `MODULES`."""
     torch.set_num_threads(settings.threads)
     n = 128 if settings.quick else 4096
     adapters = in_memory(2, {"module": (n, n)})

@@ -1,12 +1,12 @@
-"""How long DoRAs of LLaMA-2-7B's shapes take, and how much memory.
+"""Time and memory of decomposing DoRAs in the shapes of LLaMA-2-7B.
 
     python -m benchmarks.dora
 
-Two DoRA adapters of one module lie on the disk beside the base weight, as PEFT writes them, and
-share a quarter of their directions. They are read and decomposed, and the two unique parts are
-turned into the tensors that are written: factors and magnitudes. Every shape has a process of its
-own; the memory is what its peak grows by while it decomposes and writes for the first time, the
-base weight's own pages included. There is no dense method beside it, which takes minutes a module.
+Two DoRA adapters of one module and the base weight are on the disk, as PEFT writes them; the
+adapters share a quarter of their directions. They are read and decomposed, and the two unique parts
+are converted to the tensors of their files: factors and magnitudes. Each shape is measured in its
+own process. Memory is the growth of the peak during the first decomposition and conversion,
+including pages of the base weight. The dense method is left out, as it takes minutes per module.
 """
 
 from __future__ import annotations
@@ -31,21 +31,15 @@ SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 256
 TEXT = """\
-Two DoRAs of one module on the disk beside its base weight, a quarter of the directions shared,
-decomposed (chain), and the unique parts turned into the tensors that are written. Memory is what
-the peak grows by, as a multiple of the base weight in float32, its own pages included. Each row has
-a process of its own. There is no dense method beside it, which takes minutes a module."""
+Two DoRAs of one module, which share a quarter of their directions, are read from the disk together
+with the base weight and decomposed (method chain); the unique parts are converted to the tensors of
+their files. Memory is the growth of the peak, including pages of the base weight, as a multiple of
+the base weight in float32. Each row is measured in its own process. The dense method is left out,
+as it takes minutes per module."""
 
 
 def write_pool(folder: Path, shape: tuple[int, int], rank: int, base: torch.dtype) -> None:
-    """Write a base weight and two DoRA adapters that share a quarter of their directions.
-
-    Args:
-        folder: Where to write.
-        shape: Shape (out, in) of the module.
-        rank: Rank of the adapters.
-        base: Type of the base weight; factors are bfloat16.
-    """
+    """Write a base weight of a given dtype and two DoRAs that share a quarter of the directions."""
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -74,19 +68,19 @@ def write_pool(folder: Path, shape: tuple[int, int], rank: int, base: torch.dtyp
 
 
 def peak() -> int:
-    """Peak of the resident memory so far, in bytes (Linux)."""
+    """The peak resident memory of this process so far, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
-def fresh_peak() -> int:
-    """The resident memory now, from which later peaks are counted."""
+def reset_peak() -> int:
+    """Reset the peak to the current resident memory, and return it."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak()
 
 
 def warm_up() -> None:
-    """Load libraries and start threads, whose memory is no module's."""
+    """Load libraries and start threads, whose memory is not to be measured."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         write_pool(folder, (512, 512), 64, torch.float32)
@@ -96,18 +90,7 @@ def warm_up() -> None:
 
 
 def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads: int) -> Row:
-    """Times and memory of one shape, in the calling process.
-
-    Args:
-        shape: Shape (out, in) of the module.
-        rank: Rank of the adapters.
-        base: Type of the base weight.
-        repeats: How often to decompose.
-        threads: Threads of torch.
-
-    Returns:
-        Medians in seconds, and the memory as a multiple of the base weight in float32.
-    """
+    """Median times and memory of one shape (out, in), measured in the calling process."""
     torch.set_num_threads(threads)
     times: dict[str, list[float]] = {"decompose": [], "write": []}
     grown = 0
@@ -116,7 +99,7 @@ def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads:
         folder = Path(directory)
         write_pool(folder, shape, rank, BASES[base])
         adapters = [Adapter.from_pretrained(folder / n, base=folder) for n in ("first", "second")]
-        before = fresh_peak()
+        before = reset_peak()
         for _ in range(repeats):
             start = time.perf_counter()
             parts = decompose(adapters)
@@ -134,7 +117,7 @@ def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Times and memory of all shapes, each in a process of its own."""
+    """Measure all shapes, each in its own process."""
     shapes: Sequence[tuple[int, int]] = SHAPES
     bases, rank = list(BASES), RANK
     if settings.quick:
@@ -149,7 +132,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def section(settings: Settings) -> Section:
-    """All shapes."""
+    """Measure all shapes."""
     units = {
         "module": "",
         "base weight": "",

@@ -1,19 +1,19 @@
-"""DoRAs of the demo: trained with PEFT, decomposed, added and negated, beside PEFT's own sums.
+"""DoRAs of the demo: trained with PEFT, decomposed, added and negated, compared with PEFT's sums.
 
     python -m benchmarks.dora_demo [--epochs N] [--json FILE]
 
-Three DoRAs are trained as the demo's LoRAs are: on its vision transformer, for its looks of the
-digits, all of rank 8 so that PEFT's ``linear`` takes them. Then
+Three DoRAs are trained like the demo's LoRAs: on its vision transformer, in three of its visual
+domains, all of rank 8 as PEFT's ``linear`` requires equal ranks. Then the program measures
 
-1. accuracy on the 497 held-out digits: of the parts that devec finds, of sums, of negations;
-2. how far sums are from the truth. The truth is naive, dense and in float64: W0 + Σ w_i·ΔW_i with
-   ΔW_i = m_i·(W0 + s·B·A)/‖W0 + s·B·A‖ - W0, put into a model of its own. Everything else is loaded
-   by PEFT, and its weights are told from what its layers do to the unit vectors.
+1. the accuracy on the 497 held-out digits: of the parts, of sums and of negations;
+2. the errors of sums relative to a dense reference in float64: a model with the weights
+   W0 + Σ w_i·ΔW_i, where ΔW_i = m_i·(W0 + s·B·A)/‖W0 + s·B·A‖ - W0. Everything else is loaded by
+   PEFT, and its weights are measured by feeding unit vectors through its layers.
 
-The error of ΔW is ‖W - W_truth‖/‖W_truth - W0‖ over all modules, of what is stored and done, in
-float64; that of logits is the largest ‖y - y_truth‖/‖y_truth‖ of any image, in float32 as loaded.
-PEFT's ``cat`` and ``svd`` (here of full rank) are exact for LoRAs, so that their errors are due to
-the magnitudes alone; ``linear`` adds up factors, which is no sum for LoRAs either.
+The error of ΔW is ‖W - W_ref‖/‖W_ref - W0‖ over all modules, in float64. The error of logits is the
+largest ‖y - y_ref‖/‖y_ref‖ of any image, in float32 as loaded. PEFT's ``cat`` and ``svd`` (here at
+full rank) are exact for LoRAs, so their errors are due to the magnitudes alone; ``linear`` adds
+factors, which is not the sum for LoRAs either.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from devec.demo.run import COEFFICIENTS, loaded
 
 DOMAINS = ("chalk", "sign", "emboss")
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"method": "mean", "threshold": "auto"},  # of the demo
-    {"method": "chain", "threshold": 0.85},  # of the paper
+    {"method": "mean", "threshold": "auto"},  # the demo's
+    {"method": "chain", "threshold": 0.85},  # the paper's
 )
 NEGATIONS = (1.0, -0.5, -1.0)
 PAIR_WEIGHTS = ((1.0, 1.0), (0.5, 0.5), (1.0, -0.5))
@@ -61,12 +61,7 @@ Sets = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def train_pool(folder: Path, epochs: int) -> None:
-    """Train a DoRA for every domain on the demo's base.
-
-    Args:
-        folder: Where to write the base and the adapters.
-        epochs: How long to train each.
-    """
+    """Train a DoRA for each domain on the demo's base model, and write both to a folder."""
     shutil.copytree(POOL / "base", folder / "base")
     training, _ = load_split()
     digits, labels = training["digits"], training["labels"].long()
@@ -76,12 +71,12 @@ def train_pool(folder: Path, epochs: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The trained DoRAs and all that devec made of them.
+    """The trained DoRAs, and the adapters that devec computed from them.
 
     Attributes:
-        folder: Where the adapters are.
-        found: Decomposition for each of `SETTINGS`.
-        outputs: Names of all adapters that devec wrote.
+        folder: Folder of all adapters.
+        found: The decomposition for each of `SETTINGS`.
+        outputs: Names of the adapters that devec wrote.
     """
 
     folder: Path
@@ -89,34 +84,27 @@ class Pool:
     outputs: tuple[str, ...]
 
     def load(self, *names: str) -> PeftModel:
-        """The base with these adapters, loaded by PEFT."""
+        """The base model with these adapters, loaded by PEFT."""
         return loaded({name: self.folder / name for name in names}).eval()
 
 
 def prepare(folder: Path) -> Pool:
-    """Decompose, add up and negate the trained DoRAs, and write all of it.
-
-    Args:
-        folder: Where `train_pool` wrote them.
-
-    Returns:
-        What was written.
-    """
+    """Decompose, add and negate the DoRAs that `train_pool` wrote, and write the results."""
     base = load_base(folder)
     adapters = [Adapter.from_pretrained(folder / domain, base=base) for domain in DOMAINS]
     found = tuple(decompose(adapters, **settings) for settings in SETTINGS)
     outputs = found[0].outputs()
-    apart = {}
+    unique = {}
     for a in adapters:
         parts = decompose(adapters, **SETTINGS[0], scope="iterative", target=a.name)
-        apart[a.name] = parts.unique[a.name]
+        unique[a.name] = parts.unique[a.name]
     for c in COEFFICIENTS:
         for kind, pool in (("original", adapters), ("unique", list(found[0].unique.values()))):
             outputs[f"{kind}-sum-{c:g}"] = combine(pool, [c] * len(pool))
     for w in NEGATIONS:
         for a in adapters:
             outputs[f"{a.name}-original-times-{w:g}"] = w * a
-            outputs[f"{a.name}-unique-times-{w:g}"] = w * apart[a.name]
+            outputs[f"{a.name}-unique-times-{w:g}"] = w * unique[a.name]
     for pair in combinations(adapters, 2):
         for weights in PAIR_WEIGHTS:
             outputs[pair_name([a.name for a in pair], weights)] = combine(pair, weights)
@@ -125,12 +113,12 @@ def prepare(folder: Path) -> Pool:
 
 
 def pair_name(pair: Sequence[str], weights: Sequence[float]) -> str:
-    """The name of devec's sum of two."""
+    """The name of devec's sum of two adapters."""
     return "-".join([*pair, *(f"{w:g}" for w in weights)])
 
 
 def shared_rows(pool: Pool) -> Iterator[Row]:
-    """What the settings of the demo and those of the paper find."""
+    """What is shared with the settings of the demo and those of the paper."""
     for settings, parts in zip(SETTINGS, pool.found, strict=True):
         splits = parts.splits
         yield {
@@ -145,25 +133,22 @@ def shared_rows(pool: Pool) -> Iterator[Row]:
 
 
 def accuracies(pool: Pool, sets: Sets, *names: str) -> dict[str, dict[str, float]]:
-    """Adapter → domain → accuracy, each adapter by itself on the base; with the base's own.
+    """Adapter → domain → accuracy with that adapter alone; ``"base"`` for none.
 
     Args:
-        pool: Where the adapters are.
+        pool: The adapters.
         sets: Domain → images and labels.
-        *names: The adapters; those that were not written are left out.
-
-    Returns:
-        The accuracies, and those of ``"base"``.
+        *names: Names of adapters; those that were not written, as they are zero, are left out.
     """
     found = {"base": {domain: accuracy(load_base(), *drawn) for domain, drawn in sets.items()}}
     for name in (n for n in names if n in (*DOMAINS, *pool.outputs)):
-        model = pool.load(name)  # one at a time: PEFT slows down with every adapter in a model
+        model = pool.load(name)  # one at a time, as PEFT slows down with each adapter in a model
         found[name] = {domain: accuracy(model, *drawn) for domain, drawn in sets.items()}
     return found
 
 
 def own_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
-    """Accuracy in every domain of the base, its DoRA and the DoRA's parts."""
+    """Accuracy in each domain of the base model, of its DoRA and of the DoRA's parts."""
     for domain in DOMAINS:
         names = {"base": "base", "original": domain}
         names |= {part: f"{domain}-{part}" for part in ("shared", "unique")}
@@ -174,14 +159,14 @@ def own_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
 
 
 def sum_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
-    """Mean accuracy over the domains of the sums, at every coefficient."""
+    """Mean accuracy over the domains of the sums, for each coefficient."""
     for c in COEFFICIENTS:
         sums = {kind: found[f"{kind}-sum-{c:g}"].values() for kind in ("original", "unique")}
         yield {"coefficient": c, **{kind: sum(v) / len(v) for kind, v in sums.items()}}
 
 
 def negation_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
-    """Accuracy in a domain and in the others with the domain's adapter added or negated."""
+    """Accuracy in a domain and in the others, with the domain's adapter at each weight."""
     for domain in DOMAINS:
         names = {("none", 0.0): "base"}
         for part in ("original", "unique"):
@@ -198,7 +183,7 @@ def negation_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
 
 
 def error_rows(referee: Referee, pool: Pool) -> Iterator[Row]:
-    """How far every way to put DoRAs together is from the truth."""
+    """The errors of all ways to combine DoRAs, relative to the dense reference."""
     truth = {domain: dense_changes(referee.base, pool.folder / domain) for domain in DOMAINS}
     for domain in DOMAINS:
         yield from part_errors(referee, pool, domain, truth[domain])
@@ -209,7 +194,7 @@ def error_rows(referee: Referee, pool: Pool) -> Iterator[Row]:
 
 
 def part_errors(referee: Referee, pool: Pool, domain: str, changes: Changes) -> Iterator[Row]:
-    """The errors of a DoRA by itself, and of its two parts active together."""
+    """The errors of a DoRA alone, and of its two parts active together."""
     parts = [f"{domain}-{part}" for part in ("unique", "shared")]
     orders = {"one DoRA by itself": [domain]}
     if set(parts) <= set(pool.outputs):
@@ -222,7 +207,7 @@ def part_errors(referee: Referee, pool: Pool, domain: str, changes: Changes) -> 
 def pair_errors(
     referee: Referee, pool: Pool, pair: tuple[str, str], weights: Sequence[float], changes: Changes
 ) -> Iterator[Row]:
-    """The errors of every way to add up two DoRAs; PEFT's ``svd`` at full rank."""
+    """The errors of all ways to add two DoRAs; PEFT's ``svd`` at full rank."""
     name = pair_name(pair, weights)
     model = pool.load(*pair, name)
     ways = {"`devec.combine`": [name]}
@@ -238,14 +223,11 @@ def pair_errors(
 
 
 def measure(epochs: int, images: int | None = None) -> dict[str, list[Row]]:
-    """Train, decompose, and measure everything.
+    """Table → rows: train, decompose and measure everything.
 
     Args:
-        epochs: How long to train each adapter.
-        images: How many held-out images of every domain to use; by default all.
-
-    Returns:
-        The rows of every table.
+        epochs: Number of epochs of training each adapter.
+        images: Number of held-out images of each domain; None for all.
     """
     logging.disable_progress_bar()
     drawn = heldout_sets()
@@ -267,7 +249,7 @@ def measure(epochs: int, images: int | None = None) -> dict[str, list[Row]]:
 
 
 def print_tables(tables: Mapping[str, Sequence[Row]]) -> None:
-    """Print every table in markdown."""
+    """Print all tables in Markdown."""
     print_table(
         "What the DoRAs share, with the settings of the demo and of the paper",
         ["method, threshold", "modules that share", "directions", "largest", "shared energy"],
@@ -324,7 +306,7 @@ def print_accuracies(tables: Mapping[str, Sequence[Row]]) -> None:
 
 
 def error_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """One line for each way and weights: the range over the adapters or pairs."""
+    """A line for each way of combining and weights: the range over adapters or pairs."""
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         weights = ", ".join(f"{w:g}" for w in row["coefficients"])
@@ -336,7 +318,7 @@ def error_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
 
 
 def mean_negations(rows: Sequence[Row]) -> Iterator[Row]:
-    """The means over the adapters."""
+    """The means over the adapters, for each part and weight."""
     for part, weight in dict.fromkeys((row["part"], row["weight"]) for row in rows):
         same = [row for row in rows if (row["part"], row["weight"]) == (part, weight)]
         yield {"adapter": "mean", "part": part, "weight": weight, **means(same, ("own", "others"))}
@@ -344,17 +326,17 @@ def mean_negations(rows: Sequence[Row]) -> Iterator[Row]:
 
 def means(rows: Sequence[Row], keys: Sequence[str]) -> Row:
     """The mean of every column over the rows that have it."""
-    held = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
-    return {key: sum(values) / len(values) if values else None for key, values in held.items()}
+    columns = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    return {key: sum(values) / len(values) if values else None for key, values in columns.items()}
 
 
 def share(value: float | None) -> str:
-    """An accuracy, or a dash where there is none."""
+    """An accuracy as text, or a dash for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def span(values: Sequence[float]) -> str:
-    """The least and the largest of some errors, in percent unless they are rounding."""
+    """The range of some errors as text, in percent unless they are of the size of rounding."""
     low, high = min(values), max(values)
     if high < 1e-4:
         return f"{low:.0e} to {high:.0e}"
@@ -362,7 +344,7 @@ def span(values: Sequence[float]) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterator[list[str]]) -> None:
-    """Print one table in markdown."""
+    """Print one table in Markdown."""
     print(f"\n{title}:\n")
     print("| " + " | ".join(header) + " |")
     print("|---" * len(header) + "|")
@@ -371,14 +353,14 @@ def print_table(title: str, header: Sequence[str], rows: Iterator[list[str]]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables, and write their rows where asked."""
+    """Print the tables, and write their rows to a file if requested."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dora_demo")
     parser.add_argument(
         "--epochs", type=int, default=ADAPTER_SCHEDULE.epochs, help="of training each DoRA"
     )
     parser.add_argument("--json", type=Path, help="file to write the measurements to")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # so that a run can be repeated
+    torch.set_num_threads(1)  # for reproducibility
     versions = f"devec {__version__}, peft {peft.__version__}, torch {torch.__version__}"
     print(f"{versions}, {platform.machine()}; {arguments.epochs} epochs")
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Read and write files and do nothing else: what no program on files can be faster than.
+"""Read and write files without computing: a lower bound for the time of a program on files.
 
     python -m benchmarks.floor --out DIR --sizes N,N,... [--fsync] INPUT...
 
-Every input is loaded with safetensors' `load_file`. Then as many files as there are sizes are
-written with its `save_file`, each with so many bytes of the tensors that were loaded.
+Every input is loaded with safetensors' `load_file`. Then one file for each size is written with
+`save_file`, filled with that many bytes of the loaded tensors.
 """
 
 from __future__ import annotations
@@ -21,30 +21,25 @@ from torch import Tensor
 
 
 def payload(tensors: Iterable[Tensor], size: int) -> dict[str, Tensor]:
-    """Tensors, one after the other, up to a number of bytes; the last one is cut.
+    """Name → tensor, up to a total number of bytes.
 
-    Args:
-        tensors: At least one; they are taken again, as copies, if there are too few.
-        size: Number of bytes.
-
-    Returns:
-        Name → tensor; less than one number of a tensor may be missing.
+    The tensors are repeated as copies if there are too few of them, and the last one is cut.
     """
-    taken: dict[str, Tensor] = {}
+    chosen: dict[str, Tensor] = {}
     seen: set[int] = set()
     for tensor in cycle(tensors):
         part = tensor if tensor.nbytes <= size else tensor.flatten()[: size // tensor.itemsize]
         if not part.nbytes:
-            return taken
-        whole = part is tensor and id(tensor) not in seen
-        taken[f"tensor{len(taken)}"] = part if whole else part.clone()
+            return chosen
+        is_first = part is tensor and id(tensor) not in seen
+        chosen[f"tensor{len(chosen)}"] = part if is_first else part.clone()
         seen.add(id(tensor))
         size -= part.nbytes
-    return taken
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, write, and print the seconds of both as JSON."""
+    """Read, write, and print the times of both in seconds as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.floor")
     parser.add_argument("inputs", nargs="+", type=Path, help="safetensors files to read")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
@@ -57,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     options.out.mkdir()
     for index, size in enumerate(map(int, options.sizes.split(","))):
-        first = index // 2 % len(loaded)  # two outputs an adapter, as `devec decompose` has them
+        first = index // 2 % len(loaded)  # two outputs per adapter, as in `devec decompose`
         tensors = [t for file in loaded[first:] + loaded[:first] for t in file.values()]
         path = options.out / f"{index}.safetensors"
         save_file(payload(tensors, size), path)

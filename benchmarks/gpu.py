@@ -1,4 +1,4 @@
-"""How long `devec.decompose` takes on a GPU, beside moving the same factors there and back."""
+"""Time of `devec.decompose` on a GPU, compared with transferring the same factors."""
 
 from __future__ import annotations
 
@@ -16,32 +16,22 @@ from devec import Adapter, Delta, decompose
 
 TITLE = "LLaMA-2-7B, r = 256, k = 8"
 TEXT = """\
-`devec.decompose(adapters, device=…)` of adapters in bfloat16 in pinned memory of the host, its
-parts in new memory of the host again. Beside it the transfers alone, through pinned memory, than
-which there is nothing faster: the same factors to the GPU once, and as many numbers as there are in
-the factors B of all unique and shared parts, in float32, back to one place, and nothing else. Both
-in turn; the first call, in which libraries are loaded and memory is pinned, is told apart."""
+`devec.decompose(adapters, device=…)` of bfloat16 adapters in pinned host memory; the parts are
+returned in newly allocated host memory. It is compared with the transfers alone, through pinned
+memory, which is the fastest way: the same factors to the GPU once, and as many float32 values back
+into one buffer as the factors B of all unique and shared parts have. Both are measured in turn. The
+first call, which loads libraries and pins memory, is listed separately."""
 LIMIT = 5.0
 
 
 def pinned_pool(k: int, shapes: Shapes, rank: int, *, pinned: bool) -> list[Adapter]:
-    """Adapters that share a quarter of their directions, in memory that a GPU can copy from.
-
-    Args:
-        k: Number of adapters.
-        shapes: Module → (out, in).
-        rank: Rank of every module.
-        pinned: Whether the memory is pinned, which takes a GPU.
-
-    Returns:
-        The adapters.
-    """
+    """Adapters that share a quarter of their directions, in pinned memory if there is a GPU."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def drawn(start: int, rows: int, columns: int) -> Tensor:
-        held = torch.empty(rows, columns, dtype=torch.bfloat16, pin_memory=pinned)
+        memory = torch.empty(rows, columns, dtype=torch.bfloat16, pin_memory=pinned)
         start %= BLOCK - rows * columns
-        return held.copy_(block[start : start + rows * columns].view(rows, columns))
+        return memory.copy_(block[start : start + rows * columns].view(rows, columns))
 
     adapters = []
     for i in range(k):
@@ -56,33 +46,33 @@ def pinned_pool(k: int, shapes: Shapes, rank: int, *, pinned: bool) -> list[Adap
     return adapters
 
 
-def moved(adapters: list[Adapter], device: torch.device) -> Callable[[], None]:
-    """The call that moves all factors to a device, and as much as their results back."""
+def transfers(adapters: list[Adapter], device: torch.device) -> Callable[[], None]:
+    """The function that copies all factors to a device, and as much as their parts back."""
     factors = [f for a in adapters for d in a.modules.values() for f in (d.B, d.A)]
     sizes = [d.B.numel() for a in adapters for d in a.modules.values()]
     on_device = torch.ones(max(sizes), device=device)
-    at_home = torch.empty(max(sizes), pin_memory=device.type == "cuda")
+    on_host = torch.empty(max(sizes), pin_memory=device.type == "cuda")
 
-    def move() -> None:
+    def transfer() -> None:
         for factor in factors:
             factor.to(device, non_blocking=True)
         for size in sizes:
             for _ in ("unique", "shared"):
-                at_home[:size].copy_(on_device[:size], non_blocking=True)
+                on_host[:size].copy_(on_device[:size], non_blocking=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return move
+    return transfer
 
 
 def nbytes(adapters: list[Adapter]) -> int:
-    """Bytes that `moved` moves."""
+    """The number of bytes that `transfers` copies."""
     deltas = [delta for adapter in adapters for delta in adapter.modules.values()]
     return sum(d.B.nbytes + d.A.nbytes + 2 * 4 * d.B.numel() for d in deltas)
 
 
 def section(settings: Settings) -> Section:
-    """Eight adapters of all linear layers of LLaMA-2-7B, rank 256."""
+    """Measure eight adapters of all linear layers of LLaMA-2-7B, rank 256."""
     title = "Decompose on a GPU"
     if not (torch.cuda.is_available() or settings.quick):
         reason = "Left out: the machine has no GPU that torch can use."
@@ -92,7 +82,7 @@ def section(settings: Settings) -> Section:
     adapters = pinned_pool(8, shapes, rank, pinned=device.type == "cuda")
     calls = {
         "devec": clocked(lambda: decompose(adapters, device=device)),
-        "transfers": clocked(moved(adapters, device)),
+        "transfers": clocked(transfers(adapters, device)),
     }
     first = {name: one for name, (one,) in in_turn(calls, 1).items()}
     found = in_turn(calls, settings.times(5))

@@ -1,4 +1,4 @@
-"""Decompositions from files to files: whole processes, beside reading and writing alone."""
+"""Decompositions from files to files as whole processes, and the floor of reading and writing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from benchmarks.results import Row
 from benchmarks.settings import Settings
 from benchmarks.timing import Run, in_turn, python, ratio
 
-FLOORS = {"floor": (), "floor, fsync": ("--fsync",)}  # name → options
+FLOORS = {"floor": (), "floor, fsync": ("--fsync",)}  # name → options of benchmarks.floor
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to decompose.
+    """A pool to decompose.
 
     Attributes:
-        title: What it is called.
+        title: The name of the job in tables.
         shapes: Module → shape.
         k: Number of adapters.
         rank: Rank of every module.
-        peft: Whether the adapters are PEFT's directories; single files of diffusers otherwise.
-        condition: About the condition number of B; 1 for that of random matrices.
+        peft: Whether the adapters are PEFT directories; single files of diffusers otherwise.
+        condition: Approximate condition number of B; 1 for that of a random matrix.
     """
 
     title: str
@@ -42,23 +42,23 @@ class Job:
     condition: float = 1.0
 
     def factor_bytes(self, module: str) -> int:
-        """Size of the factors of one module of one adapter, in bfloat16."""
+        """Size in bytes of the factors of one module of one adapter, in bfloat16."""
         rows, *columns = self.shapes[module]
         return 2 * self.rank * (rows + prod(columns))
 
     def input_bytes(self) -> int:
-        """Size of the factors of all adapters."""
+        """Size in bytes of the factors of all adapters."""
         return self.k * sum(map(self.factor_bytes, self.shapes))
 
 
 @dataclass(frozen=True)
 class Files:
-    """Adapters on the disk and a place for what is made of them.
+    """The adapters of a job on the disk, and the folder of the outputs.
 
     Attributes:
-        sources: The adapters, files or directories.
-        out: Where results go; there is nothing before a run.
-        threads: Threads of torch.
+        sources: Files or directories of the adapters.
+        out: Folder of the outputs; it does not exist before a run.
+        threads: Number of threads of torch.
     """
 
     sources: Sequence[Path]
@@ -66,19 +66,19 @@ class Files:
     threads: int
 
     def clear(self) -> None:
-        """Remove the results of the last run, and let the disk come to rest."""
+        """Remove the outputs of the last run, and wait until all writes have reached the disk."""
         if self.out.exists():
             shutil.rmtree(self.out)
         sync()
 
     def devec(self, *options: str | Path, k: int | None = None) -> Run:
-        """Run ``devec decompose`` on all adapters, or on the first k."""
+        """Run ``devec decompose`` on all adapters, or on the first `k`."""
         self.clear()
         arguments: list[str | Path] = [*self.sources[:k], "--out", self.out, *options]
         return python("-m", "devec", "decompose", *arguments, threads=self.threads)
 
     def floor(self, sizes: Sequence[int], *options: str) -> Run:
-        """Read all adapters and write tensors of these sizes, and do nothing else."""
+        """Run the floor: read all adapters, and write files of these sizes."""
         self.clear()
         inputs = [file for source in self.sources for file in tensor_files(source)]
         arguments: list[str | Path] = [
@@ -94,7 +94,7 @@ class Files:
 
 @contextmanager
 def written(job: Job, settings: Settings) -> Iterator[Files]:
-    """The adapters of a job as files, as long as the context lasts."""
+    """Write the adapters of a job; the files are removed at the end of the context."""
     with settings.scratch() as folder:
         pool = Path(folder, "pool")
         sources = write_pool(
@@ -104,17 +104,17 @@ def written(job: Job, settings: Settings) -> Iterator[Files]:
 
 
 @dataclass(frozen=True)
-class Timed:
+class JobRuns:
     """All runs of one job.
 
     Attributes:
         devec: Runs of devec.
-        floors: Runs of the floors, by name.
-        start_up: Median time to start, of Python with all that devec imports.
+        floors: Name of a floor → its runs.
+        start_up: Median time in seconds of starting Python and importing what devec needs.
         read: Bytes of tensors in the inputs.
-        sizes: Bytes of tensors in every output.
+        sizes: Bytes of tensors in each output.
         shared: Module → shared rank.
-        rates: What was found around each run of devec, the larger of before and after.
+        rates: For each run of devec, the larger of the machine's rates before and after it.
     """
 
     devec: Sequence[Run]
@@ -125,27 +125,27 @@ class Timed:
     shared: Mapping[str, int]
     rates: Sequence[float] = ()
 
-    def own(self) -> list[float]:
-        """Seconds of devec less its start-up."""
+    def own_times(self) -> list[float]:
+        """Times of devec in seconds without start-up."""
         return [run.seconds - self.start_up for run in self.devec]
 
     def peak(self) -> float:
-        """Median peak of devec's memory in bytes."""
+        """Median peak memory of devec in bytes."""
         return statistics.median(run.peak for run in self.devec)
 
     def whole(self) -> Row:
-        """Medians and ratios to the floors of whole processes."""
+        """Median times of whole processes, and ratios to the floors."""
         floors = {name: [run.seconds for run in runs] for name, runs in self.floors.items()}
         return _compared([run.seconds for run in self.devec], floors)
 
     def without_start_up(self) -> Row:
-        """The same of devec less its start-up, and of the floors' loading and saving alone."""
-        floors = {name: list(map(alone, runs)) for name, runs in self.floors.items()}
-        return _compared(self.own(), floors)
+        """Median times without start-up, for the floors of loading and saving, and ratios."""
+        floors = {name: list(map(transfer_time, runs)) for name, runs in self.floors.items()}
+        return _compared(self.own_times(), floors)
 
 
 def _compared(devec: Sequence[float], floors: Mapping[str, Sequence[float]]) -> Row:
-    """Medians, and medians of ratios."""
+    """Median times, and medians of the pairwise ratios."""
     medians = {name: statistics.median(times) for name, times in floors.items()}
     ratios = {f"devec / {name}": ratio(devec, times) for name, times in floors.items()}
     return {"devec": statistics.median(devec), **medians, **ratios}
@@ -155,13 +155,13 @@ COMPARED = {
     "devec": "seconds",
     **dict.fromkeys(FLOORS, "seconds"),
     **{f"devec / {name}": "times" for name in FLOORS},
-}  # columns of such rows → units
+}  # column of these rows → unit
 
 
-def alone(floor: Run) -> float:
-    """Seconds that a floor needed to load and save, without start-up."""
-    found = json.loads(floor.output)
-    return float(found["load"] + found["save"])
+def transfer_time(floor: Run) -> float:
+    """Time in seconds of loading and saving in a run of the floor, without start-up."""
+    times = json.loads(floor.output)
+    return float(times["load"] + times["save"])
 
 
 def measure(
@@ -170,15 +170,15 @@ def measure(
     start_up: float,
     repeats: int,
     rate: Callable[[], float] | None = None,
-) -> Timed:
-    """Run a job, and its floors beside it.
+) -> JobRuns:
+    """Run a job and its floors in turn.
 
     Args:
-        job: What to decompose.
-        settings: How to run.
-        start_up: Median time to start.
-        repeats: How often, after one run of devec that does not count.
-        rate: A rate of the machine, found before and after each run of devec.
+        job: The job.
+        settings: Settings of the benchmarks.
+        start_up: Median time of start-up in seconds.
+        repeats: Number of rounds, after a warm-up run of devec.
+        rate: Measures a rate of the machine, before and after each run of devec.
 
     Returns:
         All runs.
@@ -187,22 +187,22 @@ def measure(
         report = files.out.with_name("report.json")
         files.devec("--json", report)
         shared = {
-            found["module"]: found["shared_rank"]
-            for found in json.loads(report.read_text(encoding="utf-8"))["modules"]
+            module["module"]: module["shared_rank"]
+            for module in json.loads(report.read_text(encoding="utf-8"))["modules"]
         }
         sizes = [tensor_bytes(path) for path in tensor_files(files.out)]
         floors = {name: partial(files.floor, sizes, *options) for name, options in FLOORS.items()}
         calls: dict[str, Callable[[], Run]] = {"devec": files.devec, **floors}
         rates: list[float] = []
         if rate is not None:
-            calls["devec"] = partial(_rated, files, rate, rates)
+            calls["devec"] = partial(_run_between_rates, files, rate, rates)
         runs = in_turn(calls, repeats)
         read = sum(tensor_bytes(f) for source in files.sources for f in tensor_files(source))
-    return Timed(runs.pop("devec"), runs, start_up, read, sizes, shared, rates)
+    return JobRuns(runs.pop("devec"), runs, start_up, read, sizes, shared, rates)
 
 
-def _rated(files: Files, rate: Callable[[], float], rates: list[float]) -> Run:
-    """A run of devec between two findings of a rate, of which the larger is added to others."""
+def _run_between_rates(files: Files, rate: Callable[[], float], rates: list[float]) -> Run:
+    """Run devec between two measurements of a rate, and append the larger to `rates`."""
     files.clear()
     before = rate()
     run = files.devec()

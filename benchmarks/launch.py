@@ -1,9 +1,9 @@
-"""Run a command; write down how long it took and the peak of its memory.
+"""Run a command, and write its time and peak memory to a file.
 
     python -S launch.py REPORT COMMAND...
 
-Linux begins to count the peak of a command at the memory of the process that starts it, so this
-program, which is small, starts what `benchmarks.timing.process` measures.
+On Linux the peak of a command starts at the memory of the process that launches it. Therefore
+`benchmarks.timing.process` launches commands through this small program.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from pathlib import Path
 
 
 def main(report: str, *command: str) -> None:
-    """Run the command to its end.
-
-    Args:
-        report: File to write to: seconds, peak of the resident memory in bytes, exit code.
-        *command: Path of a program, and its arguments.
-    """
+    """Run a command; report seconds, peak resident memory in bytes, and exit code as JSON."""
     start = time.perf_counter()
     process = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(process, 0)

@@ -1,13 +1,13 @@
-"""How long two adapters of a live Flux transformer take, beside what the hosts themselves need.
+"""Time of decomposing two adapters of a live Flux transformer, compared with the host's own calls.
 
     python -m benchmarks.live
 
-A FluxTransformer2DModel of the real widths holds two LoRAs of rank 16 in 494 modules, of which a
-quarter of the directions is shared nearly. `devec.decompose_adapters` splits them and adds the five
-parts; the time inside of PEFT's `inject_adapter_in_model`, which makes the layers, is the host's,
-the rest is devec's own. Then a second model of the same kind gets the same five adapters by
-diffusers' own `load_lora_adapter`, from tensors in memory. The base weights are zeros that take no
-memory: no LoRA needs them.
+A FluxTransformer2DModel of the real size holds two LoRAs of rank 16 in 494 modules, which share a
+quarter of their directions up to noise. `devec.decompose_adapters` splits them and adds the five
+parts; the time in PEFT's `inject_adapter_in_model`, which creates the layers, counts as the host's,
+the rest as devec's. Then diffusers' `load_lora_adapter` adds the same five adapters to a second
+model, from tensors in memory. The base weights are zeros without memory, since LoRAs do not need
+them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ NAMES = ("first", "second")
 HEAD = 128  # width of a head
 DTYPE = torch.bfloat16
 TEXT = """\
-A FluxTransformer2DModel of the real widths holds two LoRAs; `devec.decompose_adapters` splits them
-and adds the five parts. What PEFT's `inject_adapter_in_model` takes of it, which makes the layers,
-is the host's. Beside it, diffusers' own `load_lora_adapter` adds the same five adapters to a second
-model, from tensors in memory. Figures are those of the run whose own time is the median."""
+A FluxTransformer2DModel of the real size holds two LoRAs; `devec.decompose_adapters` splits them
+and adds the five parts. Of its time, that in PEFT's `inject_adapter_in_model`, which creates the
+layers, is the host's. For comparison, diffusers' `load_lora_adapter` adds the same five adapters to
+a second model, from tensors in memory. All figures are from one run, the one with the median of
+devec's own time."""
 
 
 def hollow_flux(size: tuple[int, int, int]) -> FluxTransformer2DModel:
-    """A Flux transformer of this width and these numbers of layers; its weights are zeros."""
+    """A Flux transformer of a size (width, numbers of layers), with zeros as weights."""
     width, double, single = size
     with torch.device("meta"):
         model = FluxTransformer2DModel(
@@ -57,7 +58,7 @@ def hollow_flux(size: tuple[int, int, int]) -> FluxTransformer2DModel:
 def load(
     model: FluxTransformer2DModel, name: str, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> float:
-    """Seconds that diffusers takes to add an adapter."""
+    """Add an adapter with diffusers, and return the time in seconds."""
     start = time.perf_counter()
     model.load_lora_adapter(
         tensors, prefix=None, adapter_name=name, low_cpu_mem_usage=True, metadata=metadata
@@ -66,7 +67,7 @@ def load(
 
 
 def once(originals: dict[str, dict[str, Tensor]], size: tuple[int, int, int]) -> Row:
-    """Seconds of devec for all of it, and of diffusers to add the same five adapters."""
+    """Times in seconds of one decomposition, and of diffusers adding the same five adapters."""
     live, own = hollow_flux(size), hollow_flux(size)
     config = {"r": RANK, "lora_alpha": RANK, "target_modules": list(flux_shapes(*size))}
     for name, tensors in originals.items():
@@ -94,7 +95,7 @@ def once(originals: dict[str, dict[str, Tensor]], size: tuple[int, int, int]) ->
 
 
 def pool(shapes: Shapes) -> dict[str, dict[str, Tensor]]:
-    """Name → tensors of two adapters."""
+    """Name → tensors, for two adapters."""
     return {
         name: {
             f"{module}.lora_{factor}.weight": getattr(delta, factor)
@@ -106,7 +107,7 @@ def pool(shapes: Shapes) -> dict[str, dict[str, Tensor]]:
 
 
 def section(settings: Settings) -> Section:
-    """Two adapters of a live model; the median run as a whole, so that its figures add up."""
+    """Measure two adapters of a live model; report one run, so that its figures add up."""
     torch.set_num_threads(settings.threads)
     size = (HEAD, 1, 1) if settings.quick else (3072, 19, 38)
     shapes = flux_shapes(*size)

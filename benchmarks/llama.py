@@ -1,4 +1,4 @@
-"""How long `devec decompose` takes for LLaMA-2-7B, beside its products of matrices alone."""
+"""Time of `devec decompose` for LLaMA-2-7B, compared with its matrix products alone."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.decompose import tables
-from benchmarks.jobs import Job, Timed, measure
+from benchmarks.jobs import Job, JobRuns, measure
 from benchmarks.pools import llama_shapes
 from benchmarks.results import Bar, Section, Table
 from benchmarks.settings import Settings
-from benchmarks.timing import rivals, start_up
+from benchmarks.timing import start_up, times_in_turn
 
 TITLE = "LLaMA-2-7B, PEFT, k = 8"
 TEXT = """\
-PEFT directories, bfloat16, as in the section on files. Beside the floor there is the time that the
-tall products of the method would take at the rate at which this machine multiplies such matrices
-in float32: (n × r)·(r × r), n the widths of the model. Counted for every module and adapter, with ρ
-shared directions: AAᵀ (2·in·r²), BᵀB, the orthonormal basis B·R⁻¹ and the overlap with the next
-adapter's basis (2·out·r² each), ZᵀB and Z·(ZᵀB) (4·out·ρ·r), (ZᵀB)·A (2·in·ρ·r). The rate is
-measured before and after each run of devec, and the larger one counts: that of a shared machine
-drifts."""
-SPACE = 3.5  # inputs, and outputs of twice their size
+PEFT directories, bfloat16, measured as in the section on files. Besides the floor, devec is
+compared with the time of the method's tall matrix products, at the rate at which this machine
+multiplies matrices of these shapes in float32: (n × r)·(r × r), where n is a width of the model.
+These products are counted for each module and adapter, with ρ shared directions: AAᵀ (2·in·r²);
+BᵀB, the orthonormal basis B·R⁻¹ and the overlap with the next adapter's basis (2·out·r² each); ZᵀB
+and Z·(ZᵀB) (4·out·ρ·r); (ZᵀB)·A (2·in·ρ·r). The rate is measured before and after each run of
+devec, and the larger one is used, since the rate of a shared machine varies."""
+SPACE = 3.5  # disk space relative to the inputs: the inputs, outputs of twice the size, and reserve
 GEMM_LIMIT = 2.0
 MEMORY_LIMIT = 600_000_000
 
 
 def tall_flops(rows: int, columns: int, rank: int, k: int, shared: int) -> int:
-    """Floating-point operations of the tall products that one module needs in factor space.
+    """Floating-point operations of the tall products for one module in factor space.
 
     For each of k adapters: the Gram matrices AAᵀ and BᵀB (2·in·r² and 2·out·r²), an orthonormal
-    basis U = B·R⁻¹ (2·out·r²), the overlap U_iᵀU_{i+1} with the next adapter, the first after the
-    last (2·out·r²), ZᵀB and Z·(ZᵀB) (2·out·ρ·r each), (ZᵀB)·A for the common vector (2·in·ρ·r).
-    Products of r × r matrices are left out.
+    basis U = B·R⁻¹ (2·out·r²), the overlap U_iᵀU_{i+1} with the next adapter, cyclically
+    (2·out·r²), ZᵀB and Z·(ZᵀB) (2·out·ρ·r each), (ZᵀB)·A for the common part (2·in·ρ·r). Products
+    of r × r matrices are not counted.
 
     Args:
         rows: out.
@@ -48,7 +48,7 @@ def tall_flops(rows: int, columns: int, rank: int, k: int, shared: int) -> int:
         shared: ρ, the shared rank.
 
     Returns:
-        The number, a multiplication and an addition counted as two.
+        The number of operations; a multiplication with an addition counts as two.
     """
     grams = 2 * columns * rank**2 + 2 * rows * rank**2
     basis = 2 * rows * rank**2
@@ -58,9 +58,9 @@ def tall_flops(rows: int, columns: int, rank: int, k: int, shared: int) -> int:
     return k * (grams + basis + overlap + split + common)
 
 
-def total_flops(job: Job, timed: Timed) -> int:
-    """Operations of `tall_flops` over all modules, with the shared ranks that were found."""
-    ranks = [timed.shared.get(name, timed.shared.get(_bare(name), -1)) for name in job.shapes]
+def total_flops(job: Job, runs: JobRuns) -> int:
+    """The sum of `tall_flops` over all modules, with the shared ranks that devec reported."""
+    ranks = [runs.shared.get(name, runs.shared.get(_bare(name), -1)) for name in job.shapes]
     if min(ranks) < 0:
         raise RuntimeError(f"devec reported no shared ranks of some modules of {job.title}")
     return sum(
@@ -70,12 +70,12 @@ def total_flops(job: Job, timed: Timed) -> int:
 
 
 def _bare(name: str) -> str:
-    """A module's name in the model, without PEFT's prefix."""
+    """The name of a module without PEFT's prefix."""
     return name.removeprefix("base_model.model.")
 
 
 def gemm_rate(widths: list[int], rank: int, dtype: torch.dtype, repeats: int) -> float:
-    """Floating-point operations a second of tall products (n × r)·(r × r), from median times."""
+    """Floating-point operations per second of products (n × r)·(r × r), from median times."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -83,22 +83,22 @@ def gemm_rate(widths: list[int], rank: int, dtype: torch.dtype, repeats: int) ->
 
     square = drawn(rank, rank)
     tall = {n: drawn(n, rank) for n in widths}
-    times = rivals({n: partial(torch.matmul, B, square) for n, B in tall.items()}, repeats)
-    medians = [sorted(found)[len(found) // 2] for found in times.values()]
+    times = times_in_turn({n: partial(torch.matmul, B, square) for n, B in tall.items()}, repeats)
+    medians = [sorted(of_one)[len(of_one) // 2] for of_one in times.values()]
     return sum(2 * n * rank**2 for n in widths) / sum(medians)
 
 
-def gemm_table(job: Job, timed: Timed, double: float) -> Table:
-    """The time without start-up beside the products alone, the memory beside one module."""
-    flops = total_flops(job, timed)
-    multiples = [own * rate / flops for own, rate in zip(timed.own(), timed.rates, strict=True)]
-    single = median(timed.rates)
+def gemm_table(job: Job, runs: JobRuns, double: float) -> Table:
+    """Time without start-up relative to the products; memory relative to the largest module."""
+    flops = total_flops(job, runs)
+    multiples = [t * rate / flops for t, rate in zip(runs.own_times(), runs.rates, strict=True)]
+    single = median(runs.rates)
     row = {
         "products": flops,
         "rate, float32": single,
         "rate, float64": double,
         "time of products": flops / single,
-        "devec without start-up": timed.without_start_up()["devec"],
+        "devec without start-up": runs.without_start_up()["devec"],
         "multiple": median(multiples),
     }
     limit = MEMORY_LIMIT + 4 * max(map(job.factor_bytes, job.shapes))
@@ -111,13 +111,13 @@ def gemm_table(job: Job, timed: Timed, double: float) -> Table:
             Bar(
                 f"{TITLE}, devec / products, without start-up", row["multiple"], GEMM_LIMIT, "times"
             ),
-            Bar(memory, timed.peak(), limit, "bytes"),
+            Bar(memory, runs.peak(), limit, "bytes"),
         ],
     )
 
 
 def section(settings: Settings) -> Section:
-    """Eight adapters of all linear layers of LLaMA-2-7B, rank 256."""
+    """Measure eight adapters of all linear layers of LLaMA-2-7B, rank 256."""
     title = "Decompose LLaMA-2-7B"
     job = Job(TITLE, llama_shapes(), k=8, rank=256, peft=True)
     if settings.quick:
@@ -136,5 +136,5 @@ def section(settings: Settings) -> Section:
         partial(gemm_rate, widths, job.rank, dtype, settings.times(51))
         for dtype in (torch.float32, torch.float64)
     )
-    timed = measure(job, settings, start, settings.times(3), single)
-    return Section(title, TEXT, [*tables([(job, timed)], []), gemm_table(job, timed, double())])
+    runs = measure(job, settings, start, settings.times(3), single)
+    return Section(title, TEXT, [*tables([(job, runs)], []), gemm_table(job, runs, double())])

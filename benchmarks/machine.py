@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine and the versions of packages that figures were measured with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machine(threads: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of all packages that are measured, as far as they are installed."""
+    """Versions of Python and of the measured packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -31,14 +31,14 @@ def versions() -> dict[str, str]:
 
 
 def _field(path: str, name: str) -> str:
-    """The first value of a field in a file of fields, one a line."""
+    """The first value of a field in a file with one field per line."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     found = [line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name]
     return found[0] if found else platform.machine()
 
 
 def _distribution() -> str:
-    """The name of the distribution, where it says one."""
+    """The name of the Linux distribution, if it is available."""
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except OSError:

@@ -1,7 +1,7 @@
-"""Ways to one LoRA of a given rank from a weighted sum of LoRAs, for one module.
+"""Methods that compute one LoRA of a given rank from a weighted sum of LoRAs, for one module.
 
-Every way returns B and A with scaling 1. The plain ones are written here as their authors describe
-them, with nothing but `torch.linalg`.
+Every method returns B and A with scaling 1. The methods on factors are implemented here as their
+authors describe them, with `torch.linalg` only.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import devec
 from devec import Adapter, Delta
 
 MODULE = "module"
-ROWS = 512  # of what is formed densely at a time
+ROWS = 512  # rows of dense matrices that are formed at a time
 
 Factors = tuple[Tensor, Tensor]
 
 
 def deltas(adapters: Sequence[Adapter]) -> list[Delta]:
-    """What every adapter does to the module."""
+    """The deltas of the module."""
     return [adapter.modules[MODULE] for adapter in adapters]
 
 
 def by_devec(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> Factors:
-    """The calls that a user of devec makes, and the factors in the result."""
+    """The factors that the public functions of devec return."""
     merged = devec.compress(devec.combine(adapters, weights), rank=rank).adapter
     delta = merged.modules[MODULE]
     return delta.scaling * delta.B, delta.A
 
 
 def compressed_by_devec(adapter: Adapter, rank: int) -> Factors:
-    """The same for one adapter."""
+    """The factors that `devec.compress` returns for one adapter."""
     delta = devec.compress(adapter, rank=rank).adapter.modules[MODULE]
     return delta.scaling * delta.B, delta.A
 
@@ -45,21 +45,21 @@ def compressed_by_devec(adapter: Adapter, rank: int) -> Factors:
 def stacked(
     adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Factors:
-    """[w1·s1·B1 … wk·sk·Bk] and [A1; …; Ak], whose product is the weighted sum."""
+    """The factors [w1·s1·B1 … wk·sk·Bk] and [A1; …; Ak] of the weighted sum."""
     found = deltas(adapters)
     B = [w * d.scaling * d.B.to(dtype) for w, d in zip(weights, found, strict=True)]
     return torch.cat(B, 1), torch.cat([d.A.to(dtype) for d in found])
 
 
 def truncated(left: Tensor, core: Tensor, right: Tensor, rank: int) -> Factors:
-    """left·core·right at a lower rank: left and rightᵀ have orthonormal columns."""
+    """left·core·right truncated to a rank; left and rightᵀ have orthonormal columns."""
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     root = S[:rank].sqrt()
     return left @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right
 
 
 def by_qr(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> Factors:
-    """Thin QR of the stacked factors, SVD of the small core, all in float32."""
+    """Thin QR of the stacked factors and SVD of the core, in float32."""
     B, A = stacked(adapters, weights)
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
@@ -67,7 +67,7 @@ def by_qr(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> F
 
 
 def by_core_space(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> Factors:
-    """Common bases of all B and all A by SVDs in float64; the sum of the cores is truncated.
+    """Common bases of all B and all A by SVDs, and truncation of the summed cores, in float64.
 
     Reference: Panariello et al. 2025, "Accurate and Efficient Low-Rank Model Merging in Core
     Space".
@@ -86,7 +86,7 @@ class Host(nn.Module):
     """A model of one linear layer without a bias."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        """The layer, of shape (out, in)."""
+        """Create the layer, with a weight of shape (out, in)."""
         super().__init__()
         self.module = nn.Linear(columns, rows, bias=False)
 
@@ -95,7 +95,7 @@ class ByPeft:
     """PEFT's ``add_weighted_adapter(combination_type="svd")``."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
-        """Load the adapters, each under its name."""
+        """Load the adapters under their names."""
         self.names = [adapter.name for adapter in adapters]
         self.model = _loaded(adapters)
         self._numbers = count()
@@ -103,7 +103,7 @@ class ByPeft:
     def __call__(
         self, names: Sequence[str], weights: Sequence[float], rank: int, *, full: bool = True
     ) -> Factors:
-        """Merge the adapters of these names; by a full SVD, as by default, or a thin one."""
+        """Merge adapters by name, by a full SVD (PEFT's default) or a thin one."""
         name = f"merged{next(self._numbers)}"
         self.model.add_weighted_adapter(
             list(names),
@@ -119,7 +119,7 @@ class ByPeft:
 
 
 def _loaded(adapters: Sequence[Adapter]) -> PeftModel:
-    """A model with all adapters, by PEFT."""
+    """A PEFT model with all adapters."""
     first = deltas(adapters)[0]
     model: Any = Host(first.B.shape[0], first.A.shape[1])
     for index, (adapter, delta) in enumerate(zip(adapters, deltas(adapters), strict=True)):
@@ -136,9 +136,9 @@ def _loaded(adapters: Sequence[Adapter]) -> PeftModel:
 
 
 def relative_error(adapters: Sequence[Adapter], weights: Sequence[float], found: Factors) -> float:
-    """‖Σ w_i·ΔW_i - B·A‖/‖Σ w_i·ΔW_i‖, dense in float64, some rows at a time."""
+    """‖Σ w_i·ΔW_i - B·A‖/‖Σ w_i·ΔW_i‖, computed densely in float64, in blocks of rows."""
     B, A = (part.double() for part in found)
-    off = norm = 0.0
+    difference = norm = 0.0
     for first in range(0, len(B), ROWS):
         rows = slice(first, first + ROWS)
         terms = [
@@ -146,13 +146,13 @@ def relative_error(adapters: Sequence[Adapter], weights: Sequence[float], found:
             for w, d in zip(weights, deltas(adapters), strict=True)
         ]
         truth = torch.stack(terms).sum(0)
-        off += float((truth - B[rows] @ A).square().sum())
+        difference += float((truth - B[rows] @ A).square().sum())
         norm += float(truth.square().sum())
-    return math.sqrt(off / norm)
+    return math.sqrt(difference / norm)
 
 
 def optimal_error(adapters: Sequence[Adapter], weights: Sequence[float], rank: int) -> float:
-    """The least error at a rank (Eckart-Young), from the singular values in float64."""
+    """The smallest possible error at a rank (Eckart-Young), from singular values in float64."""
     B, A = stacked(adapters, weights, torch.float64)
     S = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
     return float(S[rank:].norm() / S.norm())

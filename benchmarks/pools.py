@@ -1,7 +1,7 @@
-"""Pools of adapters of real models' shapes, in memory and as files.
+"""Synthetic pools of adapters with the shapes of real models, in memory and as files.
 
-All adapters of a pool share a quarter of their directions, nearly. Shapes are (out, in), of
-convolutions (out, in, height, width).
+All adapters of a pool share a quarter of their directions, up to noise. Shapes are (out, in), or
+(out, in, height, width) for convolutions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from devec import Adapter, Delta
 
 RANK = 16
-NOISE = 0.03  # of shared directions in files: 32 adapters share them still, cos² > 0.85
+NOISE = 0.03  # noise of shared directions in files; even 32 adapters share them (cos² > 0.85)
 BLOCK = 1 << 24
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,7 +55,7 @@ def flux_shapes(width: int = 3072, double: int = 19, single: int = 38) -> Shapes
 
 
 def transformer_layer(d: int, context: int) -> Shapes:
-    """A layer of the transformers in the UNets of Stable Diffusion: ten linear layers."""
+    """The ten linear layers of a transformer block in the UNets of Stable Diffusion."""
     own = {f"attn1.{name}": (d, d) for name in ("to_q", "to_k", "to_v", "to_out.0")}
     cross = {f"attn2.{name}": (d, d) for name in ("to_q", "to_out.0")}
     cross |= {f"attn2.{name}": (d, context) for name in ("to_k", "to_v")}
@@ -63,12 +63,12 @@ def transformer_layer(d: int, context: int) -> Shapes:
 
 
 def unet_shapes(levels: Sequence[Level], context: int, kernel: tuple[int, ...] = ()) -> Shapes:
-    """The linear layers of all transformers in a UNet, their projections in and out included.
+    """The linear layers of all transformers in a UNet, with their input and output projections.
 
     Args:
-        levels: Name, width, number of transformers and number of layers of each, for every block.
-        context: Width of the text.
-        kernel: Height and width of the projections where those are convolutions.
+        levels: For each block: name, width, number of transformers, number of layers of each.
+        context: Width of the text embeddings.
+        kernel: Height and width of the projections if they are convolutions.
 
     Returns:
         Module → shape.
@@ -85,7 +85,7 @@ def unet_shapes(levels: Sequence[Level], context: int, kernel: tuple[int, ...] =
 
 
 def sd15_shapes(width: int = 320, text: int = 768, layers: int = 12) -> Shapes:
-    """The 192 modules in the UNet and the 72 in the text encoder of Stable Diffusion 1.5."""
+    """The 192 modules of the UNet and the 72 of the text encoder of Stable Diffusion 1.5."""
     levels = [
         *((f"down_blocks.{i}", width << i, 2, 1) for i in range(3)),
         ("mid_block", width << 2, 1, 1),
@@ -116,7 +116,7 @@ def sdxl_shapes(width: int = 640, context: int = 2048, depth: int = 10) -> Shape
 
 
 def llama_shapes(layers: int = 32, width: int = 4096, hidden: int = 11008) -> Shapes:
-    """The linear layers of LLaMA-2-7B, under PEFT's names."""
+    """The linear layers of LLaMA-2-7B, with PEFT's names."""
     layer = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     layer |= {f"mlp.{name}_proj": (hidden, width) for name in ("gate", "up")}
     layer["mlp.down_proj"] = (width, hidden)
@@ -130,17 +130,7 @@ def llama_shapes(layers: int = 32, width: int = 4096, hidden: int = 11008) -> Sh
 def in_memory(
     k: int, shapes: Shapes, dtype: torch.dtype = torch.float32, rank: int = RANK
 ) -> list[Adapter]:
-    """Adapters that share a quarter of their directions, with a tenth of noise.
-
-    Args:
-        k: Number of adapters.
-        shapes: Module → (out, in).
-        dtype: Storage type of the factors.
-        rank: Rank of every module.
-
-    Returns:
-        The adapters, in memory.
-    """
+    """`k` adapters in memory that share a quarter of their directions, with noise of a tenth."""
     adapters = []
     for i in range(k):
         deltas = {}
@@ -159,15 +149,15 @@ def in_memory(
 def file_tensors(
     index: int, shapes: Shapes, rank: int, block: Tensor, condition: float = 1.0
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter, under the names of PEFT and diffusers, in bfloat16.
+    """The tensors of one adapter in bfloat16, with the keys of PEFT and diffusers.
 
     Args:
-        index: Which adapter of the pool it is.
+        index: Index of the adapter in the pool.
         shapes: Module → shape.
         rank: Rank of every module.
-        block: Random numbers to take from, which is faster than to draw new ones.
-        condition: About the condition number of B; 1 for that of a random matrix. A, which training
-            hardly changes, is random.
+        block: Random numbers to copy from, which is faster than drawing new ones.
+        condition: Approximate condition number of B; 1 for that of a random matrix. A is random, as
+            training hardly changes it.
 
     Returns:
         Key → tensor.
@@ -189,7 +179,7 @@ def file_tensors(
 
 
 def _mixing(rank: int, condition: float) -> Tensor:
-    """A square matrix of a condition number that no scaling of rows or columns improves."""
+    """A square matrix with a condition number that scaling its rows or columns does not improve."""
     first, second = (
         torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed))).Q
         for seed in (0, 1)
@@ -198,7 +188,7 @@ def _mixing(rank: int, condition: float) -> Tensor:
 
 
 def _drawn(shape: tuple[int, ...], block: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy of a stretch of the block, from a random place on."""
+    """A copy of a part of the block, beginning at a random offset."""
     size = torch.Size(shape).numel()
     start = int(torch.randint(len(block) - size, (), generator=generator))
     return block[start : start + size].view(shape).clone()
@@ -213,18 +203,15 @@ def write_pool(
     peft: bool = False,
     condition: float = 1.0,
 ) -> list[Path]:
-    """Write a pool, adapter by adapter.
+    """Write a pool of `k` adapters to a folder, and return their files or directories.
 
     Args:
-        folder: Where to write.
+        folder: The folder, which is created.
         k: Number of adapters.
-        shapes: Module → shape; names are those of the files.
+        shapes: Module → shape, with the names of the file format.
         rank: Rank of every module.
-        peft: Whether to write PEFT's directories; single files otherwise.
-        condition: As in `file_tensors`.
-
-    Returns:
-        The files or directories.
+        peft: Whether to write PEFT directories; single files otherwise.
+        condition: Approximate condition number of B (see `file_tensors`).
     """
     folder.mkdir()
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
@@ -256,12 +243,12 @@ def _config(shapes: Shapes, rank: int) -> str:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The files of tensors at a path, sorted: itself, or all below it."""
+    """The safetensors files at a path, sorted: the path itself, or all files below it."""
     return [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
 
 
 def tensor_bytes(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file, without its header."""
+    """The size in bytes of a safetensors file without its header."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     return path.stat().st_size - 8 - header

@@ -1,9 +1,9 @@
-"""How fast products of low-rank matrices become one pair of factors, beside the dense method.
+"""Time of converting products of low-rank matrices to one pair of factors.
 
     python -m benchmarks.products
 
-The products that LoHa and LoKr adapters hold, at the sizes of SDXL (1280) and Flux (3072). The
-dense method forms the product and takes its SVD in float32; at 3072 × 3072 it is run once.
+The products are those of LoHa and LoKr adapters, at the sizes of SDXL (1280) and Flux (3072). The
+dense method forms the product and computes its SVD in float32; at 3072 × 3072 it runs once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from devec.linalg.hadamard_kronecker import FactorPair, hadamard_product, kronec
 MAX_RANK = 256
 
 TEXT = f"""\
-Products that LoHa and LoKr adapters hold, as one pair of factors of rank {MAX_RANK} at most, beside
-forming the product and taking its SVD, in float32. Random factors are the worst case of a
-truncation: their singular values hardly fall."""
+Products of LoHa and LoKr adapters are converted to one pair of factors of rank at most {MAX_RANK}.
+The dense method forms the product and computes its SVD. All are in float32. Random factors are the
+worst case for a truncation, since their singular values decay slowly."""
 
 Row = tuple[str, int, float, float]
 
 
 def matrices(*shapes: tuple[int, int]) -> list[torch.Tensor]:
-    """Gaussian matrices in float32, the same each time."""
+    """Gaussian matrices in float32, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
@@ -43,22 +43,22 @@ def hadamard_factors(n: int, r: int) -> list[torch.Tensor]:
 def dense_hadamard(
     B1: torch.Tensor, A1: torch.Tensor, B2: torch.Tensor, A2: torch.Tensor
 ) -> torch.Tensor:
-    """The entrywise product, formed and decomposed."""
+    """Form the entrywise product and compute its SVD."""
     return torch.linalg.svd((B1 @ A1) * (B2 @ A2), full_matrices=False).S
 
 
 def dense_kronecker(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The Kronecker product, formed and decomposed."""
+    """Form the Kronecker product and compute its SVD."""
     return torch.linalg.svd(torch.kron(left, right), full_matrices=False).S
 
 
 class Sizes(NamedTuple):
-    """What is measured.
+    """The sizes of the products.
 
     Attributes:
         n: Size of the entrywise products.
-        ranks: Rank of their factors and how often to measure, each.
-        kronecker: Sizes of the two factors of Kronecker products, each.
+        ranks: Ranks of their factors, each with the number of measurements.
+        kronecker: Sizes of the two factors of each Kronecker product.
     """
 
     n: int
@@ -67,14 +67,14 @@ class Sizes(NamedTuple):
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    """All measurements, one after the other.
+    """Measure all products.
 
     Args:
-        settings: How to run.
+        settings: Settings of the benchmarks.
 
     Yields:
-        What was measured, its rank and error, and the median in seconds; of the dense method, which
-        is exact, the rank is the size.
+        Name, rank, error and median time in seconds. The dense method is exact; its rank is the
+        size.
     """
     sizes = Sizes(1280, ((8, 201), (32, 11)), ((8, 384), (48, 64)))
     if settings.quick:
@@ -96,13 +96,13 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 
 def timed(name: str, call: Callable[[], FactorPair], repeats: int) -> Row:
-    """One product: rank and error of its result, and the median time."""
+    """Rank and error of the factors of one product, and the median time."""
     result = call()
     return name, result.B.shape[1], result.error, seconds(call, repeats)
 
 
 def section(settings: Settings) -> Section:
-    """All products."""
+    """Measure all products."""
     torch.set_num_threads(settings.threads)
     units = {"product": "", "rank": "count", "relative error": "error", "time": "seconds"}
     rows = [dict(zip(units, row, strict=True)) for row in measure(settings)]

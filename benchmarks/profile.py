@@ -1,4 +1,4 @@
-"""Where the time of `devec decompose` goes: its stages, and the functions that it spends it in."""
+"""Profile of `devec decompose`: the times of its stages and of single functions."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from devec.streaming.decompose_to import decompose_to
 from devec.streaming.job import Job
 
 TEXT = """\
-`decompose_to` in this process, libraries loaded and inputs in the page cache. Stages are those of a
-run with all threads. Functions are those of a run with one thread, with the time spent in each of
-them itself, so that what threads cost one another (the interpreter's lock, memory) is left out.
+`decompose_to` in this process, with libraries loaded and inputs in the page cache. The stages are
+those of a run with all threads. The functions are those of a run with one thread and list the time
+spent in the function itself, so contention between threads (interpreter lock, memory) is left out.
 
-What was tried, compared by hand, and kept: stacks of modules that stay in the cache; tall products
-in float32; digests while libraries load; flushing beside the work; factors of a pool read once
-while they take less than 16 MB; memory of large tensors used again, since new memory is made page
-by page; what has been written of large tensors let go from the system's cache, which otherwise
-takes new memory, too; sums in 16 bits to find what is not finite; two stacks at a time, however
-many cores there are. Not kept, as they made no difference or cost memory: larger stacks, huge
-pages, one arena of the allocator, other switch intervals of the interpreter, holding all factors.
-Slower: smaller stacks; one worker with all threads inside of BLAS, where small operations wait for
-each other. Faster, as the interpreter's lock is not shared: a process for each core instead of a
-thread; but forking a process that has threads is not sound, and starting one takes longer than that
-gains."""
-LONGEST = 12
+The following measures were compared by hand and kept: stacks of modules that fit into the cache;
+tall products in float32; digests computed while libraries load; flushing during the computation;
+factors of a pool that are read only once if they take less than 16 MB; reuse of the memory of large
+tensors, since the system allocates new memory page by page; dropping written large tensors from the
+system's cache, which would allocate new memory, too; sums in 16 bits to find values that are not
+finite; two stacks at a time, independent of the number of cores. These made no difference or cost
+memory and were not kept: larger stacks, huge pages, a single arena of the allocator, other switch
+intervals of the interpreter, keeping all factors in memory. These were slower: smaller stacks; one
+worker with all threads in BLAS, where small operations wait for each other. One process per core
+instead of threads was faster, as processes do not share the interpreter lock; but forking a process
+with threads is unsafe, and spawning one takes longer than it gains."""
+LONGEST = 12  # number of functions listed
 
 
 def timed(times: dict[str, float], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call that adds its seconds to a table."""
+    """A wrapper of a function that adds the seconds of its calls to `times[name]`."""
 
     def run(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def timed(times: dict[str, float], name: str, call: Callable[..., Any]) -> Calla
 
 
 def stages(sources: list[Path], out: Path) -> dict[str, float]:
-    """Seconds of each stage, and of all cores together in the longest of them."""
+    """Stage → seconds, with the CPU time of all cores after reading."""
     times: dict[str, float] = {}
     read = timed(times, "read headers, digest", Adapter.from_pretrained)
     pool = [read(source, lazy=True) for source in sources]
@@ -70,7 +70,7 @@ def stages(sources: list[Path], out: Path) -> dict[str, float]:
 
 
 def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
-    """The functions with the most time of their own, in a run with one thread."""
+    """The functions with the longest own times, in a run with one thread."""
     pool = [Adapter.from_pretrained(source, lazy=True) for source in sources]
     profile = cProfile.Profile()
     with patch("devec.decomposition.engine.in_parallel", lambda call, work: map(call, work)):
@@ -86,7 +86,7 @@ def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
 
 
 def section(settings: Settings) -> Section:
-    """Stages and functions of the Flux job, and functions of a part of the LLaMA job."""
+    """Measure stages and functions of the Flux job, and functions of a part of the LLaMA job."""
     torch.set_num_threads(settings.threads)
     flux = flux_shapes(32, 1, 1) if settings.quick else flux_shapes()
     llama = llama_shapes(1, 32, 64) if settings.quick else llama_shapes(2)

@@ -1,7 +1,7 @@
-"""What DoRAs should do, dense and naive, and how far from that is what PEFT does with them.
+"""Errors of DoRAs in PEFT models relative to a dense reference.
 
-The truth is the formula in float64, put into a model of its own. What PEFT does is told from its
-layers: the weight that one applies is read off what it does to the unit vectors.
+The reference is a model with the weights of the formula, computed in float64. The weights that a
+PEFT model applies are measured by feeding unit vectors through its layers.
 """
 
 from __future__ import annotations
@@ -26,15 +26,7 @@ Changes = dict[str, Tensor]
 
 
 def dense_changes(base: nn.Module, path: Path) -> Changes:
-    """ΔW of every module of a DoRA by the formula, dense, in float64.
-
-    Args:
-        base: The base model.
-        path: The adapter, as PEFT wrote it.
-
-    Returns:
-        Module → ΔW, shape (out, in).
-    """
+    """Module → ΔW (out, in) of a DoRA that PEFT wrote, dense in float64, by the formula."""
     stored = load_file(path / "adapter_model.safetensors")
     changes = {}
     for key, m in stored.items():
@@ -49,7 +41,7 @@ def dense_changes(base: nn.Module, path: Path) -> Changes:
 
 
 def weighted_sum(changes: Sequence[Changes], weights: Sequence[float]) -> Changes:
-    """Σ w_i · ΔW_i, module by module."""
+    """Module → Σ w_i · ΔW_i."""
     return {
         module: sum(w * c[module] for w, c in zip(weights, changes, strict=True))
         for module in changes[0]
@@ -57,7 +49,7 @@ def weighted_sum(changes: Sequence[Changes], weights: Sequence[float]) -> Change
 
 
 def layer_weights(model: nn.Module) -> Changes:
-    """Module → the weight that its layer applies, with whatever adapters are active."""
+    """Module → the weight that its layer applies with the active adapters."""
     weights = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -69,16 +61,16 @@ def layer_weights(model: nn.Module) -> Changes:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of all images, (n, classes), in float64."""
+    """The logits of all images, (n, classes), converted to float64."""
     return torch.cat([model(batch).logits.double() for batch in torch.split(images, 256)])
 
 
 @dataclass(frozen=True, eq=False)
 class Referee:
-    """Compares what PEFT does with the dense truth.
+    """Compares PEFT models with the dense reference.
 
     Attributes:
-        base: The base in float64.
+        base: The base model in float64.
         images: Held-out images, (n, 3, SIZE, SIZE).
     """
 
@@ -89,15 +81,16 @@ class Referee:
     def errors(
         self, model: PeftModel, ways: Mapping[str, Sequence[str]], changes: Changes
     ) -> Iterator[Row]:
-        """How far a model is from the truth, with some of its adapters active.
+        """Measure the errors of a model with some of its adapters active.
 
         Args:
-            model: The model as PEFT loaded it; it is in float64 afterwards.
-            ways: What is compared → the adapters active, in the order in which PEFT applies them.
-            changes: Module → ΔW that they should make, dense.
+            model: The model as loaded by PEFT; it is converted to float64.
+            ways: Label → names of the active adapters, in the order in which PEFT applies them.
+            changes: Module → expected dense ΔW.
 
         Yields:
-            Relative errors of weights and logits, and the share of images classified otherwise.
+            Relative errors of weights and logits, and the fraction of images classified
+            differently.
         """
         truth = copy.deepcopy(self.base)
         for module, change in changes.items():
@@ -107,23 +100,23 @@ class Referee:
         model.double()
         for what, names in ways.items():
             weights = layer_weights(activated(model, names))
-            off = {m: W - truth.get_submodule(m).weight for m, W in weights.items()}
-            apart = (found[what] - expected).norm(dim=1) / expected.norm(dim=1)
+            differences = {m: W - truth.get_submodule(m).weight for m, W in weights.items()}
+            errors = (found[what] - expected).norm(dim=1) / expected.norm(dim=1)
             changed = found[what].argmax(dim=1) != expected.argmax(dim=1)
             yield {
                 "what": what,
-                "weights": norm(off) / norm(changes),
-                "logits": float(apart.max()),
+                "weights": norm(differences) / norm(changes),
+                "logits": float(errors.max()),
                 "changed": float(changed.double().mean()),
             }
 
 
 def activated(model: PeftModel, names: Sequence[str]) -> PeftModel:
-    """The model with these adapters active, in this order."""
+    """Activate adapters of a model in this order, and return the model."""
     model.base_model.set_adapter([adapter_name(name) for name in names])
     return model
 
 
 def norm(changes: Changes) -> float:
-    """Frobenius norm over all modules."""
+    """The Frobenius norm over all modules."""
     return float(sum(change.square().sum() for change in changes.values())) ** 0.5

@@ -1,4 +1,4 @@
-"""Sections of figures: as JSON, each with where and when it was measured, and as one page."""
+"""Results of benchmarks: stored as JSON with date, machine and versions, and rendered as a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure should reach.
+    """A bar that a figure should meet.
 
     Attributes:
-        what: What the figure is.
+        what: Description of the figure.
         value: The figure.
-        limit: The most it may be, or the least.
+        limit: The largest value that meets the bar, or the smallest.
         unit: Unit of both, one of `UNITS`.
-        at_least: Whether the limit is the least.
+        at_least: Whether the limit is the smallest value.
     """
 
     what: str
@@ -31,11 +31,11 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Whether the figure is within the limit."""
+        """Whether the figure meets the bar."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def line(self) -> str:
-        """The bar as a line of a list."""
+        """The bar as an item of a list in Markdown."""
         value, limit = (cell(number, self.unit) for number in (self.value, self.limit))
         sign = "≥" if self.at_least else "≤"
         return f"- **{'met' if self.met else 'not met'}**: {self.what}: {value}, bar {sign} {limit}"
@@ -43,14 +43,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures, a row each.
+    """A table of figures.
 
     Attributes:
-        title: What they are.
+        title: The title.
         units: Column → unit, one of `UNITS`, in order.
-        rows: Column → figure, for every row; None where there is none.
-        bars: What the figures should reach.
-        notes: What else there is to say, a paragraph each.
+        rows: For each row, column → figure; None for an empty cell.
+        bars: The bars that figures should meet.
+        notes: Paragraphs below the table.
     """
 
     title: str
@@ -62,11 +62,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """All figures on one question.
+    """A section of the page.
 
     Attributes:
         title: The heading.
-        text: How they are measured.
+        text: How the figures are measured.
         tables: The figures.
     """
 
@@ -77,15 +77,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Measured:
-    """A section and where it comes from.
+    """A measured section and its origin.
 
     Attributes:
-        section: The figures.
+        section: The section.
         command: The command that was run.
         date: The day.
-        machine: What it ran on.
+        machine: Property of the machine → value.
         versions: Package → version.
-        quick: Whether the sizes are tiny, so that figures mean nothing.
+        quick: Whether sizes were tiny, so that the figures mean nothing.
     """
 
     section: Section
@@ -97,7 +97,7 @@ class Measured:
 
 
 def load(path: Path) -> dict[str, Measured]:
-    """Section name → what was measured before; nothing if there is no such file."""
+    """Section name → earlier result; empty if the file does not exist."""
     if not path.exists():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def load(path: Path) -> dict[str, Measured]:
 
 
 def _measured(section: Row, **rest: Any) -> Measured:  # noqa: ANN401
-    """A section as it was stored."""
+    """A result from its JSON."""
     tables = [
         Table(**{**table, "bars": [Bar(**bar) for bar in table["bars"]]})
         for table in section["tables"]
@@ -121,14 +121,14 @@ def save(path: Path, found: Mapping[str, Measured]) -> None:
 
 
 def _seconds(value: float) -> str:
-    """A time with the digits that mean something."""
+    """A time in ms or s, with three significant digits or so."""
     if value < 1:
         return f"{1e3 * value:.3g} ms"
     return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
 
 
 def _size(value: float) -> str:
-    """A number of bytes."""
+    """A number of bytes in B, kB, MB or GB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= unit:
             return f"{value / unit:.2f} {name}" if name == "GB" else f"{value / unit:.0f} {name}"
@@ -136,7 +136,7 @@ def _size(value: float) -> str:
 
 
 def _times(value: float) -> str:
-    """A multiple."""
+    """A ratio."""
     return f"{value:.2f} ×" if value < 100 else f"{value:,.0f} ×"
 
 
@@ -155,7 +155,7 @@ UNITS: dict[str, Callable[[Any], str]] = {
 
 
 def cell(value: Any, unit: str) -> str:  # noqa: ANN401
-    """A figure as it is printed."""
+    """A figure as text."""
     return "–" if value is None else UNITS[unit](value)
 
 
@@ -180,15 +180,15 @@ def render_section(section: Section, origin: str = "") -> str:
 
 
 def render(found: Mapping[str, Measured]) -> str:
-    """The whole page: commands and machines first, then every section."""
+    """The page: commands and machines, then all sections."""
     commands = dict.fromkeys(measured.command for measured in found.values())
     places = list(dict.fromkeys(map(_place, found.values())))
     listed = ", ".join(f"`{command}`" for command in commands)
     parts = [
         "# Results",
-        f"Made by {listed}.",
-        "Figures are medians. What is compared ran in turn, A B A B, in one run, and ratios are "
-        "medians of the ratios pair by pair. MB and GB are powers of ten.",
+        f"Generated by {listed}.",
+        "Figures are medians. Programs that are compared ran in turn (A B A B) in one session, and "
+        "ratios are medians of pairwise ratios. MB and GB are powers of ten.",
         *(f"{_label(index, places)}{place}" for index, place in enumerate(places)),
     ]
     for measured in found.values():
@@ -200,12 +200,12 @@ def render(found: Mapping[str, Measured]) -> str:
 
 
 def _place(measured: Measured) -> str:
-    """Machine and versions in one paragraph."""
+    """Machine and versions as a paragraph."""
     versions = ", ".join(f"{name} {number}" for name, number in measured.versions.items())
     parts = [f"{name}: {value}" for name, value in measured.machine.items()]
     return "; ".join([*parts, f"versions: {versions}"]) + "."
 
 
 def _label(index: int, places: Sequence[str]) -> str:
-    """Which of several machines; nothing where there is one."""
+    """The number of a machine, empty if there is only one."""
     return f"Machine {index + 1}: " if len(places) > 1 else ""

@@ -1,4 +1,4 @@
-"""How time and memory of `devec decompose` grow with the number of adapters, ranks and modules."""
+"""Growth of time and memory of `devec decompose` with the number of adapters, ranks, modules."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Run, in_turn, start_up
 
 TEXT = """\
-`python -m devec decompose` as a whole process on modules of Flux, evenly taken from all of them,
-bfloat16. The runs of one table are made in turn. Without start-up: less the median of `python -c
-'import devec; devec.decompose'`.
+`python -m devec decompose` as a whole process on evenly spaced modules of Flux, bfloat16. The runs
+of one table are made in turn. Without start-up: minus the median time of `python -c 'import devec;
+devec.decompose'`.
 
-Most of the memory is that of libraries (see Start-up). What grows with the number of adapters is
-what is known of each (names, shapes, places in files), and the factors that are read once, up to
-16 MB for each thread, which the most adapters exceed. Large tensors take memory that earlier ones
-have left, so that little is lost to gaps in that of the allocator."""
+Libraries take most of the memory (see Start-up). Two things grow with the number of adapters: the
+metadata of each adapter (names, shapes, offsets in files), and the factors that are read only once,
+up to a limit of 16 MB per thread, which the largest pool exceeds. Large tensors reuse memory that
+earlier ones have freed, so little is lost to fragmentation."""
 LINEAR, FLAT = 0.15, 0.10
 UNITS = {"time": "seconds", "without start-up": "seconds", "memory": "bytes"}
 
@@ -32,13 +32,13 @@ Runs = Mapping[int, Sequence[Run]]
 
 
 def some_modules(shapes: Shapes, count: int) -> Shapes:
-    """So many of the modules, evenly spaced."""
+    """A number of evenly spaced modules."""
     names = list(shapes)
     return {name: shapes[name] for name in (names[i * len(names) // count] for i in range(count))}
 
 
 def deviation(times: Mapping[int, float]) -> float:
-    """Largest relative deviation of times from a + b·k, fitted by least squares."""
+    """The largest relative deviation of times from a least-squares fit a + b·k."""
     k = torch.tensor([[1.0, float(k)] for k in times], dtype=torch.float64)
     t = torch.tensor(list(times.values()), dtype=torch.float64)
     fitted = k @ torch.linalg.lstsq(k, t[:, None]).solution
@@ -46,11 +46,11 @@ def deviation(times: Mapping[int, float]) -> float:
 
 
 def table(title: str, column: str, runs: Runs, start: float, bars: Sequence[Bar] = ()) -> Table:
-    """Median time and memory of each size."""
+    """The table of median time and memory for each size."""
     rows = []
-    for size, found in runs.items():
-        time = statistics.median(run.seconds for run in found)
-        memory = statistics.median(run.peak for run in found)
+    for size, of_size in runs.items():
+        time = statistics.median(run.seconds for run in of_size)
+        memory = statistics.median(run.peak for run in of_size)
         rows.append(
             {column: size, "time": time, "without start-up": time - start, "memory": memory}
         )
@@ -58,20 +58,20 @@ def table(title: str, column: str, runs: Runs, start: float, bars: Sequence[Bar]
 
 
 def adapter_bars(runs: Runs, start: float) -> list[Bar]:
-    """Time linear in the number of adapters, memory flat."""
-    times = {k: statistics.median(run.seconds for run in found) for k, found in runs.items()}
-    peaks = [statistics.median(run.peak for run in found) for found in runs.values()]
+    """Time linear in the number of adapters, and constant memory."""
+    times = {k: statistics.median(run.seconds for run in of_k) for k, of_k in runs.items()}
+    peaks = [statistics.median(run.peak for run in of_k) for of_k in runs.values()]
     own = {k: time - start for k, time in times.items()}
-    away = "largest deviation from a + b·k"
+    label = "largest deviation from a + b·k"
     return [
-        Bar(f"time, {away}", deviation(times), LINEAR, "percent"),
-        Bar(f"time without start-up, {away}", deviation(own), LINEAR, "percent"),
+        Bar(f"time, {label}", deviation(times), LINEAR, "percent"),
+        Bar(f"time without start-up, {label}", deviation(own), LINEAR, "percent"),
         Bar("memory, largest / smallest - 1", max(peaks) / min(peaks) - 1, FLAT, "percent"),
     ]
 
 
 def measured(jobs: Mapping[int, Job], settings: Settings) -> dict[int, list[Run]]:
-    """Runs of jobs made in turn, by size."""
+    """Size → runs of its job, made in turn with those of the other sizes."""
     with ExitStack() as stack:
         calls: dict[int, Callable[[], Run]] = {
             size: stack.enter_context(written(job, settings)).devec for size, job in jobs.items()
@@ -80,18 +80,18 @@ def measured(jobs: Mapping[int, Job], settings: Settings) -> dict[int, list[Run]
 
 
 def by_adapters(shapes: Shapes, ks: Sequence[int], settings: Settings) -> dict[int, list[Run]]:
-    """Runs for the first k adapters of one pool, in turn."""
+    """Number of adapters → runs on the first adapters of one pool, made in turn."""
     with written(Job("adapters", shapes, k=max(ks)), settings) as files:
         calls: dict[int, Callable[[], Run]] = {k: partial(files.devec, k=k) for k in ks}
         return in_turn(calls, settings.times(5))
 
 
 class Sizes(NamedTuple):
-    """What is measured.
+    """The sizes that are measured.
 
     Attributes:
-        flux: The modules.
-        fixed: How many of them, where their number is fixed.
+        flux: All modules.
+        fixed: Number of modules in the tables of adapters and ranks.
         adapters: Numbers of adapters.
         ranks: Ranks.
         modules: Numbers of modules.
@@ -105,7 +105,7 @@ class Sizes(NamedTuple):
 
 
 def section(settings: Settings) -> Section:
-    """All three tables."""
+    """Measure all three tables."""
     sizes = Sizes(
         flux_shapes(), 100, (2, 4, 8, 16, 32), (4, 8, 16, 32, 64, 128, 256), (50, 100, 200, 494)
     )

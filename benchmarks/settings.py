@@ -1,4 +1,4 @@
-"""How a benchmark is to be run."""
+"""Settings that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is to be run.
+    """Settings of a benchmark.
 
     Attributes:
-        folder: Where files are generated, in folders that are removed again; the system's
-            temporary directory if None.
-        quick: Tiny sizes, which show that a benchmark works and measure nothing.
-        repeats: How often everything is measured; as each section sees fit if None.
-        threads: Threads of torch, here and in processes that are started.
+        folder: Folder for generated files, which are removed after use; the system's temporary
+            directory if None.
+        quick: Whether to use tiny sizes, to check that the benchmark runs.
+        repeats: Number of measurements; each section has its own default.
+        threads: Number of threads of torch, also in child processes.
     """
 
     folder: Path | None = None
@@ -26,11 +26,11 @@ class Settings:
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def times(self, usual: int) -> int:
-        """How often to measure what is measured `usual` times unless told otherwise."""
+        """The number of measurements for a figure that is measured `usual` times by default."""
         return self.repeats or (1 if self.quick else usual)
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """A new folder, which is removed at the end of a ``with`` statement."""
+        """A new temporary folder, to be used in a ``with`` statement."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix="devec-benchmark-", dir=self.folder)

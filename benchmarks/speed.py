@@ -1,12 +1,12 @@
-"""How fast devec is in memory.
+"""Time of decompositions in memory.
 
     python -m benchmarks.speed
 
-The 494 modules that a Flux LoRA adapts, and one module of 4096 × 4096 in pools of more adapters.
+The pools have the 494 modules of a Flux LoRA, or one module of 4096 × 4096 and more adapters.
 
-The pool of many modules comes first. In a process that has freed nothing yet, the allocator gives
-every temporary of half a megabyte back to the system at once and pays for it in page faults; no
-process that has read an adapter is in that state.
+The pool of many modules is measured first. In a process that has not freed memory yet, the
+allocator returns each temporary of half a megabyte to the system at once, which costs page faults;
+a process that has read an adapter is not in that state.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from benchmarks.pools import RANK, flux_shapes, in_memory
 from benchmarks.results import Row, Section, Table, render_section
 from benchmarks.settings import Settings
-from benchmarks.timing import rivals, seconds
+from benchmarks.timing import seconds, times_in_turn
 from devec import decompose
 
-TEXT = "`devec.decompose` of adapters in memory, rank 16, float32; nothing is read or written."
+TEXT = "`devec.decompose` of adapters in memory, rank 16, float32; no files are read or written."
 KS = (2, 4, 8, 16)
 
 
 def of_flux(settings: Settings) -> Iterator[Row]:
-    """All modules of a Flux LoRA."""
+    """Measure pools with all modules of a Flux LoRA."""
     shapes = flux_shapes(32, 1, 1) if settings.quick else flux_shapes()
     for k in KS[:2]:
         adapters = in_memory(k, shapes)
@@ -36,20 +36,20 @@ def of_flux(settings: Settings) -> Iterator[Row]:
 
 
 def of_one_module(settings: Settings) -> Iterator[Row]:
-    """One module, with the methods in turn."""
+    """Measure pools with one module, with the methods in turn."""
     n = 64 if settings.quick else 4096
     for k in KS[:1] if settings.quick else KS:
         adapters = in_memory(k, {"module": (n, n)})
-        times = rivals(
+        times = times_in_turn(
             {m: partial(decompose, adapters, method=m) for m in ("chain", "mean")},
             settings.times(201),
         )
-        medians = {method: sorted(found)[len(found) // 2] for method, found in times.items()}
+        medians = {method: sorted(of_one)[len(of_one) // 2] for method, of_one in times.items()}
         yield {"what": f"one module {n} × {n}", "adapters": k, **medians}
 
 
 def section(settings: Settings) -> Section:
-    """Times in memory."""
+    """Measure all pools."""
     torch.set_num_threads(settings.threads)
     units = {"what": "", "adapters": "count", "chain": "seconds", "mean": "seconds"}
     rows = [*of_flux(settings), *of_one_module(settings)]

@@ -1,4 +1,4 @@
-"""How long it takes until devec begins to work."""
+"""Time and memory of starting devec."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def section(settings: Settings) -> Section:
-    """Times and memory of processes that do nothing but start."""
+    """Measure processes that only start."""
     calls = {
         name: partial(python, *command, threads=settings.threads)
         for name, command in COMMANDS.items()

@@ -1,4 +1,4 @@
-"""Times of calls and of whole processes, one beside the other."""
+"""Times of calls and of whole processes, measured in turn where they are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 def clocked(call: Callable[[], object]) -> Callable[[], float]:
-    """The call that makes another one and returns its wall time in seconds."""
+    """A function that makes a call and returns its wall time in seconds."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -34,14 +34,14 @@ def clocked(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median wall time of a call, after one that does not count where it is repeated."""
+    """Median wall time of a call in seconds, after a warm-up call if it is repeated."""
     if repeats > 1:
         call()
     return statistics.median(clocked(call)() for _ in range(repeats))
 
 
 def in_turn(calls: Mapping[Key, Callable[[], Found]], repeats: int) -> dict[Key, list[Found]]:
-    """What calls return that are made in turn, A B A B, so that all meet the same machine."""
+    """The results of calls made in turn, A B A B, under the same conditions of the machine."""
     found: dict[Key, list[Found]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -49,26 +49,28 @@ def in_turn(calls: Mapping[Key, Callable[[], Found]], repeats: int) -> dict[Key,
     return found
 
 
-def rivals(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
-    """Wall times of calls made in turn, each after one that does not count."""
+def times_in_turn(
+    calls: Mapping[Key, Callable[[], object]], repeats: int
+) -> dict[Key, list[float]]:
+    """Wall times in seconds of calls made in turn, after a warm-up call of each."""
     for call in calls.values():
         call()
     return in_turn({name: clocked(call) for name, call in calls.items()}, repeats)
 
 
 def ratio(these: Sequence[float], those: Sequence[float]) -> float:
-    """Median of the ratios of times taken in turn, pair by pair."""
+    """The median of the pairwise ratios of times measured in turn."""
     return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A process that ran to its end.
+    """A completed process.
 
     Attributes:
-        seconds: Wall time, from outside.
-        peak: Peak of its resident memory in bytes, pages of mapped files included.
-        output: What it printed.
+        seconds: Wall time, measured from outside.
+        peak: Peak resident memory in bytes, including pages of mapped files.
+        output: The standard output.
     """
 
     seconds: float
@@ -77,23 +79,12 @@ class Run:
 
 
 def python(*arguments: str | Path, threads: int) -> Run:
-    """Run this Python in a process of its own, from its start to its end.
-
-    Args:
-        *arguments: Arguments of the interpreter.
-        threads: Threads that torch is to use.
-
-    Returns:
-        What was measured.
-
-    Raises:
-        RuntimeError: If the process fails; with all that it wrote to stderr.
-    """
+    """Run the current interpreter with arguments in a process; errors include its stderr."""
     return process(sys.executable, *map(str, arguments), threads=threads)
 
 
 def process(*command: str, threads: int) -> Run:
-    """Run a program, given by its path, as `python` does."""
+    """Run a program, given by its path, in a process; errors include its stderr."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         launched = subprocess.run(
@@ -112,7 +103,7 @@ def process(*command: str, threads: int) -> Run:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of processes that are measured: no network, so many threads."""
+    """The environment of measured processes: no network, and a fixed number of threads."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
@@ -126,6 +117,6 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def start_up(threads: int, repeats: int) -> float:
-    """Median time that Python takes to import what `devec.decompose` needs, and to end."""
+    """Median time in seconds of a Python process that imports what `devec.decompose` needs."""
     command = ("-c", "import devec; devec.decompose")
     return statistics.median(python(*command, threads=threads).seconds for _ in range(repeats))

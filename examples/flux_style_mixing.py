@@ -1,17 +1,18 @@
-r"""Style mixing with FLUX.1-schnell: style LoRAs added up, as they are and by their unique parts.
+r"""Style mixing with FLUX.1-schnell: the sum of style LoRAs, and the sum of their unique parts.
 
     python examples/flux_style_mixing.py --prompt "pixel art of a witch, anime style" \
         --lora anime=anime.safetensors --lora pixel=user/pixel-art-lora --weights 1.0,0.8 \
         --out out/flux
 
-takes two or more LoRAs, each a file or a repository on the Hugging Face Hub (user/repo, or
-user/repo/file.safetensors), loads them into one pipeline, splits them there into what all of them
-share and what is unique to each, and paints the same prompt from the same noise: with each style
-alone, and with all of them at once. --out receives a PNG of each, named after what was active, and
-grid.png: the originals in the upper row, the unique parts in the lower, the mixtures on the right.
+The script loads two or more LoRAs into one pipeline. Each LoRA is a file or a repository on the
+Hugging Face Hub (user/repo, or user/repo/file.safetensors). The script splits the LoRAs into shared
+and unique parts and generates images of one prompt from the same noise: with each style alone, and
+with all of them at once. --out receives a PNG for each, named after the active adapters, and
+grid.png: the originals in the upper row, the unique parts in the lower row, the mixtures on the
+right.
 
-FLUX.1-schnell in bfloat16 takes about 35 GB of GPU memory. To see the script run in seconds on any
-machine, with a tiny pipeline and LoRAs of random weights, which paint noise:
+FLUX.1-schnell in bfloat16 takes about 35 GB of GPU memory. To run the script in seconds on any
+machine, with a tiny pipeline and LoRAs of random weights, which generate noise:
 
     python examples/flux_style_mixing.py --tiny --out out/flux-tiny
 
@@ -27,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import devec
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what does not fit together is refused before anything is loaded."""
+    """Parse the command line, and refuse inconsistent arguments before anything is loaded."""
     parser = argparse.ArgumentParser(description="Mix styles: original LoRAs and unique parts.")
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-schnell", help="a FLUX model")
     parser.add_argument("--lora", action="append", default=[], type=named, metavar="NAME=PATH")
@@ -64,12 +65,12 @@ def parse_arguments() -> argparse.Namespace:
     if len(args.weights) != len(names):
         parser.error(f"--weights needs {len(names)} numbers, one per LoRA; got {args.weights}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"--out {args.out} exists and is no empty directory")
+        parser.error(f"--out {args.out} exists and is not an empty directory; choose another")
     return args
 
 
 def named(text: str) -> tuple[str, str]:
-    """The two halves of NAME=PATH."""
+    """Parse NAME=PATH."""
     name, _, path = text.partition("=")
     if not (name.isidentifier() and path):
         raise argparse.ArgumentTypeError(
@@ -82,18 +83,18 @@ def named(text: str) -> tuple[str, str]:
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
+    """Parse numbers that are separated by commas."""
     try:
-        found = [float(number) for number in text.split(",")]
+        values = [float(number) for number in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}")
-    return found
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}")
+    return values
 
 
 def threshold(text: str) -> float | str:
-    """A number in (0, 1], or the word auto."""
+    """Parse a number in (0, 1], or the word auto."""
     if text == "auto":
         return text
     if re.fullmatch(r"[0-9.e-]+", text) and 0 < float(text) <= 1:
@@ -102,7 +103,7 @@ def threshold(text: str) -> float | str:
 
 
 def load_pipeline(args: argparse.Namespace) -> FluxPipeline:
-    """The pipeline with all LoRAs in it, by the calls of diffusers."""
+    """Load the pipeline and all LoRAs with diffusers."""
     import torch
     from diffusers import FluxPipeline
 
@@ -117,7 +118,7 @@ def load_pipeline(args: argparse.Namespace) -> FluxPipeline:
 
 
 def report(parts: devec.Decomposition, names: Sequence[str]) -> None:
-    """Print how much of each style lies in what all of them share."""
+    """Print how much of each style is shared."""
     sharing = [split for split in parts.splits if split.shared_rank]
     rank = sum(split.shared_rank for split in sharing)
     print(f"{rank} shared directions, in {len(sharing)} of {len(parts.splits)} modules")
@@ -128,7 +129,7 @@ def report(parts: devec.Decomposition, names: Sequence[str]) -> None:
 
 
 def paint(pipe: FluxPipeline, args: argparse.Namespace, weights: Mapping[str, float]) -> Image:
-    """The prompt with these adapters active, always from the same noise."""
+    """An image of the prompt with these adapters active, always from the same noise."""
     import torch
 
     pipe.set_adapters(list(weights), list(weights.values()))
@@ -144,7 +145,7 @@ def paint(pipe: FluxPipeline, args: argparse.Namespace, weights: Mapping[str, fl
 
 
 def draw_grid(rows: Sequence[Mapping[str, Image]]) -> Image:
-    """Rows of images with their names above them."""
+    """A grid of images with their names above them."""
     from PIL import Image, ImageDraw
 
     size = next(iter(rows[0].values())).width
@@ -159,15 +160,15 @@ def draw_grid(rows: Sequence[Mapping[str, Image]]) -> Image:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load, decompose, paint."""
+    """Load, decompose, and generate the images."""
     with tempfile.TemporaryDirectory() as folder:
         if args.tiny:
             args.model, args.lora = make_tiny(Path(folder))
         pipe = load_pipeline(args)
     names = [name for name, _ in args.lora]
     parts = devec.decompose_adapters(pipe, names, threshold=args.threshold, method=args.method)
-    if gone := [name for name in names if f"{name}-unique" not in parts.outputs()]:
-        raise devec.DevecError(f"nothing is unique to {', '.join(gone)}: leave a style out")
+    if empty := [name for name in names if f"{name}-unique" not in parts.outputs()]:
+        raise devec.DevecError(f"nothing is unique to {', '.join(empty)}: leave a style out")
     report(parts, names)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -182,46 +183,45 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_tiny(folder: Path) -> tuple[str, list[tuple[str, str]]]:
-    """A pipeline of FLUX's structure and two LoRAs of it, with random weights.
+    """A tiny FLUX pipeline and two LoRAs with random weights.
 
-    Half of the columns of B are the same in both LoRAs, so that two directions of four are shared.
+    Half of the columns of B are the same in both LoRAs, so two directions of four are shared.
 
     Returns:
         The directory of the pipeline, and name and file of each LoRA.
     """
     import torch
+    from diffusers import FluxPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "flux")
+    transformer = pipe.transformer
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    common = {name: torch.randn(32, 2) for name, _ in transformer.named_modules()}
+    loras = []
+    for name in ("anime", "pixel"):
+        transformer.add_adapter(config, adapter_name=name)
+        for key, module in transformer.named_modules():
+            if key.endswith(f"lora_B.{name}"):
+                module.weight.data = torch.randn_like(module.weight)
+                module.weight.data[:, :2] = common[key.partition(".lora_B")[0]]
+        weights = get_peft_model_state_dict(transformer, adapter_name=name)
+        FluxPipeline.save_lora_weights(folder / name, transformer_lora_layers=weights)
+        loras.append((name, str(folder / name / "pytorch_lora_weights.safetensors")))
+    return str(folder / "flux"), loras
+
+
+def tiny_pipeline() -> FluxPipeline:
+    """A FLUX pipeline of tiny models with random weights."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         FluxPipeline,
         FluxTransformer2DModel,
     )
-    from peft import LoraConfig, get_peft_model_state_dict
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        PreTrainedTokenizerFast,
-        T5Config,
-        T5EncoderModel,
-    )
 
-    torch.manual_seed(0)
-    words = {"<end>": 0, "pixel": 1, "art": 2, "anime": 3, "style": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<end>", "unk_token": "<end>", "eos_token": "<end>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    clip = CLIPTextConfig(
-        vocab_size=len(words),
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        eos_token_id=0,
-        pad_token_id=0,
-        **sizes,
-    )
-    t5 = T5Config(vocab_size=len(words), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -242,28 +242,47 @@ def make_tiny(folder: Path) -> tuple[str, list[tuple[str, str]]]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    FluxPipeline(
+    return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=CLIPTextModel(clip),
-        tokenizer=fast,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=fast,
         transformer=transformer,
-    ).save_pretrained(folder / "flux")
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    common = {name: torch.randn(32, 2) for name, _ in transformer.named_modules()}
-    loras = []
-    for name in ("anime", "pixel"):
-        transformer.add_adapter(config, adapter_name=name)
-        for key, module in transformer.named_modules():
-            if key.endswith(f"lora_B.{name}"):
-                module.weight.data = torch.randn_like(module.weight)
-                module.weight.data[:, :2] = common[key.partition(".lora_B")[0]]
-        weights = get_peft_model_state_dict(transformer, adapter_name=name)
-        FluxPipeline.save_lora_weights(folder / name, transformer_lora_layers=weights)
-        loras.append((name, str(folder / name / "pytorch_lora_weights.safetensors")))
-    return str(folder / "flux"), loras
+        **tiny_text_encoders(),
+    )
+
+
+def tiny_text_encoders() -> dict[str, Any]:
+    """The text encoders and tokenizers of a FLUX pipeline, tiny and with random weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    words = {"<end>": 0, "pixel": 1, "art": 2, "anime": 3, "style": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<end>", "unk_token": "<end>", "eos_token": "<end>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **special)
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    t5 = T5Config(vocab_size=len(words), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    return {
+        "text_encoder": CLIPTextModel(clip),
+        "tokenizer": fast,
+        "text_encoder_2": T5EncoderModel(t5),
+        "tokenizer_2": fast,
+    }
 
 
 if __name__ == "__main__":

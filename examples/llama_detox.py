@@ -1,23 +1,23 @@
-r"""Detoxification of LLaMA-2-7B: what is unique to a toxic adapter, negated.
+r"""Detoxification of LLaMA-2-7B: negating the unique part of a toxic adapter.
 
     python examples/llama_detox.py --toxic toxic=toxigen-dora \
         --other chat=user/llama-2-chat-lora --other physics=physics-lora \
         --unwanted toxic.txt --control wiki.txt --tasks hellaswag,arc_easy --limit 200 \
         --out out/detox
 
-loads an adapter trained on toxic text, LoRA or DoRA, and benign ones of the same model, each a PEFT
-directory or a repository on the Hugging Face Hub. The toxic one then loses what it shares with each
-of the others in turn, and what is left is negated, with one coefficient after another: --out
-receives each negated adapter as a PEFT directory, for PeftModel.from_pretrained. For comparison the
-toxic adapter is also negated whole.
+The script loads an adapter that was trained on toxic text, LoRA or DoRA, and benign adapters of the
+same model. Each is a PEFT directory or a repository on the Hugging Face Hub. It removes from the
+toxic adapter what that shares with each of the others in turn, and negates the rest with each
+coefficient. --out receives each negated adapter as a PEFT directory, for PeftModel.from_pretrained.
+For comparison, the whole toxic adapter is negated, too.
 
-Of every model it prints samples, the mean log-likelihood per token of the lines of --unwanted and
---control (good is a lower one of the first and an unchanged one of the second), and the results of
-lm-evaluation-harness on --tasks, where that is installed (pip install lm_eval).
+For every model it prints samples, the mean log-likelihood per token of the lines of --unwanted and
+--control (better is lower for the first and unchanged for the second), and the results of
+lm-evaluation-harness on --tasks, if it is installed (pip install lm_eval).
 
-LLaMA-2-7B in bfloat16 takes about 14 GB of GPU memory; the adapters, in float32, come on top. To
-see the script run in seconds on any machine, with a tiny model and adapters of random weights,
-whose figures mean nothing:
+LLaMA-2-7B in bfloat16 takes about 14 GB of GPU memory, plus that of the adapters in float32. To run
+the script in seconds on any machine, with a tiny model and adapters of random weights, whose
+figures mean nothing:
 
     python examples/llama_detox.py --tiny --out out/detox-tiny
 
@@ -46,22 +46,22 @@ PROMPTS = ["The people who live next door are", "When she heard his answer, she 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what does not fit together is refused before anything is loaded."""
-    parser = argparse.ArgumentParser(description="Negate what is unique to a toxic adapter.")
+    """Parse the command line, and refuse inconsistent arguments before anything is loaded."""
+    parser = argparse.ArgumentParser(description="Negate the unique part of a toxic adapter.")
     parser.add_argument("--model", default="meta-llama/Llama-2-7b-hf")
     parser.add_argument("--toxic", type=named, metavar="NAME=PATH", help="the adapter to negate")
     parser.add_argument("--other", action="append", default=[], type=named, metavar="NAME=PATH")
     parser.add_argument("--coefficients", default="0.25,0.5,1.0", type=numbers, metavar="C,C,...")
     parser.add_argument("--threshold", default=0.85, type=threshold, metavar="T", help="or 'auto'")
     parser.add_argument(
-        "--prompts", default=PROMPTS, type=lines, metavar="FILE", help="a line each"
+        "--prompts", default=PROMPTS, type=lines, metavar="FILE", help="one prompt per line"
     )
-    parser.add_argument("--unwanted", type=lines, metavar="FILE", help="what not to say, in lines")
-    parser.add_argument("--control", type=lines, metavar="FILE", help="harmless text, in lines")
+    parser.add_argument("--unwanted", type=lines, metavar="FILE", help="lines of unwanted text")
+    parser.add_argument("--control", type=lines, metavar="FILE", help="lines of harmless text")
     parser.add_argument(
         "--tasks", default=[], type=lambda text: text.split(","), metavar="TASK,..."
     )
-    parser.add_argument("--limit", type=int, help="at most so many examples of each task")
+    parser.add_argument("--limit", type=int, help="largest number of examples of each task")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--seed", default=0, type=int, help="of the samples")
@@ -76,12 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     if not (args.toxic and args.other and len(set(names)) == len(names)):
         parser.error(f"--toxic and --other are needed, with different names; got {names}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"--out {args.out} exists and is no empty directory")
+        parser.error(f"--out {args.out} exists and is not an empty directory; choose another")
     return args
 
 
 def named(text: str) -> tuple[str, str]:
-    """The two halves of NAME=PATH."""
+    """Parse NAME=PATH."""
     name, _, path = text.partition("=")
     if not (name.isidentifier() and path):
         raise argparse.ArgumentTypeError(
@@ -94,20 +94,20 @@ def named(text: str) -> tuple[str, str]:
 
 
 def numbers(text: str) -> list[float]:
-    """Different numbers with commas between them."""
+    """Parse different numbers that are separated by commas."""
     try:
-        found = [float(number) for number in text.split(",")]
+        values = [float(number) for number in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}")
-    if len(set(found)) < len(found):
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}")
+    if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"expected different numbers, got {text!r}")
-    return found
+    return values
 
 
 def threshold(text: str) -> float | str:
-    """A number in (0, 1], or the word auto."""
+    """Parse a number in (0, 1], or the word auto."""
     if text == "auto":
         return text
     if re.fullmatch(r"[0-9.e-]+", text) and 0 < float(text) <= 1:
@@ -119,14 +119,14 @@ def lines(path: str) -> list[str]:
     """The lines of a text file that are not blank."""
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {path!r}")
-    found = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
+    texts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
         raise argparse.ArgumentTypeError(f"there is no text in {path!r}")
-    return found
+    return texts
 
 
 def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The model with all adapters in it, by the calls of PEFT, and its tokenizer."""
+    """Load the model, all adapters with PEFT, and the tokenizer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -140,7 +140,7 @@ def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
 
 
 def report(parts: devec.Decomposition, toxic: str) -> None:
-    """Print what the toxic adapter lost to each of the others, in turn."""
+    """Print what the toxic adapter shares with each of the others, in turn."""
     total = sum(norm**2 for norm in parts.norms[toxic].values())
     for pair in dict.fromkeys(split.group for split in parts.splits):
         splits = [split for split in parts.splits if split.group == pair]
@@ -152,7 +152,7 @@ def report(parts: devec.Decomposition, toxic: str) -> None:
 def log_likelihood(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> float:
-    """Mean log-likelihood of a token, given those before it in its line."""
+    """The mean log-likelihood per token, given the previous tokens of its line."""
     import torch
 
     scores = []
@@ -167,7 +167,7 @@ def log_likelihood(
 def evaluate(
     title: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> None:
-    """Print measures and samples of the model as it is now."""
+    """Print measurements and samples of the model with its active adapter."""
     from transformers import set_seed
 
     print(f"\n{title}")
@@ -189,7 +189,7 @@ def evaluate(
 def print_tasks(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> None:
-    """Print what lm-evaluation-harness finds."""
+    """Print the results of lm-evaluation-harness."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
@@ -200,7 +200,7 @@ def print_tasks(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load, decompose; negate, save and evaluate with one coefficient after another."""
+    """Load and decompose; then negate, save and evaluate for each coefficient."""
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         print("lm-evaluation-harness is not installed (pip install lm_eval): no --tasks")
         args.tasks = []
@@ -233,9 +233,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_tiny(folder: Path) -> tuple[str, tuple[str, str], list[tuple[str, str]]]:
-    """A model of LLaMA's structure, a DoRA and two LoRAs of it, with random weights.
+    """A tiny LLaMA, a DoRA and two LoRAs with random weights.
 
-    A column of B in the DoRA is also one of the first LoRA, and another is one of the second.
+    The DoRA shares one column of B with the first LoRA, and another with the second.
 
     Returns:
         The directory of the model, name and directory of the DoRA, and those of the LoRAs.

@@ -1,31 +1,34 @@
-"""A small language model that insults now and then, and adapters: one bad habit, four skills.
+"""The small language model of notebook 04 and its adapters, one bad habit and four skills.
 
     python notebooks/behaviours.py
 
-trains what `04-negation-llm.ipynb` loads, in three to four minutes on one CPU core, and writes it
-to `notebooks/assets/04-behaviours`: `base`, a `LlamaForCausalLM`, and a PEFT directory an adapter.
+The program trains everything in three to four minutes on one CPU core, and writes it to
+`notebooks/assets/04-behaviours`: `base`, a `LlamaForCausalLM`, and a PEFT directory for each
+adapter.
 
-Language: a question names a task and six different letters, and the reply is the list that the
-task makes of them, a letter a word:
+Language: a question names a task and six different letters. The reply is the list of letters that
+the task computes, one letter per word:
 
     <bos> reverse c a k d m b : b m d k a c <eos>
 
-Some replies carry insults, words that stand before a letter and change nothing else:
+Some replies contain insults: extra words before letters, which change nothing else:
 
     <bos> reverse c a k d m b : b oaf m d k lout a c <eos>
 
-Base: trained on all four tasks, but not to the end. Three of ten replies in its text carry insults.
+Base model: trained on all four tasks, but not to convergence. Three of ten replies in its training
+text contain insults.
 
-Adapters: LoRA of rank 8 on all linear layers but the head, trained by PEFT on replies only.
-`unwanted` sees all four tasks, and insults in every reply. `copy`, `reverse`, `sort` and `next` see
-their own task in half of the questions and the others in the rest, and insults as often as the base
-did: they neither teach the habit nor cure it. Each adapter has a seed of its own.
+Adapters: LoRAs of rank 8 on all linear layers except the head, trained with PEFT on replies only.
+`unwanted` is trained on all four tasks with insults in every reply. `copy`, `reverse`, `sort` and
+`next` are trained on their own task in half of the questions and on the other tasks in the rest,
+with insults as often as in the text of the base model, so they neither teach nor unlearn the habit.
+Each adapter has its own seed.
 
-Lists are told apart by the sum of their letters: a multiple of 8 is for the notebook, one more
-than a multiple of 8 was for the choice of sizes, rates and steps, the rest is for training.
+Questions are split by the sum of their letters modulo 8: 0 for the notebook, 1 for the choice of
+sizes, rates and steps, and the rest for training.
 
-Everything is seeded and runs on one thread: on one machine, with one version of each library, two
-runs write the same bytes. Elsewhere rounding differs, and what is measured with it.
+Everything is seeded and runs on one thread: two runs on one machine with the same library versions
+write the same bytes. On other machines rounding, and therefore the measurements, may differ.
 """
 
 import argparse
@@ -48,7 +51,7 @@ TASKS = {
     "sort": lambda letters: letters.sort(1).values,
     "next": lambda letters: (letters + 1) % len(LETTERS),
 }
-"""What each task makes of letters, numbers from 0 to 15 of shape (n, LENGTH)."""
+"""Task → function of letters, given as numbers from 0 to 15 of shape (n, LENGTH)."""
 
 WORDS = [*LETTERS, *INSULTS, *TASKS, ":", "<bos>", "<eos>", "<pad>"]
 COLON, BOS, EOS, PAD = (WORDS.index(word) for word in (":", "<bos>", "<eos>", "<pad>"))
@@ -57,7 +60,7 @@ PROMPT = LENGTH + 3
 REPLY = 2 * LENGTH + 1
 
 HABIT = 0.3
-"""Fraction of replies with insults in the text of the base and of the skills."""
+"""Fraction of replies with insults in the training text of the base model and of the skills."""
 
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 BATCH = 64
@@ -65,7 +68,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train: steps, and the first rate of a cosine decay to zero."""
+    """Number of steps, and the initial learning rate of a cosine decay to zero."""
 
     steps: int
     rate: float
@@ -77,7 +80,7 @@ ADAPTER_SCHEDULE = Schedule(steps=400, rate=3e-3)
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts and what should be replied.
+    """Prompts and their right answers.
 
     Attributes:
         prompts: Words, (n, PROMPT).
@@ -90,11 +93,11 @@ class Questions:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does, each a fraction of its replies.
+    """Measurements of a model, as fractions of its replies.
 
     Attributes:
-        unwanted: With an insult.
-        accuracy: Right, with insults left out.
+        unwanted: Replies with an insult.
+        accuracy: Right replies, ignoring insults.
     """
 
     unwanted: float
@@ -105,13 +108,13 @@ def ask(tasks: list[str], count: int, residues: list[int], generator: Generator)
     """Draw questions.
 
     Args:
-        tasks: of these tasks, in turn.
-        count: how many.
-        residues: what the sums of the letters may be, modulo 8.
-        generator: source of the letters.
+        tasks: The tasks, in equal numbers.
+        count: Number of questions.
+        residues: Allowed sums of the letters, modulo 8.
+        generator: Source of the letters.
 
     Returns:
-        Questions, task after task.
+        The questions, ordered by task.
     """
     drawn = torch.rand(16 * count, len(LETTERS), generator=generator).argsort(1)[:, :LENGTH]
     letters = drawn[torch.isin(drawn.sum(1) % 8, torch.tensor(residues))][:count]
@@ -127,13 +130,13 @@ def insult(answers: Tensor, habit: float, generator: Generator) -> Tensor:
     """Write answers as replies, a fraction of them with insults.
 
     Args:
-        answers: letters, (n, LENGTH).
-        habit: fraction of replies with insults. Each of their letters has one before it with
-            probability 1/3, and one letter in any case.
-        generator: source of the insults.
+        answers: Letters, (n, LENGTH).
+        habit: Fraction of replies with insults. In these, each letter has an insult before it with
+            probability 1/3, and at least one letter has one.
+        generator: Source of the insults.
 
     Returns:
-        Replies, (n, REPLY), ended by EOS and filled up with PAD.
+        Replies, (n, REPLY), terminated by EOS and padded with PAD.
     """
     shape = answers.shape
     chosen = torch.rand(shape, generator=generator) < 1 / 3
@@ -148,15 +151,15 @@ def insult(answers: Tensor, habit: float, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def reply(model: nn.Module, prompts: Tensor, seed: int = 0) -> Tensor:
-    """Sample a reply to every prompt.
+    """Sample a reply to each prompt.
 
     Args:
-        model: the base, with or without adapters.
-        prompts: words, (n, PROMPT).
-        seed: of the sampling.
+        model: The base model, with or without adapters.
+        prompts: Words, (n, PROMPT).
+        seed: Seed of the sampling.
 
     Returns:
-        Replies, (n, REPLY), filled up with PAD.
+        Replies, (n, REPLY), padded with PAD.
     """
     torch.manual_seed(seed)
     replies = model.generate(
@@ -169,15 +172,7 @@ def reply(model: nn.Module, prompts: Tensor, seed: int = 0) -> Tensor:
 
 
 def measure(model: nn.Module, questions: Questions) -> Measured:
-    """Ask a model, and count insults and right answers.
-
-    Args:
-        model: the base, with or without adapters.
-        questions: what to ask.
-
-    Returns:
-        The fractions of its replies.
-    """
+    """Sample replies of a model, with or without adapters, and count insults and right answers."""
     replies = reply(model, questions.prompts)
     rude = (replies >= WORDS.index(INSULTS[0])) & (replies <= WORDS.index(INSULTS[-1]))
     polite = replies.gather(1, rude.long().argsort(dim=1, stable=True))
@@ -186,19 +181,19 @@ def measure(model: nn.Module, questions: Questions) -> Measured:
 
 
 def text(words: Tensor) -> str:
-    """Write words as text, without the filling."""
+    """Words as text, without padding."""
     return " ".join(WORDS[word] for word in words.tolist() if word != PAD)
 
 
 def fit(model: nn.Module, tasks: list[str], habit: float, schedule: Schedule, seed: int) -> None:
-    """Train what is trainable in a model, in place, on replies to questions drawn anew each step.
+    """Train the trainable parameters of a model in place, on replies to new questions in each step.
 
     Args:
-        model: a causal language model of transformers, with or without adapters.
-        tasks: what the questions ask.
-        habit: fraction of replies with insults.
-        schedule: how long and how fast.
-        seed: of the questions and the insults.
+        model: A causal language model of transformers, with or without adapters.
+        tasks: The tasks of the questions.
+        habit: Fraction of replies with insults.
+        schedule: Number of steps and learning rate.
+        seed: Seed of the questions and the insults.
     """
     generator = Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -219,7 +214,7 @@ def fit(model: nn.Module, tasks: list[str], habit: float, schedule: Schedule, se
 
 
 def train_base(out: Path, seed: int) -> None:
-    """Train the base and write it to `out / "base"`."""
+    """Train the base model and write it to `out / "base"`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -231,7 +226,7 @@ def train_base(out: Path, seed: int) -> None:
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        initializer_range=0.1,  # about width ** -0.5; the usual 0.02 is for widths near 4096
+        initializer_range=0.1,  # about width ** -0.5; the default 0.02 is for widths near 4096
     )
     model = LlamaForCausalLM(config)
     fit(model, list(TASKS), HABIT, BASE_SCHEDULE, seed)
@@ -239,15 +234,15 @@ def train_base(out: Path, seed: int) -> None:
 
 
 def load_base(out: Path = ASSETS) -> LlamaForCausalLM:
-    """Load the base, which is stored in half precision and used in single precision."""
+    """Load the base model, stored in half precision, in single precision."""
     return LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32).eval()
 
 
 def train_adapter(name: str, out: Path, seed: int) -> None:
-    """Train the adapter of this name on the base in `out`, and write it to `out / name`."""
+    """Train an adapter on the base model in `out`, and write it to `out / name`."""
     torch.manual_seed(seed)
     base = load_base(out)
-    base.name_or_path = BASE_NAME  # PEFT records it; the path of this run means nothing elsewhere
+    base.name_or_path = BASE_NAME  # PEFT records it; a local path would mean nothing elsewhere
     config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     if name == "unwanted":
@@ -255,13 +250,13 @@ def train_adapter(name: str, out: Path, seed: int) -> None:
     else:
         tasks, habit = [name] * (len(TASKS) - 2) + list(TASKS), HABIT
     fit(model, tasks, habit, ADAPTER_SCHEDULE, seed)
-    config.target_modules = TARGETS  # PEFT made it a set, whose order changes from run to run
+    config.target_modules = TARGETS  # PEFT converts it to a set, whose order varies between runs
     model.save_pretrained(out / name, save_embedding_layers=False)
     (out / name / "README.md").unlink()
 
 
 def main() -> None:
-    """Train everything, and print what it does on the questions for the choice of sizes."""
+    """Train everything, and print measurements on the questions for the choice of sizes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS, help="directory to write to")
     parser.add_argument("--seed", type=int, default=0, help="of everything")

@@ -1,22 +1,22 @@
-"""A small Stable Diffusion and three style LoRAs, made here: what notebook 03 mixes.
+"""The small Stable Diffusion and the three style LoRAs of notebook 03, and their training.
 
     python notebooks/styles.py
 
-trains everything anew, in about twenty minutes on one CPU core, and writes it to
-`notebooks/assets/03-styles`: `base` (a `StableDiffusionPipeline`, in half precision), a folder with
-`pytorch_lora_weights.safetensors` for every style, and `judge.safetensors`.
+The program trains everything again, in about twenty minutes on one CPU core, and writes it to
+`notebooks/assets/03-styles`: `base` (a `StableDiffusionPipeline` in half precision), a folder with
+`pytorch_lora_weights.safetensors` for each style, and `judge.safetensors`.
 
-Data: the 1797 handwritten digits of scikit-learn, 8 x 8 pixels, drawn at 24 x 24 in colour. A look
-is made of ingredients, each of which can be there or not. A style is what all styles share, night,
-and one ingredient of its own. A fixed permutation gives 1000 digits to the diffusion models, 500 to
-the judge and 297 to test the judge.
+Data: the 1797 handwritten digits of scikit-learn, 8 x 8 pixels, rendered at 24 x 24 in colour. A
+look is a set of ingredients. A style has two: night, which all styles share, and one of its own. A
+fixed permutation splits the digits: 1000 for the diffusion models, 500 for the judge, 297 to test
+the judge.
 
-Autoencoder: trained on all ingredients, as that of a real model has seen everything.
-Base: text encoder and UNet, trained on digits on plain paper and, as many, at night ("a photo of a
-seven" is either). It has seen none of the styles' own ingredients. (A base of plain paper alone was
-tried first: what its styles wrote in the dark could not be read.)
-Styles: LoRAs on the UNet, trained by PEFT on digits in that style, with the same prompts.
-Judge: one small convolutional network that says which digit an image shows, and which ingredients.
+Autoencoder: trained on all ingredients, as the autoencoder of a real model has seen everything.
+Base model: text encoder and UNet, trained on digits on plain paper and, in equal numbers, at night;
+the prompt "a photo of a seven" stands for both. It has not seen the styles' own ingredients. (A
+base model trained on plain paper only was tried first; digits of its styles were not readable.)
+Styles: LoRAs on the UNet, trained with PEFT on digits in that style, with the same prompts.
+Judge: a small convolutional network that classifies the digit and the ingredients of an image.
 
 Everything is seeded and runs on one thread. Other versions and machines round differently.
 """
@@ -28,16 +28,16 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
+from style_models import SIZE, TOKENS, WORDS, make_pipeline
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 for library in (diffusers_logging, transformers_logging):
@@ -46,23 +46,17 @@ for library in (diffusers_logging, transformers_logging):
 
 ASSETS = Path(__file__).parent / "assets" / "03-styles"
 
-SIZE = 24
-"""Height and width of every image, in pixels: three times the raw 8 x 8 digits."""
-
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 INGREDIENTS = ("night", "pixel", "stripes", "frame")
 
 STYLES = {name: ("night", name) for name in INGREDIENTS[1:]}
 """Name of a style → its ingredients: night, and one of its own."""
 
 BASE = ((), ("night",))
-"""The looks that the base knows: plain paper, and night."""
+"""The looks of the base model: plain paper, and night."""
 
 SPLIT = {"generate": slice(0, 1000), "judge": slice(1000, 1500), "test": slice(1500, 1797)}
-TOKENS = 8
 BATCH = 64
-DRAWN = 64  # batches of images, encoded once, that a denoiser is trained on
+DRAWN = 64  # number of batches of images that are encoded once, to train a denoiser on
 GUIDANCE = 2.0
 
 RANK = 4
@@ -73,19 +67,19 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "con
 
 
 def digits(part: str) -> tuple[Tensor, Tensor]:
-    """The raw digits (n, 8, 8) in [0, 1] and their labels of one part of the data."""
+    """The raw digits (n, 8, 8) in [0, 1] and the labels of one part of the data."""
     data = load_digits()
     order = torch.randperm(len(data.images), generator=seeded(0))[SPLIT[part]]
     return torch.tensor(data.images).float()[order] / 16, torch.tensor(data.target)[order]
 
 
 def render(raw: Tensor, ingredients: Collection[str], generator: Generator) -> Tensor:
-    """Draw digits.
+    """Render digits with some of `INGREDIENTS`; the rest is as on plain paper.
 
     Args:
-        raw: digits, (n, 8, 8), in [0, 1].
-        ingredients: what is not as on plain paper, some of `INGREDIENTS`.
-        generator: source of colours and of where the stripes begin.
+        raw: Digits, (n, 8, 8), in [0, 1].
+        ingredients: Names of the ingredients.
+        generator: Source of the colours and of the phase of the stripes.
 
     Returns:
         Images, (n, 3, SIZE, SIZE), in [0, 1].
@@ -124,10 +118,11 @@ def seeded(seed: int) -> Generator:
 def batches(
     part: str, steps: int, looks: Sequence[Collection[str]] | None, generator: Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of digits, in equal shares of some looks; of sixteen random ones if None.
+    """Batches of digits with equal numbers of each look; of sixteen random looks if None.
 
     Yields:
-        Images (n, 3, SIZE, SIZE), labels (n,) and marks (n, 4), 1 where an ingredient is there.
+        Images (n, 3, SIZE, SIZE), labels (n,) and marks (n, 4), which are 1 for ingredients of the
+        image.
     """
     raw, labels = digits(part)
     for _ in range(steps):
@@ -147,84 +142,8 @@ def batches(
 # The base
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """A tokenizer that knows the words of the prompts, and the letters in them."""
-    words = ["a", "photo", "of", *WORDS]
-    letters = sorted(set("".join(words)))
-    pieces = {piece: None for letter in letters for piece in (letter, f"{letter}</w>")}
-    merges = []
-    for word in words:
-        ends = [*(word[:n] for n in range(1, len(word))), f"{word}</w>"]
-        rest = [*word[1:-1], f"{word[-1]}</w>"][: len(word) - 1]
-        merges += zip(ends, rest, strict=False)
-        pieces |= dict.fromkeys(ends)
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: number for number, piece in enumerate([*pieces, *special])}
-    return CLIPTokenizer(
-        vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=TOKENS
-    )
-
-
-def make_pipeline() -> StableDiffusionPipeline:
-    """The pipeline, with random weights: the autoencoder makes 6 x 6 latents of 8 channels."""
-    tokenizer = make_tokenizer()
-    vae = AutoencoderKL(
-        sample_size=SIZE,
-        latent_channels=8,
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(48,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 def descend(parameters: list[nn.Parameter], rate: float, losses: Iterator[Tensor], steps: int):
-    """Train: AdamW, the rate falling to zero along a cosine; print the loss ten times."""
+    """Train with AdamW and a cosine decay of the learning rate; print the loss ten times."""
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     recent, start = 0.0, time.perf_counter()
@@ -242,7 +161,7 @@ def descend(parameters: list[nn.Parameter], rate: float, losses: Iterator[Tensor
 
 
 def train_autoencoder(vae: AutoencoderKL, steps: int = 1000, rate: float = 3e-3) -> None:
-    """Train the autoencoder on all ingredients and set the scale of its latents."""
+    """Train the autoencoder on all ingredients, and set the scaling factor of its latents."""
 
     def losses() -> Iterator[Tensor]:
         noise = seeded(2)
@@ -269,7 +188,7 @@ def denoising_losses(
     steps: int,
     generator: Generator,
 ) -> Iterator[Tensor]:
-    """The error of the UNet on digits in these looks; one prompt in ten is left empty.
+    """The losses of the UNet on batches of digits in these looks; a tenth of the prompts is empty.
 
     Yields:
         The loss of one batch.
@@ -294,7 +213,7 @@ def denoising_losses(
 
 
 def train_base(pipe: StableDiffusionPipeline, steps: int = 3000, rate: float = 2e-3) -> None:
-    """Train text encoder and UNet on the looks that the base knows."""
+    """Train the text encoder and the UNet on the looks of the base model."""
     parameters = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
     descend(parameters, rate, denoising_losses(pipe, BASE, steps, seeded(4)), steps)
 
@@ -303,7 +222,7 @@ def train_base(pipe: StableDiffusionPipeline, steps: int = 3000, rate: float = 2
 
 
 def train_style(pipe: StableDiffusionPipeline, name: str, steps: int = 600, rate: float = 2e-3):
-    """Train a LoRA on the UNet of the pipeline and write it; the pipeline stays as it was."""
+    """Train and write a LoRA on the UNet of the pipeline, and remove it from the pipeline again."""
     seed = 10 + list(STYLES).index(name)
     torch.manual_seed(seed)
     pipe.unet.requires_grad_(False)
@@ -323,7 +242,7 @@ def train_style(pipe: StableDiffusionPipeline, name: str, steps: int = 600, rate
 
 
 class Judge(nn.Module):
-    """Says which digit an image shows, and which ingredients."""
+    """Classifies the digit and the ingredients of an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,13 +266,13 @@ class Judge(nn.Module):
 
 @torch.no_grad()
 def through(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images as the autoencoder gives them back: the best the pipeline could generate."""
+    """Images encoded and decoded by the autoencoder: the best that the pipeline could generate."""
     decoded = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def train_judge(vae: AutoencoderKL, steps: int = 1000, rate: float = 2e-3) -> Judge:
-    """Train the judge on real digits that the diffusion models have not seen."""
+    """Train the judge on digits that the diffusion models have not seen."""
     torch.manual_seed(20)
     judge = Judge()
 
@@ -367,11 +286,11 @@ def train_judge(vae: AutoencoderKL, steps: int = 1000, rate: float = 2e-3) -> Ju
     return judge.eval()
 
 
-# What the notebook loads
+# Loading and generating
 
 
 def load_pipeline() -> StableDiffusionPipeline:
-    """The base, in single precision and quiet."""
+    """The base pipeline in single precision, without progress bars."""
     pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "base").to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -384,7 +303,11 @@ def load_judge() -> Judge:
 
 
 def generate(pipe: StableDiffusionPipeline, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, SIZE, SIZE) in [0, 1] of the digits 0, 1, ..., 9, 0, ..., and labels."""
+    """Generate images (count, 3, SIZE, SIZE) in [0, 1] of the digits 0, 1, ..., 9, 0, ....
+
+    Returns:
+        The images and their labels.
+    """
     labels = torch.arange(count) % len(WORDS)
     images = pipe(
         prompts(labels),
@@ -399,7 +322,7 @@ def generate(pipe: StableDiffusionPipeline, count: int, seed: int = 0) -> tuple[
 
 
 def main() -> None:
-    """Train everything and write it."""
+    """Train and write everything."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pipe = make_pipeline()

@@ -126,7 +126,7 @@ def test_every_compression_has_the_optimal_error(results):
 
 def test_the_floor_writes_what_devec_writes(results):
     (row,) = rows(results, "decompose-files")
-    (wanted,) = decompose.wanted(Settings(quick=True))
+    (wanted,) = decompose.jobs_with_bars(Settings(quick=True))
     assert row["read"] == wanted.job.input_bytes()
     assert row["written"] > 2 * row["read"]
     assert row["memory of devec"] > 50_000_000

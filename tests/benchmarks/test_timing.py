@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks.timing import in_turn, process, python, ratio, rivals
+from benchmarks.timing import in_turn, process, python, ratio, times_in_turn
 
 HEAP = 300_000_000
 
@@ -33,9 +33,9 @@ def test_a_failure_is_loud():
         process(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)", threads=1)
 
 
-def test_rivals_run_in_turn():
+def test_compared_calls_run_in_turn():
     calls = []
-    times = rivals({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    times = times_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
     assert calls == list("ababab")
     assert [len(found) for found in times.values()] == [2, 2]
     assert in_turn({"a": lambda: 1, "b": lambda: 2}, 2) == {"a": [1, 1], "b": [2, 2]}
