@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format notebooks benchmarks pool clean
+.PHONY: help demo test check format docs figures pictures notebooks benchmarks pool clean
 
 help:
 	@echo "make demo        decompose a small pool of adapters and measure the parts"
 	@echo "make test        run the tests, notebooks included"
 	@echo "make check       format, lint, types, import directions, the built wheel"
 	@echo "make format      format and fix what can be fixed"
+	@echo "make docs        build the pages into docs/_build/html"
+	@echo "make figures     fill in what the pages quote: results, notebooks, commands"
+	@echo "make pictures    draw the pictures of the pages"
 	@echo "make notebooks   execute the notebooks in place"
 	@echo "make benchmarks  run the benchmarks (an hour, 40 GB of disk)"
 	@echo "make pool        train the demo pool anew (minutes)"
@@ -29,11 +32,23 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	PATH=$(BIN):$$PATH sh .ci/schemas
 	PYTHON=$(BIN)/python sh tests/check_wheel.sh
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+	@echo "built: docs/_build/html/index.html"
+
+figures: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+
+pictures: $(VENV)/.installed-dev
+	$(BIN)/python docs/pictures/rooms.py
+	$(BIN)/python docs/pictures/parts.py
 
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
@@ -41,13 +56,13 @@ notebooks: $(VENV)/.installed-dev
 benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.toy
-	$(BIN)/python -m benchmarks.dora_demo
+	$(BIN)/python -m benchmarks.dora_demo --json benchmarks/dora_demo.json
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m devec.demo.train
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build docs/_build docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -61,4 +76,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "the pages need Python 3.11 or newer; remove $(VENV) and run: make docs PYTHON=python3.12"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
