@@ -9,6 +9,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
 import generate  # noqa: E402
+import pool  # noqa: E402, F401
 
 PAGES = {str(page.relative_to(ROOT)): page for page in generate.pages()}
 FURNITURE = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]

@@ -4,11 +4,20 @@ import re
 import shlex
 from pathlib import Path
 
-import generate
-import pool
 import pytest
 import torch
-from pages import DOCS, FURNITURE, PAGES, ROOT, blocks, prose, read, written_by_hand
+from pages import (
+    DOCS,
+    FURNITURE,
+    PAGES,
+    ROOT,
+    blocks,
+    generate,
+    pool,
+    prose,
+    read,
+    written_by_hand,
+)
 from typer.testing import CliRunner
 
 import devec

@@ -13,14 +13,14 @@ PICTURES = DOCS / "pictures"
 
 def test_the_picture_of_the_rooms_shows_the_imports():
     pytest.importorskip("grimp")
-    drawn = runpy.run_path(PICTURES / "rooms.py")["draw"]()
+    drawn = runpy.run_path(str(PICTURES / "rooms.py"))["draw"]()
     assert drawn == (PICTURES / "rooms.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_picture_of_the_parts_is_what_its_script_draws():
     with mpl.rc_context():
-        figure = runpy.run_path(PICTURES / "parts.py")["draw"]()
+        figure = runpy.run_path(str(PICTURES / "parts.py"))["draw"]()
         figure.canvas.draw()
         drawn = np.asarray(figure.canvas.buffer_rgba())
     with Image.open(PICTURES / "parts.png") as image:
