@@ -11,8 +11,8 @@ rewrites, in README.md and in every page of docs, the text between a mark and it
     <!-- help: COMMAND -->                               a command's arguments and options
     <!-- end -->
 
-Columns are optional, and so is the pattern of the lines to show. `tests/test_docs.py` compares
-every block with what this program would write.
+Columns are optional, and so is the pattern of the lines to show. `tests/contracts/test_docs.py`
+compares every block with what this program would write.
 """
 
 from __future__ import annotations

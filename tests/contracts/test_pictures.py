@@ -5,8 +5,8 @@ import runpy
 import matplotlib as mpl
 import numpy as np
 import pytest
-from pages import DOCS
 from PIL import Image
+from support.pages import DOCS
 
 PICTURES = DOCS / "pictures"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from llama_doras import apart, expected, loaded, logits, save_adapter, save_models
-from pages import blocks, execute, written_by_hand
 from peft import PeftModel
+from support.pages import blocks, execute, written_by_hand
 from transformers import LlamaForCausalLM
 
 import devec

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from cases import save_kohya
-from pages import ROOT, blocks, example, execute, prose, read
+from support.pages import ROOT, blocks, example, execute, prose, read
 
 from devec import Adapter
 

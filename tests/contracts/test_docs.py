@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import (
+from support.pages import (
     DOCS,
     FURNITURE,
     PAGES,
@@ -146,6 +146,13 @@ def test_measured_figures_stand_in_generated_blocks(page):
     """A figure with a unit in the text would go stale without anybody noticing."""
     figure = re.compile(r"\d[.,]\d+ ?(s|ms|GB|MB|kB|%|×|°|degrees)(?!\w)")
     assert [line for line in prose(written_by_hand(page)) if figure.search(line)] == []
+
+
+def test_the_files_that_the_architecture_names_exist():
+    named = re.findall(r"`([a-z_]+/[\w/.]*)`", read("docs/architecture.md"))
+    assert len(named) > 10
+    roots = (ROOT, ROOT / "src" / "devec")
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
 
 
 def test_every_public_name_is_in_the_reference():
