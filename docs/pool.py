@@ -20,14 +20,14 @@ STYLES, BEHAVIOURS = ASSETS / "03-styles", ASSETS / "04-behaviours"
 
 SOURCES = {
     **{name: DEMO / name for name in ("ink", "chalk", "sign", "emboss", "halftone", "textures")},
-    "vit": DEMO / "base",
+    "devec-demo-vit": DEMO / "base",
     **{
         f"{name}.safetensors": STYLES / name / "pytorch_lora_weights.safetensors"
         for name in ("pixel", "stripes", "frame")
     },
     "pipeline": STYLES / "base",
     **{name: BEHAVIOURS / name for name in ("unwanted", "copy", "reverse", "sort", "next")},
-    "llama": BEHAVIOURS / "base",
+    "behaviours-llama": BEHAVIOURS / "base",
 }
 """Name in the directory → file or directory in the repository."""
 
