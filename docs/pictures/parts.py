@@ -114,45 +114,26 @@ def measured() -> list[float]:
 def draw_images(figure: Figure) -> None:
     """Rows of images with their names, and a share beside each sum."""
     left, top, size, gap = 0.524, 0.85, 0.036, 0.003
+    right = left + COLUMNS * (size + gap) + 0.012
     width, height = figure.get_size_inches()
     tall = size * width / height
     shares = [None, None, None, *measured()]
+    label_style = {"color": INK, "fontsize": 11, "ha": "right", "va": "center"}
+    share_style = {"color": INK, "fontsize": 14, "weight": "bold", "va": "center"}
+    note_style = {"color": MUTED, "fontsize": 9}
     for number, ((label, made), share) in enumerate(zip(images().items(), shares, strict=True)):
         bottom = top - (number + 1) * tall - number * 0.022 - (0.035 if share is not None else 0)
-        figure.text(
-            left - 0.012, bottom + tall / 2, label, color=INK, fontsize=11, ha="right", va="center"
-        )
+        middle = bottom + tall / 2
+        figure.text(left - 0.012, middle, label, **label_style)
         for column, image in enumerate(made):
             ax = figure.add_axes((left + column * (size + gap), bottom, size, tall))
             ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
             ax.axis("off")
         if share is not None:
-            x = left + COLUMNS * (size + gap) + 0.012
-            figure.text(
-                x,
-                bottom + tall / 2,
-                f"{share:.0%}",
-                color=INK,
-                fontsize=14,
-                weight="bold",
-                va="center",
-            )
-    x = left + COLUMNS * (size + gap) + 0.012
-    figure.text(
-        x,
-        top - 3 * tall - 0.044 - 0.005,
-        "right digit,\nall three\nstyles",
-        color=MUTED,
-        fontsize=9,
-        va="bottom",
-    )
-    figure.text(
-        left,
-        0.085,
-        CAPTION,
-        color=MUTED,
-        fontsize=9,
-    )
+            figure.text(right, middle, f"{share:.0%}", **share_style)
+    note = "right digit,\nall three\nstyles"
+    figure.text(right, top - 3 * tall - 0.049, note, va="bottom", **note_style)
+    figure.text(left, 0.085, CAPTION, **note_style)
 
 
 def draw() -> Figure:
