@@ -11,7 +11,8 @@ PARALLEL := --numprocesses auto --dist worksteal
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-fast test-oldest check format notebooks benchmarks pool clean
+.PHONY: help demo test test-fast test-oldest check format docs figures pictures notebooks benchmarks
+.PHONY: pool clean
 
 help:
 	@echo "make demo        decompose a small pool of adapters and measure the parts"
@@ -20,6 +21,9 @@ help:
 	@echo "make test-oldest run those with the oldest Python and packages allowed"
 	@echo "make check       format, lint, types, import directions, the built wheel"
 	@echo "make format      format and fix what can be fixed"
+	@echo "make docs        build the pages into docs/_build/html"
+	@echo "make figures     fill in what the pages quote: results, notebooks, commands"
+	@echo "make pictures    draw the pictures of the pages"
 	@echo "make notebooks   execute the notebooks in place"
 	@echo "make benchmarks  run the benchmarks (an hour, 40 GB of disk)"
 	@echo "make pool        train the demo pool again (minutes)"
@@ -41,11 +45,23 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	PATH=$(BIN):$$PATH sh .ci/schemas
 	PYTHON=$(BIN)/python sh tests/check_wheel.sh
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+	@echo "built: docs/_build/html/index.html"
+
+figures: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+
+pictures: $(VENV)/.installed-dev
+	$(BIN)/python docs/pictures/rooms.py
+	$(BIN)/python docs/pictures/parts.py
 
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
@@ -53,13 +69,14 @@ notebooks: $(VENV)/.installed-dev
 benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.toy
-	$(BIN)/python -m benchmarks.dora_demo
+	$(BIN)/python -m benchmarks.dora_demo --json benchmarks/dora_demo.json
 
 pool: $(VENV)/.installed-dev
 	$(BIN)/python -m experiments.train_demo_pool
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build docs/_build docs/notebooks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -78,4 +95,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "the pages need Python 3.11 or newer; remove $(VENV) and run: make docs PYTHON=python3.12"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -1,0 +1,170 @@
+"""The pages say what is: what is generated is current, examples run, links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import devec
+from devec.cli import app
+from support.pages import (
+    DOCS,
+    FURNITURE,
+    PAGES,
+    ROOT,
+    blocks,
+    generate,
+    pool,
+    prose,
+    read,
+    written_by_hand,
+)
+
+GENERATED = [page for page, path in PAGES.items() if list(generate.blocks(path))]
+# The examples of these two need adapters of their own: test_docs_live.py.
+ELSEWHERE = {"README.md", "docs/guides/live-models.md", "docs/guides/dora.md"}
+EXAMPLES = [page for page in PAGES if page not in ELSEWHERE and blocks(page, "python", "sh")]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The adapters of the guides, in the current directory."""
+    pool.collect(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_same(got, want):
+    """The same words, and the same figures but for rounding on another machine."""
+    got, want = got.split(), want.split()
+    figure = re.compile(r"-?\d+\.\d+")
+    figures = [i for i, word in enumerate(want) if figure.fullmatch(word)]
+    assert [re.sub(figure, "#", word) for word in got] == [
+        re.sub(figure, "#", word) for word in want
+    ]
+    numbers = ([float(words[i]) for i in figures] for words in (got, want))
+    assert next(numbers) == pytest.approx(next(numbers), rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("page", GENERATED)
+def test_what_is_generated_is_current(page):
+    """If this fails, run `make figures`, and read what has changed."""
+    for kind, what, text in generate.blocks(PAGES[page]):
+        wanted = generate.generated(kind, what)
+        if kind == "run":
+            assert_same(text, wanted)
+        else:
+            assert text == wanted, f"{kind}: {what}"
+
+
+def run_command(line):
+    """Run a line of a block of commands; several processes and GPUs become one and the CPU."""
+    words = shlex.split(line, comments=True)
+    if words[:1] in (["torchrun"], ["accelerate"]):
+        words = words[words.index("-m") + 1 :]
+    if words[:1] == ["make"]:
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    elif words[:1] == ["python"]:
+        assert (ROOT / words[1]).exists()
+    elif words[:1] == ["devec"]:
+        if not torch.cuda.is_available():
+            words = ["cpu" if word == "cuda" else word for word in words]
+        if words[1:] != ["demo"]:  # which the test below runs
+            ran = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+            assert ran.exit_code == 0, ran.output
+    else:
+        assert words[:1] in ([], ["pip"], ["cd"])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_run(page):
+    names = {}
+    for language, text in blocks(page, "python", "sh"):
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+        else:
+            for line in text.splitlines():
+                run_command(line)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_files_of_the_command_are_those_of_decompose_to():
+    names = ("ink", "chalk", "sign")
+    run_command(f"devec decompose {' '.join(names)} --threshold auto --out command")
+    lazy = [devec.Adapter.from_pretrained(name, lazy=True) for name in names]
+    devec.decompose_to("python", lazy, threshold="auto")
+    files = [path.relative_to("command") for path in Path("command").rglob("*.safetensors")]
+    assert len(files) > len(names)
+    assert all(
+        (Path("python") / file).read_bytes() == (Path("command") / file).read_bytes()
+        for file in files
+    )
+
+
+def test_the_demo_in_the_quickstart_is_the_demo(capsys):
+    """Within rounding: accuracies may differ by a digit image or two between processors."""
+    from devec.cli.demo import demo
+
+    demo(out=None, threshold="auto", method="mean")
+    numbers = r"\d+\.\d{3}"
+    page = read("docs/quickstart.md")
+    shown = re.search(r"<!-- demo -->(.*)<!-- /demo -->", page, flags=re.DOTALL)[1]
+    printed = capsys.readouterr().out
+    printed = printed[printed.index("Shared subspaces") :]
+    got, want = (re.findall(numbers, text) for text in (printed, shown))
+    assert [float(x) for x in got] == pytest.approx([float(x) for x in want], abs=0.006)
+    words = [re.sub(r"[\d.\s]+", " ", text).strip("` \n") for text in (printed, shown)]
+    assert words[0] == words[1].removeprefix("text").strip()
+
+
+def anchor(heading):
+    """The anchor that GitHub and MyST give to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", [*PAGES.values(), *FURNITURE], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        target, _, part = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), link
+        if part:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert part in map(anchor, headings), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_measured_figures_stand_in_generated_blocks(page):
+    """A figure with a unit in the text would go stale without anybody noticing."""
+    figure = re.compile(r"\d[.,]\d+ ?(s|ms|GB|MB|kB|%|×|°|degrees)(?!\w)")
+    assert [line for line in prose(written_by_hand(page)) if figure.search(line)] == []
+
+
+def test_the_files_that_the_architecture_names_exist():
+    named = re.findall(r"`([a-z_]+/[\w/.]*)`", read("docs/architecture.md"))
+    assert len(named) > 10
+    roots = (ROOT, ROOT / "src" / "devec")
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = read("docs/reference/api.md")
+    assert [n for n in devec.__all__ if not re.search(rf":: devec\.{n}$", reference, re.M)] == []
+
+
+def test_every_command_is_in_the_reference():
+    helped = [what for kind, what, _ in generate.blocks(DOCS / "reference/command-line.md")]
+    assert helped == [command.callback.__name__ for command in app.registered_commands]
+
+
+def test_the_citation_names_the_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {devec.__version__}\n" in citation
