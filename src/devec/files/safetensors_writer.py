@@ -51,7 +51,7 @@ class TensorWriter:
     def __init__(
         self, path: Path, known: Mapping[str, Tensor], strings: Mapping[str, str], *, create: bool
     ) -> None:
-        """Open the file; create it at its final size if asked."""
+        """Open the file, or create it at its final size."""
         self._slots = _slots(known)
         header = _header(self._slots, strings)
         self._header_size, self._strings = len(header), strings
