@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from devec.errors import OutputError, listed
+from devec.files.digest import CHUNK
 from devec.files.random_access import BINARY, bytes_of, read_at, uncache, write_at
 from devec.files.safetensors_reader import SAFETENSORS_TYPES
 
-_CHUNK = 1 << 22
 _LARGE_TENSOR = 1 << 20
 
 
@@ -109,7 +109,7 @@ class TensorWriter:
     def data_sha256(self) -> str:
         """The digest of the data after the header; all tensors must have been written."""
         digest, offset = hashlib.sha256(), self._header_size
-        chunk = memoryview(bytearray(_CHUNK))
+        chunk = memoryview(bytearray(CHUNK))
         while count := read_at(self._file, chunk, offset):
             digest.update(chunk[:count])
             offset += count
