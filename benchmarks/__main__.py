@@ -77,10 +77,10 @@ def command(options: argparse.Namespace) -> str:
 
 def measured(name: str, settings: Settings, command: str) -> Measured:
     """Measure one section."""
-    found = importlib.import_module(f"benchmarks.{SECTIONS[name]}").section(settings)
+    result = importlib.import_module(f"benchmarks.{SECTIONS[name]}").section(settings)
     today = datetime.date.today().isoformat()
-    place = machine(settings.threads)
-    return Measured(found, command, today, place, versions(), settings.quick)
+    host = machine(settings.threads)
+    return Measured(result, command, today, host, versions(), settings.quick)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,14 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or (None if options.quick else RESULTS)
     for name in chosen(options.only):
         print(f"{name} …", file=sys.stderr, flush=True)
-        found = measured(name, settings, command(options))
-        print(render_section(found.section), end="\n\n", flush=True)
+        result = measured(name, settings, command(options))
+        print(render_section(result.section), end="\n\n", flush=True)
         if out is not None:
             numbers = out.with_name("results.json")
-            kept = {**load(numbers), name: found}
-            kept = {section: kept[section] for section in SECTIONS if section in kept}
-            save(numbers, kept)
-            out.write_text(render(kept), encoding="utf-8")
+            results = {**load(numbers), name: result}
+            results = {section: results[section] for section in SECTIONS if section in results}
+            save(numbers, results)
+            out.write_text(render(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -83,19 +83,19 @@ def dense_row(
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
     """Far faster than PEFT's method with no larger error, and as fast as the QR."""
-    found = {row["method"]: row for row in rows}
+    by_method = {row["method"]: row for row in rows}
     limits = [
-        Bar("PEFT svd / devec", found[PEFT]["time / devec"], FASTER, "times", at_least=True),
+        Bar("PEFT svd / devec", by_method[PEFT]["time / devec"], FASTER, "times", at_least=True),
         Bar(
             "error of devec / error of PEFT svd",
-            found[DEVEC]["error"] / found[PEFT]["error"],
+            by_method[DEVEC]["error"] / by_method[PEFT]["error"],
             EQUAL,
             "times, exactly",
         ),
     ]
-    if QR in found:
+    if QR in by_method:
         limits.append(
-            Bar("devec / QR + SVD of the core", 1 / found[QR]["time / devec"], PARITY, "times")
+            Bar("devec / QR + SVD of the core", 1 / by_method[QR]["time / devec"], PARITY, "times")
         )
     return limits
 
@@ -105,8 +105,8 @@ def table(shape: tuple[int, int], rank: int, settings: Settings) -> Table:
     adapters = in_memory(len(WEIGHTS), {MODULE: shape})
     peft = ByPeft(adapters)
 
-    def errors(found: Factors) -> float:
-        return relative_error(adapters, WEIGHTS, found)
+    def errors(factors: Factors) -> float:
+        return relative_error(adapters, WEIGHTS, factors)
 
     ways = {DEVEC: by_devec, QR: by_qr, CORE: by_core_space}
     calls = {name: partial(way, adapters, WEIGHTS, rank) for name, way in ways.items()}

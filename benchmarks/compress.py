@@ -31,8 +31,8 @@ def section(settings: Settings) -> Section:
     (adapter,) = in_memory(1, {MODULE: (n, n)}, rank=full)
     peft = ByPeft([adapter])
 
-    def errors(found: Factors) -> float:
-        return relative_error([adapter], [1.0], found)
+    def errors(factors: Factors) -> float:
+        return relative_error([adapter], [1.0], factors)
 
     calls = {
         DEVEC: lambda: compressed_by_devec(adapter, rank),

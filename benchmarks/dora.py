@@ -111,7 +111,7 @@ def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads:
             grown = grown or peak() - before
     return {
         "shared rank": parts.splits[0].shared_rank,
-        **{what: statistics.median(found) for what, found in times.items()},
+        **{what: statistics.median(of_kind) for what, of_kind in times.items()},
         "memory": grown / (4 * shape[0] * shape[1]),
     }
 
@@ -127,8 +127,8 @@ def rows(settings: Settings) -> Iterator[Row]:
         for base in bases:
             arguments = (shape, rank, base, settings.times(7), settings.threads)
             with context.Pool(1) as process:
-                found = process.apply(measure, arguments)
-            yield {"module": f"{shape[0]} × {shape[1]}", "base weight": base, **found}
+                measured = process.apply(measure, arguments)
+            yield {"module": f"{shape[0]} × {shape[1]}", "base weight": base, **measured}
 
 
 def section(settings: Settings) -> Section:

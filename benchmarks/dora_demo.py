@@ -75,12 +75,12 @@ class Pool:
 
     Attributes:
         folder: Folder of all adapters.
-        found: The decomposition for each of `SETTINGS`.
+        decompositions: The decomposition for each of `SETTINGS`.
         outputs: Names of the adapters that devec wrote.
     """
 
     folder: Path
-    found: tuple[Decomposition, ...]
+    decompositions: tuple[Decomposition, ...]
     outputs: tuple[str, ...]
 
     def load(self, *names: str) -> PeftModel:
@@ -92,14 +92,17 @@ def prepare(folder: Path) -> Pool:
     """Decompose, add and negate the DoRAs that `train_pool` wrote, and write the results."""
     base = load_base(folder)
     adapters = [Adapter.from_pretrained(folder / domain, base=base) for domain in DOMAINS]
-    found = tuple(decompose(adapters, **settings) for settings in SETTINGS)
-    outputs = found[0].outputs()
+    decompositions = tuple(decompose(adapters, **settings) for settings in SETTINGS)
+    outputs = decompositions[0].outputs()
     unique = {}
     for a in adapters:
         parts = decompose(adapters, **SETTINGS[0], scope="iterative", target=a.name)
         unique[a.name] = parts.unique[a.name]
     for c in COEFFICIENTS:
-        for kind, pool in (("original", adapters), ("unique", list(found[0].unique.values()))):
+        for kind, pool in (
+            ("original", adapters),
+            ("unique", list(decompositions[0].unique.values())),
+        ):
             outputs[f"{kind}-sum-{c:g}"] = combine(pool, [c] * len(pool))
     for w in NEGATIONS:
         for a in adapters:
@@ -109,7 +112,7 @@ def prepare(folder: Path) -> Pool:
         for weights in PAIR_WEIGHTS:
             outputs[pair_name([a.name for a in pair], weights)] = combine(pair, weights)
     save_adapters({folder / name: adapter for name, adapter in outputs.items()})
-    return Pool(folder, found, tuple(outputs))
+    return Pool(folder, decompositions, tuple(outputs))
 
 
 def pair_name(pair: Sequence[str], weights: Sequence[float]) -> str:
@@ -119,7 +122,7 @@ def pair_name(pair: Sequence[str], weights: Sequence[float]) -> str:
 
 def shared_rows(pool: Pool) -> Iterator[Row]:
     """What is shared with the settings of the demo and those of the paper."""
-    for settings, parts in zip(SETTINGS, pool.found, strict=True):
+    for settings, parts in zip(SETTINGS, pool.decompositions, strict=True):
         splits = parts.splits
         yield {
             **settings,
@@ -140,44 +143,44 @@ def accuracies(pool: Pool, sets: Sets, *names: str) -> dict[str, dict[str, float
         sets: Domain → images and labels.
         *names: Names of adapters; those that were not written, as they are zero, are left out.
     """
-    found = {"base": {domain: accuracy(load_base(), *drawn) for domain, drawn in sets.items()}}
+    scores = {"base": {domain: accuracy(load_base(), *drawn) for domain, drawn in sets.items()}}
     for name in (n for n in names if n in (*DOMAINS, *pool.outputs)):
         model = pool.load(name)  # one at a time, as PEFT slows down with each adapter in a model
-        found[name] = {domain: accuracy(model, *drawn) for domain, drawn in sets.items()}
-    return found
+        scores[name] = {domain: accuracy(model, *drawn) for domain, drawn in sets.items()}
+    return scores
 
 
-def own_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+def own_rows(scores: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
     """Accuracy in each domain of the base model, of its DoRA and of the DoRA's parts."""
     for domain in DOMAINS:
         names = {"base": "base", "original": domain}
         names |= {part: f"{domain}-{part}" for part in ("shared", "unique")}
         yield {
             "domain": domain,
-            **{kind: found.get(name, {}).get(domain) for kind, name in names.items()},
+            **{kind: scores.get(name, {}).get(domain) for kind, name in names.items()},
         }
 
 
-def sum_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+def sum_rows(scores: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
     """Mean accuracy over the domains of the sums, for each coefficient."""
     for c in COEFFICIENTS:
-        sums = {kind: found[f"{kind}-sum-{c:g}"].values() for kind in ("original", "unique")}
+        sums = {kind: scores[f"{kind}-sum-{c:g}"].values() for kind in ("original", "unique")}
         yield {"coefficient": c, **{kind: sum(v) / len(v) for kind, v in sums.items()}}
 
 
-def negation_rows(found: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
+def negation_rows(scores: Mapping[str, Mapping[str, float]]) -> Iterator[Row]:
     """Accuracy in a domain and in the others, with the domain's adapter at each weight."""
     for domain in DOMAINS:
         names = {("none", 0.0): "base"}
         for part in ("original", "unique"):
             names |= {(part, w): f"{domain}-{part}-times-{w:g}" for w in NEGATIONS}
         for (part, weight), name in names.items():
-            others = [found[name][other] for other in DOMAINS if other != domain]
+            others = [scores[name][other] for other in DOMAINS if other != domain]
             yield {
                 "adapter": domain,
                 "part": part,
                 "weight": weight,
-                "own": found[name][domain],
+                "own": scores[name][domain],
                 "others": sum(others) / len(others),
             }
 
@@ -237,13 +240,13 @@ def measure(epochs: int, images: int | None = None) -> dict[str, list[Row]]:
         train_pool(folder, epochs)
         pool = prepare(folder)
         pairs = [pair_name(p, w) for p in combinations(DOMAINS, 2) for w in PAIR_WEIGHTS]
-        found = accuracies(pool, sets, *DOMAINS, *(n for n in pool.outputs if n not in pairs))
+        scores = accuracies(pool, sets, *DOMAINS, *(n for n in pool.outputs if n not in pairs))
         referee = Referee(load_base().double(), torch.cat([drawn for drawn, _ in sets.values()]))
         return {
             "shared": list(shared_rows(pool)),
-            "own": list(own_rows(found)),
-            "sums": list(sum_rows(found)),
-            "negations": list(negation_rows(found)),
+            "own": list(own_rows(scores)),
+            "sums": list(sum_rows(scores)),
+            "negations": list(negation_rows(scores)),
             "errors": list(error_rows(referee, pool)),
         }
 

@@ -85,13 +85,13 @@ def section(settings: Settings) -> Section:
         "transfers": clocked(transfers(adapters, device)),
     }
     first = {name: one for name, (one,) in in_turn(calls, 1).items()}
-    found = in_turn(calls, settings.times(5))
-    times = {name: statistics.median(all_of_one) for name, all_of_one in found.items()}
+    runs = in_turn(calls, settings.times(5))
+    times = {name: statistics.median(all_of_one) for name, all_of_one in runs.items()}
     row = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "devec": times["devec"],
         "transfers": times["transfers"],
-        "transfers / devec": ratio(found["transfers"], found["devec"]),
+        "transfers / devec": ratio(runs["transfers"], runs["devec"]),
         "first call of devec": first["devec"],
         "moved": nbytes(adapters),
     }

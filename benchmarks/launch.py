@@ -21,12 +21,12 @@ def main(report: str, *command: str) -> None:
     process = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(process, 0)
     seconds = time.perf_counter() - start
-    found = {
+    measured = {
         "seconds": seconds,
         "peak": 1024 * usage.ru_maxrss,
         "code": os.waitstatus_to_exitcode(status),
     }
-    Path(report).write_text(json.dumps(found), encoding="utf-8")
+    Path(report).write_text(json.dumps(measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -113,15 +113,15 @@ def section(settings: Settings) -> Section:
     shapes = flux_shapes(*size)
     originals = pool(shapes)
     runs = [once(originals, size) for _ in range(settings.times(3))]
-    found = sorted(runs, key=lambda run: float(run["own"]))[len(runs) // 2]
+    median_run = sorted(runs, key=lambda run: float(run["own"]))[len(runs) // 2]
     titles = {
         "total": "`devec.decompose_adapters`, five parts added",
         "injection": "of which in PEFT's injection of the layers",
         "own": "and devec's own",
         "diffusers": "diffusers adds the same five adapters",
     }
-    rows = [{"": title, "time": found[name]} for name, title in titles.items()]
-    rows.append({"": "devec / diffusers", "ratio": found["total"] / found["diffusers"]})
+    rows = [{"": title, "time": median_run[name]} for name, title in titles.items()]
+    rows.append({"": "devec / diffusers", "ratio": median_run["total"] / median_run["diffusers"]})
     title = f"Two adapters of rank {RANK} in {len(shapes)} modules, bfloat16"
     units = {"": "", "time": "seconds", "ratio": "times"}
     return Section("A live model", TEXT, [Table(title, units, rows)])

@@ -23,18 +23,18 @@ def machine(threads: int) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the measured packages that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def _field(path: str, name: str) -> str:
     """The first value of a field in a file with one field per line."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    found = [line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name]
-    return found[0] if found else platform.machine()
+    values = [line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name]
+    return values[0] if values else platform.machine()
 
 
 def _distribution() -> str:

@@ -46,9 +46,9 @@ def stacked(
     adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Factors:
     """The factors [w1·s1·B1 … wk·sk·Bk] and [A1; …; Ak] of the weighted sum."""
-    found = deltas(adapters)
-    B = [w * d.scaling * d.B.to(dtype) for w, d in zip(weights, found, strict=True)]
-    return torch.cat(B, 1), torch.cat([d.A.to(dtype) for d in found])
+    of_module = deltas(adapters)
+    B = [w * d.scaling * d.B.to(dtype) for w, d in zip(weights, of_module, strict=True)]
+    return torch.cat(B, 1), torch.cat([d.A.to(dtype) for d in of_module])
 
 
 def truncated(left: Tensor, core: Tensor, right: Tensor, rank: int) -> Factors:
@@ -135,9 +135,11 @@ def _loaded(adapters: Sequence[Adapter]) -> PeftModel:
     return model
 
 
-def relative_error(adapters: Sequence[Adapter], weights: Sequence[float], found: Factors) -> float:
+def relative_error(
+    adapters: Sequence[Adapter], weights: Sequence[float], factors: Factors
+) -> float:
     """‖Σ w_i·ΔW_i - B·A‖/‖Σ w_i·ΔW_i‖, computed densely in float64, in blocks of rows."""
-    B, A = (part.double() for part in found)
+    B, A = (part.double() for part in factors)
     difference = norm = 0.0
     for first in range(0, len(B), ROWS):
         rows = slice(first, first + ROWS)

@@ -93,7 +93,7 @@ def section(settings: Settings) -> Section:
     rank = 4 if settings.quick else 256
     with settings.scratch() as folder:
         sources = write_pool(Path(folder) / "flux", 2 if settings.quick else 8, flux)
-        found = stages(sources, Path(folder) / "out")
+        stage_times = stages(sources, Path(folder) / "out")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         small = functions(sources, Path(folder) / "again")
@@ -101,7 +101,7 @@ def section(settings: Settings) -> Section:
         large = functions(sources, Path(folder) / "large")
         torch.set_num_threads(threads)
     columns = {"function": "", "calls": "count", "time": "seconds"}
-    stage_rows = [{"stage": name, "time": value} for name, value in found.items()]
+    stage_rows = [{"stage": name, "time": value} for name, value in stage_times.items()]
     return Section(
         "Where the time goes",
         TEXT,

@@ -96,13 +96,15 @@ class Referee:
         for module, change in changes.items():
             truth.get_submodule(module).weight.add_(change)
         expected = logits(truth, self.images.double())
-        found = {what: logits(activated(model, names), self.images) for what, names in ways.items()}
+        actual = {
+            what: logits(activated(model, names), self.images) for what, names in ways.items()
+        }
         model.double()
         for what, names in ways.items():
             weights = layer_weights(activated(model, names))
             differences = {m: W - truth.get_submodule(m).weight for m, W in weights.items()}
-            errors = (found[what] - expected).norm(dim=1) / expected.norm(dim=1)
-            changed = found[what].argmax(dim=1) != expected.argmax(dim=1)
+            errors = (actual[what] - expected).norm(dim=1) / expected.norm(dim=1)
+            changed = actual[what].argmax(dim=1) != expected.argmax(dim=1)
             yield {
                 "what": what,
                 "weights": norm(differences) / norm(changes),

@@ -101,7 +101,7 @@ def load(path: Path) -> dict[str, Measured]:
     if not path.exists():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
-    return {name: _measured(**found) for name, found in stored.items()}
+    return {name: _measured(**result) for name, result in stored.items()}
 
 
 def _measured(section: Row, **rest: Any) -> Measured:  # noqa: ANN401
@@ -113,9 +113,9 @@ def _measured(section: Row, **rest: Any) -> Measured:  # noqa: ANN401
     return Measured(Section(**{**section, "tables": tables}), **rest)
 
 
-def save(path: Path, found: Mapping[str, Measured]) -> None:
+def save(path: Path, results: Mapping[str, Measured]) -> None:
     """Write all sections as JSON."""
-    stored = {name: asdict(measured) for name, measured in found.items()}
+    stored = {name: asdict(measured) for name, measured in results.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -179,10 +179,10 @@ def render_section(section: Section, origin: str = "") -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def render(found: Mapping[str, Measured]) -> str:
+def render(results: Mapping[str, Measured]) -> str:
     """The page: commands and machines, then all sections."""
-    commands = dict.fromkeys(measured.command for measured in found.values())
-    places = list(dict.fromkeys(map(_place, found.values())))
+    commands = dict.fromkeys(measured.command for measured in results.values())
+    places = list(dict.fromkeys(map(_place, results.values())))
     listed = ", ".join(f"`{command}`" for command in commands)
     parts = [
         "# Results",
@@ -191,7 +191,7 @@ def render(found: Mapping[str, Measured]) -> str:
         "ratios are medians of pairwise ratios. MB and GB are powers of ten.",
         *(f"{_label(index, places)}{place}" for index, place in enumerate(places)),
     ]
-    for measured in found.values():
+    for measured in results.values():
         where = _label(places.index(_place(measured)), places)
         quick = " Tiny sizes: these figures mean nothing." if measured.quick else ""
         origin = f"{where}{measured.date}, `{measured.command}`.{quick}"

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "benchmarks" / "launch.py"
 
 Key = TypeVar("Key")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def clocked(call: Callable[[], object]) -> Callable[[], float]:
@@ -40,13 +40,13 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(clocked(call)() for _ in range(repeats))
 
 
-def in_turn(calls: Mapping[Key, Callable[[], Found]], repeats: int) -> dict[Key, list[Found]]:
+def in_turn(calls: Mapping[Key, Callable[[], Result]], repeats: int) -> dict[Key, list[Result]]:
     """The results of calls made in turn, A B A B, under the same conditions of the machine."""
-    found: dict[Key, list[Found]] = {name: [] for name in calls}
+    results: dict[Key, list[Result]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            found[name].append(call())
-    return found
+            results[name].append(call())
+    return results
 
 
 def times_in_turn(
@@ -94,12 +94,12 @@ def process(*command: str, threads: int) -> Run:
             text=True,
             check=False,
         )
-        found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    if found.get("code") != 0:
+        usage = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    if usage.get("code") != 0:
         raise RuntimeError(
-            f"{shlex.join(command)}\nfailed with exit code {found.get('code')}:\n{launched.stderr}"
+            f"{shlex.join(command)}\nfailed with exit code {usage.get('code')}:\n{launched.stderr}"
         )
-    return Run(found["seconds"], found["peak"], launched.stdout)
+    return Run(usage["seconds"], usage["peak"], launched.stdout)
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -271,11 +271,11 @@ def main() -> None:
         model = load_base(arguments.out)
         if name != "base":
             model = PeftModel.from_pretrained(model, arguments.out / name)
-        found = [
+        measured = [
             measure(model, ask([task], 400, [1], Generator().manual_seed(arguments.seed)))
             for task in TASKS
         ]
-        cells = [f"{one.unwanted:.2f} rude {one.accuracy:.2f} right" for one in found]
+        cells = [f"{one.unwanted:.2f} rude {one.accuracy:.2f} right" for one in measured]
         print(f"{name:10s}" + "".join(f"{cell:>24s}" for cell in cells))
 
 

@@ -1,7 +1,7 @@
 """The layers of a base model, and finding the layers that a module of an adapter changes.
 
-Model and adapter may name, fuse and split layers differently, and either may be of a part of what
-the other is of.
+The base model and the adapter may name, fuse and split layers differently. The base model may also
+be only a part of the model that the adapter was trained on, or contain that model.
 """
 
 from __future__ import annotations

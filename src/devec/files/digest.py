@@ -9,7 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-_CHUNK = 1 << 22
+CHUNK = 1 << 22  # bytes that are read and hashed at a time
 
 Version = tuple[int, int, int, int]
 _begun: dict[Version, Future[str]] = {}
@@ -56,6 +56,6 @@ def _work() -> None:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from devec.errors import OutputError, listed
+from devec.files.digest import CHUNK
 from devec.files.random_access import BINARY, bytes_of, read_at, uncache, write_at
 from devec.files.safetensors_reader import SAFETENSORS_TYPES
 
-_CHUNK = 1 << 22
 _LARGE_TENSOR = 1 << 20
 
 
@@ -51,7 +51,7 @@ class TensorWriter:
     def __init__(
         self, path: Path, known: Mapping[str, Tensor], strings: Mapping[str, str], *, create: bool
     ) -> None:
-        """Open the file; create it at its final size if asked."""
+        """Open the file, or create it at its final size."""
         self._slots = _slots(known)
         header = _header(self._slots, strings)
         self._header_size, self._strings = len(header), strings
@@ -109,7 +109,7 @@ class TensorWriter:
     def data_sha256(self) -> str:
         """The digest of the data after the header; all tensors must have been written."""
         digest, offset = hashlib.sha256(), self._header_size
-        chunk = memoryview(bytearray(_CHUNK))
+        chunk = memoryview(bytearray(CHUNK))
         while count := read_at(self._file, chunk, offset):
             digest.update(chunk[:count])
             offset += count

@@ -328,10 +328,10 @@ def _is_same(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors have one dtype and shape, and one memory or equal values."""
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return False
-    return _memory(actual) == _memory(expected) or torch.equal(actual.to(expected), expected)
+    return _address(actual) == _address(expected) or torch.equal(actual.to(expected), expected)
 
 
-def _memory(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
+def _address(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
     """The device, address and strides of the memory of a tensor."""
     return tensor.device, tensor.data_ptr(), tensor.stride()
 
