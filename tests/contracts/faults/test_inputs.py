@@ -104,7 +104,7 @@ def test_a_digest_is_not_that_of_another_file(pool, monkeypatch, change):
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
-@pytest.mark.parametrize("form", [Form(), Form(compact=True)], ids=["direct", "put by"])
+@pytest.mark.parametrize("form", [Form(), Form(compact=True)], ids=["direct", "spooled"])
 def test_nothing_is_written_of_inputs_that_change(tmp_path, plain, change, form):
     original = weights(plain[1]).read_bytes()
     adapters = from_files(plain)
