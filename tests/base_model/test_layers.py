@@ -90,7 +90,7 @@ def test_an_initialisation_that_changes_the_base_weights_is_refused():
         assert read(base, "second", (4, 4)).shape == (4, 4)
 
 
-def test_what_is_stored_the_other_way_round_is_not_taken_for_what_it_is_said_to_be(tmp_path):
+def test_a_transposed_weight_is_not_mistaken_for_the_declared_one(tmp_path):
     path = single(tmp_path / "model.safetensors", first__weight=torch.ones(6, 4))
     refused(IncompatibleError, path, "(4, 6)", "(6, 4)", transposed=False)
     assert read(path, "first", (4, 6)).shape == (4, 6)

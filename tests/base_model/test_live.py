@@ -51,7 +51,7 @@ def test_attention_inside_of_an_adapter():
     assert torch.equal(got, host.base_model.model.attn.base_layer.out_proj.base_layer.weight)
 
 
-def test_a_merged_adapter_is_refused_until_it_is_taken_out():
+def test_a_merged_adapter_is_refused_until_it_is_unmerged():
     host = with_adapter(init_lora_weights=False)
     base, before = base_model(host), read(host, "first", (4, 6)).clone()
     host.merge_adapter()

@@ -92,7 +92,7 @@ def test_handles_of_the_same_weight_are_equal(tmp_path, monkeypatch):
     assert one != base_model(None).weight("first", (4, 6))
 
 
-def test_live_models_are_told_apart():
+def test_live_models_are_distinguished():
     one, other = plain(), plain()
     assert base_model(one) == base_model(one)
     assert base_model(one) != base_model(other)

@@ -109,7 +109,7 @@ def test_a_file_of_the_denoiser_alone_has_native_names(kind, naming, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
-def test_the_family_is_told_by_the_base_model_where_the_adapter_does_not(kind, tmp_path):
+def test_the_base_model_says_the_family_where_the_adapter_does_not(kind, tmp_path):
     save_file(native_state(kind, ""), path := tmp_path / "native.safetensors")
     assert wrong(path, bare_ids(kind), truth_of(kind)) == []
 

@@ -18,7 +18,7 @@ from support.checks.base_weights import (
 CPU = torch.device("cpu")
 
 
-def test_without_a_base_model_the_remedy_is_said():
+def test_without_a_base_model_the_remedy_is_named():
     refused(IncompatibleError, None, "diag(m/", "base=MODEL", "--base MODEL", ".safetensors")
 
 

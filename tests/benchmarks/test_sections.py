@@ -154,7 +154,7 @@ def test_too_small_a_disk_is_no_silence(monkeypatch, tmp_path):
     assert "Left out: it needs 0 GB of disk, 0 GB are free." in page
 
 
-def test_without_a_gpu_it_is_said(monkeypatch):
+def test_a_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (table,) = gpu.section(Settings()).tables
     assert table.notes == ["Left out: the machine has no GPU that torch can use."]

@@ -236,7 +236,7 @@ def test_auto_is_not_proposed_to_who_used_it(run, faint):
     assert "auto" not in sentence(text).partition("Try")[2]
 
 
-def test_full_ranks_are_said_to_tell_nothing(run):
+def test_full_ranks_are_reported_as_meaningless(run):
     text = run("decompose", "full0", "full1", "--out", "out", "--threshold", "auto").wrote().out
     assert "inf" not in sentence(text)
     assert "already apart" not in sentence(text)

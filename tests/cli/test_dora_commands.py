@@ -163,7 +163,7 @@ def test_the_path_of_the_weights_does_not_replace_the_name_on_record(run, here, 
     assert written["base_model_name_or_path"] == (recorded or "llama")
 
 
-def test_it_is_said_that_doras_come_first(run, here):
+def test_the_output_says_that_doras_come_first(run, here):
     ran = run("decompose", *DORAS, "--threshold", "0.5", "--base", "llama", "--out", "out").wrote()
     assert "Activate unique parts first" in ran.out
     assert "list this one first" in (here / "out/toxic-unique/README.md").read_text()

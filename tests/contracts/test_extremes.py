@@ -273,7 +273,7 @@ def save_cancelling(path, index, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scope", ["all", "iterative"])
-def test_zero_is_told_before_rounding_to_the_type_of_the_files(tmp_path, dtype, scope):
+def test_zero_is_detected_before_rounding_to_the_type_of_the_files(tmp_path, dtype, scope):
     """The factor of a unique part that is zero need not be: its columns cancel, unless rounded."""
     paths = [save_cancelling(tmp_path / f"a{i}", i, dtype) for i in range(2)]
     options = {"threshold": 0.5, "scope": scope, "target": "a0" if scope == "iterative" else None}
@@ -285,7 +285,7 @@ def test_zero_is_told_before_rounding_to_the_type_of_the_files(tmp_path, dtype, 
         assert "a0-shared" in held
 
 
-def test_rounding_is_told_for_weights_and_biases_apart():
+def test_rounding_is_reported_for_weights_and_biases_separately():
     original = Norms(1e3, 1e-3)
     assert Norms(1e-4, 1e-10).are_rounding_beside(original)
     assert not Norms(1e-4, 1e-8).are_rounding_beside(original)

@@ -148,7 +148,7 @@ def test_equal_tensors_need_no_base_weight():
         _ = without_base(a) == without_base(b)
 
 
-def test_magnitudes_far_from_the_norms_are_told_of():
+def test_magnitudes_far_from_the_norms_are_warned_of():
     module = Module()
     delta, _ = module.dora()
     other = delta.on(InMemoryWeight(100 * module.base.tensor))

@@ -99,7 +99,7 @@ def test_a_file_that_vanishes_meanwhile_is_an_error_of_the_reader_alone(file, co
 
 
 @pytest.mark.parametrize("error", [MemoryError("no more"), OSError(5, "Input/output error")])
-def test_whatever_goes_wrong_in_the_background_is_told(file, monkeypatch, error):
+def test_errors_in_the_background_are_reported(file, monkeypatch, error):
     def failing(_):
         raise error
 

@@ -313,7 +313,7 @@ def test_a_host_that_changes_what_it_is_given_is_found_out(model, monkeypatch):
     refused("something else", "lora_A", call=devec.negate_adapter)(model, "anime")
 
 
-def test_nothing_shared_is_said(model):
+def test_nothing_shared_is_reported(model):
     with pytest.warns(DevecWarning, match="Nothing is shared at this threshold"):
         parts = devec.decompose_adapters(model, PAIR, threshold=1.0, prefix="t_")
     assert parts.nothing_shared
@@ -324,7 +324,7 @@ def test_nothing_shared_is_said(model):
     model.set_adapter("anime")
 
 
-def test_empty_parts_are_said():
+def test_empty_parts_are_reported():
     model = make_model("llama")
     for name in PAIR:
         add(model, name, 0, ["q_proj"])

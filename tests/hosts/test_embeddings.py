@@ -171,7 +171,7 @@ def test_embeddings_of_the_base_model_are_saved_where_peft_does(base, what, host
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens))
 
 
-def test_nothing_is_asked_of_the_hub(base, monkeypatch):
+def test_the_hub_is_not_contacted(base, monkeypatch):
     """And what cannot be known is said."""
     import socket
 

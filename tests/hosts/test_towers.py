@@ -23,8 +23,6 @@ from transformers import (
     FlavaModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Siglip2Config,
-    Siglip2Model,
     SiglipConfig,
     SiglipModel,
 )
@@ -47,10 +45,18 @@ SOUND = {
     "window_size": 2,
 }  # fmt: skip
 BOTH = {"text_config": TEXT, "vision_config": IMAGE}
+
+
+def siglip2(**fields):
+    """A model that transformers has since 4.49."""
+    transformers = pytest.importorskip("transformers", minversion="4.49")
+    return transformers.Siglip2Model(transformers.Siglip2Config(**fields))
+
+
 FAMILIES = {
     "clip": lambda: CLIPModel(CLIPConfig(**BOTH)),
     "siglip": lambda: SiglipModel(SiglipConfig(**BOTH)),
-    "siglip2": lambda: Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=PATCHES)),
+    "siglip2": lambda: siglip2(text_config=TEXT, vision_config=PATCHES),
     "chinese-clip": lambda: ChineseCLIPModel(ChineseCLIPConfig(**BOTH)),
     "blip": lambda: BlipModel(BlipConfig(**BOTH)),
     "clap": lambda: ClapModel(

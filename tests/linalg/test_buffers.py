@@ -65,7 +65,7 @@ def test_each_thread_has_memory_of_its_own():
     assert len(set(places)) == 2
 
 
-def test_memory_of_sizes_that_are_not_asked_for_any_more_is_let_go():
+def test_memory_of_sizes_no_longer_requested_is_released():
     with reuse_memory(BLOCKS):
         empty((1 << 20,), torch.float32)
         empty((1 << 19,), torch.float32)

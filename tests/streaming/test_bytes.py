@@ -107,7 +107,7 @@ def test_what_is_read_lazily_is_what_is_read_at_once(tmp_path, peft_pool, name):
     assert first == second
 
 
-def test_what_is_read_lazily_is_not_held(peft_pool):
+def test_what_is_read_lazily_is_not_kept(peft_pool):
     adapter = Adapter.from_pretrained(peft_pool()[0], lazy=True)
     first, second = (adapter.modules["first.layer"] for _ in range(2))
     assert first.B.data_ptr() != second.B.data_ptr()

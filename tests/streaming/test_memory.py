@@ -62,7 +62,7 @@ def test_the_peak_is_bounded_and_does_not_grow_with_the_pool(tmp_path, pool, opt
     assert many <= 600e6 + 4 * FACTORS
 
 
-def test_the_peak_of_parts_that_are_put_by_is_bounded_too(tmp_path, pool):
+def test_the_peak_of_spooled_parts_is_bounded_too(tmp_path, pool):
     """Compact parts are held one adapter at a time."""
     few = peak(tmp_path / "few", pool[:FEW], "--compact")
     many = peak(tmp_path / "many", pool[:SOME], "--compact")

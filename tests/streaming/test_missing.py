@@ -77,7 +77,7 @@ def test_adapters_that_lack_modules(tmp_path, options):
             assert Adapter.from_pretrained(path).modules.keys() == {"first"}
 
 
-def test_an_older_output_without_a_successor_is_taken_away(tmp_path, peft_pool):
+def test_an_older_output_without_a_successor_is_removed(tmp_path, peft_pool):
     out, pool = tmp_path / "out", peft_pool()
     from_files_to_files(out, pool)
     with pytest.raises(DevecError, match="output exists"):

@@ -1,4 +1,4 @@
-"""Deltas put by on the disk come back as they were."""
+"""Deltas spooled to the disk come back as they were."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -74,14 +74,14 @@ def test_gains_of_both_axes_come_back(tmp_path):
     assert held["q"].norm() == delta.norm()
 
 
-def test_what_was_changed_after_it_was_put_by_comes_back_unchanged(tmp_path):
+def test_changes_after_spooling_do_not_come_back(tmp_path):
     delta, want = lora(0), lora(0)
     path, held = spooled(tmp_path / "spool", {"q": delta})
     delta.B.zero_()
     assert read_spools([(path, held)], {})["q"].same_as(want)
 
 
-def test_threads_may_put_by_at_the_same_time(tmp_path):
+def test_threads_may_spool_at_the_same_time(tmp_path):
     deltas = {f"m{i}": lora(i, rank=1 + i % 4) for i in range(60)}
     spool = Spool(tmp_path / "spool")
     with ThreadPoolExecutor(4) as threads:

@@ -64,7 +64,7 @@ def test_several_processes_write_every_byte_as_one_does(tmp_path, pool, alone, s
 
 
 @pytest.mark.parametrize("options", [("--compact",), ("--scope", "pairwise")], ids=str)
-def test_parts_that_are_put_by_are_gathered(tmp_path, pool, options):
+def test_spooled_parts_are_gathered(tmp_path, pool, options):
     team = start_team(tmp_path / "logs", 2, *decompose(pool, tmp_path / "two", *options))
     assert [child.ends() for child in team] == [0, 0]
     code, printed = run(tmp_path / "log", *decompose(pool, tmp_path / "one", *options))
@@ -195,7 +195,7 @@ def test_outputs_that_exist_are_refused_by_all(tmp_path, pool):
 
 
 @pytest.mark.parametrize("other", ["threshold", "order", "file"])
-def test_processes_that_were_asked_different_things_are_refused(tmp_path, pool, other):
+def test_processes_with_different_requests_are_refused(tmp_path, pool, other):
     """By the one process that knows what all were asked."""
     twin = save_kohya(tmp_path / "twin" / "c.safetensors", 7)
     asked = {

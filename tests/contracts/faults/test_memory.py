@@ -37,7 +37,7 @@ def _raise(error):
 
 
 @pytest.mark.parametrize("lacking", NO_MEMORY)
-def test_too_little_memory_for_a_module_is_said(tmp_path, pool, lacking):
+def test_too_little_memory_for_a_module_is_reported(tmp_path, pool, lacking):
     first, second = from_files(pool)
     module = module_of(second)
     spoiled = before_reading(second, module, lambda: _raise(NO_MEMORY[lacking]()))
@@ -49,7 +49,7 @@ def test_too_little_memory_for_a_module_is_said(tmp_path, pool, lacking):
 
 
 @pytest.mark.parametrize("lacking", NO_MEMORY)
-def test_too_little_memory_for_what_is_carried_is_said(tmp_path, plain, lacking):
+def test_too_little_memory_for_carried_tensors_is_reported(tmp_path, plain, lacking):
     first, second = from_files(plain)
     known = {"head": torch.empty(3, device="meta")}
     spoiled = dataclasses.replace(
@@ -70,7 +70,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(tmp_path, plain):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory hold on Linux only")
-def test_a_limit_of_memory_below_that_of_one_module_is_said(tmp_path):
+def test_a_memory_limit_below_one_module_is_reported(tmp_path):
     pool = [tmp_path / "in" / f"{name}.safetensors" for name in "ab"]
     pool[0].parent.mkdir()
     for index, path in enumerate(pool):

@@ -106,7 +106,7 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
     assert_nothing_but(tmp_path, "in")
 
 
-def test_a_file_that_cannot_be_made_as_large_is_let_go_of(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_enlarged_is_closed(tmp_path, monkeypatch):
     def failing(*_):
         raise OSError(28, "No space left on device")
 
@@ -192,13 +192,13 @@ def test_outputs_of_a_run_at_the_same_time_are_not_replaced(tmp_path, plain):
     not Path("/proc/self").exists(), reason="has no directory that none may write to"
 )
 @pytest.mark.parametrize("out", ["/proc/out", "/proc/self/out", "/sys/out"])
-def test_where_nothing_can_be_written_it_is_said(plain, out):
+def test_an_unwritable_output_directory_is_reported(plain, out):
     with pytest.raises(OutputError, match=f"cannot write '{out}/.*nothing was changed"):
         from_files_to_files(out, plain)
     assert not Path(out).exists()
 
 
-def test_in_the_place_of_a_file_it_is_said(tmp_path, plain):
+def test_an_output_directory_that_is_a_file_is_reported(tmp_path, plain):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="it is a file, expected a directory"):
         from_files_to_files(tmp_path / "out", plain)
@@ -207,7 +207,7 @@ def test_in_the_place_of_a_file_it_is_said(tmp_path, plain):
 
 
 @pytest.mark.parametrize("form", ["direct", "spooled"])
-def test_if_the_place_of_the_work_is_taken_away_it_is_said(tmp_path, plain, form):
+def test_a_working_directory_that_vanishes_is_reported(tmp_path, plain, form):
     first, second = from_files(plain)
 
     def act():

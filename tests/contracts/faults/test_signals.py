@@ -70,7 +70,7 @@ def test_what_another_process_works_on_is_left_alone(tmp_path, plain):
     assert_nothing_but(tmp_path, "in", "mine", "other", "out")
 
 
-def test_abandoned_directories_are_taken_away_and_others_are_not(tmp_path):
+def test_abandoned_directories_are_removed_and_others_are_not(tmp_path):
     for name in (".devec-abandoned", ".devec-begun", ".other", "devec-visible"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text("half")

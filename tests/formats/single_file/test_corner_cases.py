@@ -226,7 +226,7 @@ def test_adapters_of_whole_tensors_alone_stay_whole(tmp_path):
         (b"", "is empty"),
     ],
 )
-def test_downloads_that_failed_are_told(tmp_path, start, what):
+def test_failed_downloads_are_reported(tmp_path, start, what):
     (tmp_path / "a.safetensors").write_bytes(start)
     with pytest.raises(DevecError, match=what):
         Adapter.from_pretrained(tmp_path / "a.safetensors")

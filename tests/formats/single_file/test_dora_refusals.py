@@ -100,7 +100,7 @@ def test_a_header_that_says_otherwise(tmp_path):
             read(path, None)
 
 
-def test_magnitudes_that_are_no_norms_are_used_and_told_of(tmp_path):
+def test_magnitudes_that_are_no_norms_are_used_with_a_warning(tmp_path):
     made = tensors_of("sd15", LINEAR, "out")
     made[f"{LINEAR}.dora_scale"][:3] *= -1
     made[f"{LINEAR}.dora_scale"][5] = 0

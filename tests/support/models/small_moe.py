@@ -2,22 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+
+# Which has all of these models.
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 TOKENS = torch.arange(12)[None]
 SIZES = {
@@ -41,21 +31,25 @@ LATENT = {
 }
 
 MODELS = {
-    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 3}),
+    "mixtral": (
+        transformers.MixtralForCausalLM,
+        transformers.MixtralConfig,
+        {"num_local_experts": 3},
+    ),
     "qwen2": (
-        Qwen2MoeForCausalLM,
-        Qwen2MoeConfig,
+        transformers.Qwen2MoeForCausalLM,
+        transformers.Qwen2MoeConfig,
         {"num_experts": 3, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     ),
     "qwen3": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
         {"num_experts": 3, "moe_intermediate_size": 12, "head_dim": 8, "mlp_only_layers": [1]},
     ),
-    "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4}),
+    "olmoe": (transformers.OlmoeForCausalLM, transformers.OlmoeConfig, {"num_experts": 4}),
     "deepseek": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        transformers.DeepseekV3Config,
         {
             **LATENT,
             "n_routed_experts": 4,
@@ -65,7 +59,11 @@ MODELS = {
             "topk_group": 1,
         },
     ),
-    "gpt-oss": (GptOssForCausalLM, GptOssConfig, {"num_local_experts": 3, "head_dim": 8}),
+    "gpt-oss": (
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        {"num_local_experts": 3, "head_dim": 8},
+    ),
 }
 
 
