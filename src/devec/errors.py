@@ -1,28 +1,45 @@
-"""What can go wrong, and how it is said.
+"""Errors and warnings that devec raises, and helpers for their messages.
 
-Every error a user can cause is a `DevecError`: it says what was expected, what came, where, and
-what to do. Context (module, file) is added on the way up by `located`.
+Every error that a user can cause is a `DevecError`. Its message says what was expected, what was
+received, where, and what to do. Callers add the context (module, file) with `located`.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
+import os
+import sys
+import warnings
+from types import FrameType, TracebackType
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")  # noqa: PTH100, PTH118, PTH120
 
 
 class DevecError(ValueError):
-    """Base class of all errors that devec raises on purpose."""
+    """Base class of all errors that devec raises on purpose.
+
+    A `ValueError`, so that callers that know nothing of devec can catch it. The message says what
+    was expected, what was received, in which module and file, and what to do.
+
+    Example:
+        >>> import devec
+        >>> try:
+        ...     devec.Adapter.from_pretrained("no-such-directory/adapter.safetensors")
+        ... except devec.DevecError as error:
+        ...     print(type(error).__name__)
+        FormatError
+    """
 
 
 class FormatError(DevecError):
-    """The input is not a readable adapter: missing, corrupt, or inconsistent in itself."""
+    """The input is not a readable adapter: missing, corrupt or inconsistent."""
 
 
 class UnsupportedError(DevecError):
-    """The input is valid but cannot be handled exactly, so it is refused by name."""
+    """The input is valid but cannot be represented exactly."""
 
 
 class IncompatibleError(DevecError):
-    """Inputs that do not fit together, or arguments outside of their range."""
+    """The inputs do not fit together, or an argument is out of range."""
 
 
 class OutputError(DevecError):
@@ -30,36 +47,60 @@ class OutputError(DevecError):
 
 
 class DevecWarning(UserWarning):
-    """Something the user should know, though the result is right."""
+    """The result is correct, but the user should know something about it.
+
+    Warnings name the line that called devec. Filter them with the standard library.
+
+    Example:
+        >>> import warnings, devec
+        >>> warnings.filterwarnings("ignore", category=devec.DevecWarning)
+    """
 
 
-class located:  # noqa: N801  # a context that thousands of modules enter: no generator
-    """Prefix any `DevecError` raised inside with the place it concerns.
+class located:  # noqa: N801  # entered for thousands of modules: a class is faster than a generator
+    """Context manager that prefixes the message of any `DevecError` raised inside.
 
     Args:
-        where: The place, e.g. ``"module 'q_proj' of 'anime'"``.
+        where: The prefix, e.g. ``"module 'q_proj' of 'anime'"``.
 
     Raises:
         DevecError: The error raised inside, of the same class, with `where` in front.
     """
 
     def __init__(self, where: str) -> None:
-        """Remember the place."""
+        """Store the prefix."""
         self._where = where
 
     def __enter__(self) -> None:
-        """Nothing is to be done yet."""
+        """Do nothing."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Say the place if it is an error of devec's."""
+        """Raise a `DevecError` again with the prefix."""
         if isinstance(error, DevecError):
             raise type(error)(f"{self._where}: {error}") from error
 
 
 def listed(names: list[str], limit: int = 5) -> str:
-    """Join names for a message, at most `limit` of them, and say how many were left out."""
+    """Names joined for a message; those beyond `limit` are only counted."""
     shown = ", ".join(repr(name) for name in names[:limit])
     rest = len(names) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def warn(message: str) -> None:
+    """Issue a `DevecWarning` that names the user's line, the one that called into devec."""
+    warnings.warn(message, DevecWarning, stacklevel=_frames_of_devec() + 1)
+
+
+def _frames_of_devec() -> int:
+    """The number of frames from the caller of this function to the outermost frame of devec."""
+    # The outermost: frames of decorators and context managers may lie between frames of devec.
+    frame: FrameType | None = sys._getframe(1)
+    depth = outermost = 1
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            outermost = depth
+        frame, depth = frame.f_back, depth + 1
+    return outermost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from devec.adapters.adapter import Adapter
-from devec.errors import DevecWarning, IncompatibleError, listed
+from devec.errors import IncompatibleError, listed, warn
 from devec.files.staging import write_all
 
 
@@ -52,20 +51,14 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
         # trainers spell one base model differently
         bases = list({re.sub(r"[^a-z0-9]", "", name.lower()): name for name in named}.values())
         if len(bases) > 1:
-            warnings.warn(
+            warn(
                 f"the adapters name different base models ({listed(bases)}); the result means "
-                "something only if the weights of those are the same",
-                DevecWarning,
-                stacklevel=3,
+                "something only if the weights of those are the same"
             )
             break
     if not any(a.modules.keys() & b.modules.keys() for a, b in combinations(adapters, 2)):
         some = "; ".join(f"{a.label} has {listed(list(a.modules), 2) or 'none'}" for a in adapters)
-        warnings.warn(
-            f"the adapters have no module in common, so they may not belong together: {some}",
-            DevecWarning,
-            stacklevel=3,
-        )
+        warn(f"the adapters have no module in common, so they may not belong together: {some}")
 
 
 def save_adapters(

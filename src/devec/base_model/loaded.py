@@ -7,7 +7,6 @@ names in the model; or its weights are quantised. Then transformers loads the wh
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from devec.base_model.layers import LOAD_IT, Layer, Model
 from devec.base_model.live import live_model
-from devec.errors import DevecWarning, IncompatibleError, UnsupportedError
+from devec.errors import IncompatibleError, UnsupportedError, warn
 
 
 def as_loaded(folder: Path, architecture: str, reason: str) -> Model:
@@ -73,11 +72,9 @@ def _weight(whole: Any, name: str) -> Tensor:  # noqa: ANN401
 
 def _load_whole(kind: Any, folder: Path, reason: str) -> Model:  # noqa: ANN401
     """The model, all of it in memory."""
-    warnings.warn(
+    warn(
         f"the files of {str(folder)!r} {reason}; all of it is loaded with transformers, into as "
-        "much memory as the model takes",
-        DevecWarning,
-        stacklevel=2,
+        "much memory as the model takes"
     )
     try:
         with _quiet():

@@ -9,7 +9,6 @@ Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from devec.deltas.base_weight import BaseWeight, HeldWeight, transposed
-from devec.errors import DevecWarning, FormatError, IncompatibleError
+from devec.errors import FormatError, IncompatibleError, warn
 from devec.linalg.dtypes import BLOCK_ROWS, CANCELLED, RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.factors import nearly_dependent
 from devec.linalg.precision import full_precision
@@ -205,11 +204,9 @@ def gain_of(
         )
     D = magnitude.to(norms) / norms
     if not 1 / _FAR < float(D.abs().median()) < _FAR:
-        warnings.warn(
+        warn(
             "the magnitudes of a DoRA are far from the norms of W0 + s·B·A, so this is hardly the "
-            "base model it was trained on",
-            DevecWarning,
-            stacklevel=3,
+            "base model it was trained on"
         )
     D = D.repeat_interleave(group)
     return D, dataclasses.replace(known, values=D - 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from devec.deltas.delta import Delta
 from devec.deltas.gains import Axis, Gain, Magnitude
-from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
+from devec.errors import FormatError, UnsupportedError, listed, warn
 from devec.files.safetensors_reader import storable
 from devec.naming.conventions import DORA_SCALE, MAGNITUDE_VECTOR
 
@@ -159,11 +158,9 @@ def warn_of_signs(where: str, magnitudes: Iterable[tuple[str, Tensor]]) -> None:
         ("negative", "turns an output around", {m: below for m, (_, below) in counts.items()}),
     ):
         if any(odd.values()):
-            warnings.warn(
+            warn(
                 f"{where}: {sum(odd.values())} magnitudes are {what}, each of which {does}; they "
-                f"are used as they are, in {listed([m for m, count in odd.items() if count])}",
-                DevecWarning,
-                stacklevel=4,
+                f"are used as they are, in {listed([m for m, count in odd.items() if count])}"
             )
 
 

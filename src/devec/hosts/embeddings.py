@@ -7,7 +7,6 @@ that were added are in no file of the base model, and those that an adapter is o
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devec.errors import DevecWarning, UnsupportedError
+from devec.errors import UnsupportedError, warn
 from devec.formats.peft.layout import PREFIX
 from devec.formats.rank_patterns import Config
 from devec.hosts.layers import Parts, inside, is_wrapper, walk
@@ -93,12 +92,10 @@ def _is_resized(inner: Any, config: Config) -> bool:  # noqa: ANN401
     try:
         stored = _vocabulary(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        warnings.warn(
+        warn(
             f"{type(inner).__name__} has no configuration on the disk under {base!r}, so that it "
             "is taken to have the vocabulary of its base model; if it was resized, save the model "
-            "and set base_model_name_or_path of the adapter to that directory",
-            DevecWarning,
-            stacklevel=6,
+            "and set base_model_name_or_path of the adapter to that directory"
         )
         return False
     return stored is not None and stored != own

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from devec.adapters.layout import ReadOptions
 from devec.base_model.live import live_model
 from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
-from devec.errors import DevecWarning, IncompatibleError, UnsupportedError, listed, located
+from devec.errors import IncompatibleError, UnsupportedError, listed, located, warn
 from devec.files.safetensors_reader import TensorFile
 from devec.formats.alignment.align import AlignedLayout
 from devec.formats.convert import convert
@@ -188,12 +187,10 @@ class Host:
         """Name the models whose adapters the pipeline does not set."""
         slots = [s for s in self.unreached if any(self.models[s] is model for model in changed)]
         if slots:
-            warnings.warn(
+            warn(
                 f"set_adapters of {self.label} does not reach {listed(sorted(slots))}, of which "
                 "the adapters are, too; call set_adapter there (pipe."
-                f"{min(slots)}.set_adapter(names))",
-                DevecWarning,
-                stacklevel=4,
+                f"{min(slots)}.set_adapter(names))"
             )
 
     def _stored(self, adapter: Adapter, *, foreign: bool) -> dict[str, Stored]:

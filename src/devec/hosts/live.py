@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -13,7 +12,7 @@ from devec.decomposition.findings import nothing_shared
 from devec.decomposition.in_memory import decompose
 from devec.decomposition.question import Threshold, planned_outputs
 from devec.decomposition.result import Decomposition
-from devec.errors import DevecWarning, IncompatibleError, listed
+from devec.errors import IncompatibleError, listed, warn
 from devec.hosts.host import Host, host_of
 from devec.hosts.names import require_names
 from devec.operations.combine import combine
@@ -93,11 +92,9 @@ def decompose_adapters(
     live.add(outputs)
     empty = [called(part) for part in planned if called(part) not in outputs]
     if parts.nothing_shared:
-        warnings.warn(nothing_shared(parts.splits, threshold), DevecWarning, stacklevel=2)
+        warn(nothing_shared(parts.splits, threshold))
     elif empty:
-        warnings.warn(
-            f"{listed(empty, 20)} would hold nothing and are not added", DevecWarning, stacklevel=2
-        )
+        warn(f"{listed(empty, 20)} would hold nothing and are not added")
     _warn_of_doras(outputs)
     return parts
 
@@ -239,10 +236,8 @@ def _warn_of_doras(outputs: Mapping[str, Adapter]) -> None:
     """Say what hosts make of two DoRAs, and which call adds them."""
     doras = [n for n, a in outputs.items() if any(d.gain is not None for d in a.modules.values())]
     if len(doras) > 1:
-        warnings.warn(
+        warn(
             f"{listed(doras)} are DoRAs, of which a host can have one active, listed first, for an "
             "exact sum: it runs several in a chain, each scaling those before it; for more than "
-            "one, add their sum (devec.combine_adapters(host, adapters, weights, adapter_name))",
-            DevecWarning,
-            stacklevel=3,
+            "one, add their sum (devec.combine_adapters(host, adapters, weights, adapter_name))"
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from devec.errors import DevecWarning, IncompatibleError
+from devec.errors import IncompatibleError, warn
 from devec.hosts.layers import walk
 
 # Relative: floats differ by rounding of weights that were set and set back, tensors are float32.
@@ -211,9 +210,7 @@ def _warn(name: str, label: str, layer: _Changed, *, weight: bool) -> None:
             f"is taken for the alpha of a hotswapped adapter ({layer.alpha:.6g}); if it is a "
             "weight, set it back to 1 (set_scale(name, 1.0), unscale_layer()) and read it again"
         )
-    warnings.warn(
+    warn(
         f"the layers of {name!r} in {label} run at {layer.ratio:.6g} times their own alpha/rank, "
-        f"which {taken}",
-        DevecWarning,
-        stacklevel=5,
+        f"which {taken}"
     )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from devec.base_model.live import is_plain_init
-from devec.errors import DevecWarning, FormatError, UnsupportedError, listed
+from devec.errors import FormatError, UnsupportedError, listed, warn
 from devec.files.json_text import json_object, require_pattern
 from devec.formats.rank_patterns import Config
 
@@ -170,11 +169,9 @@ def require_lora(config: Config, where: str) -> None:
     _require_numbers(config, where)
     unknown = [field for field, value in config.items() if value and field not in _KNOWN_FIELDS]
     if unknown:
-        warnings.warn(
+        warn(
             f"{where}: the fields {listed(unknown)} are not known; they are kept, and taken not to "
-            "change what the adapter does",
-            DevecWarning,
-            stacklevel=5,
+            "change what the adapter does"
         )
 
 

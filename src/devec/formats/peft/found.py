@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from devec.errors import DevecWarning, FormatError, listed, located
+from devec.errors import FormatError, listed, located, warn
 from devec.formats.peft import config as peft_config
 from devec.formats.peft import dora as peft_dora
 from devec.formats.peft.config import CONFIG_NAME
@@ -147,9 +146,7 @@ def _require_as_said(config: Config, slots: Sequence[Slot], factors: Factors) ->
 
 def _warn_of_attention(name: str) -> None:
     """PEFT's forward pass of nn.MultiheadAttention is not the one its factors say."""
-    warnings.warn(
+    warn(
         f"module {name!r} is inside nn.MultiheadAttention, where PEFT applies the change of the "
-        "output projection twice; parts add up all the same",
-        DevecWarning,
-        stacklevel=6,
+        "output projection twice; parts add up all the same"
     )

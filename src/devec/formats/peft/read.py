@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.layout import ReadOptions
 from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
-from devec.errors import DevecWarning, FormatError, listed, located
+from devec.errors import FormatError, listed, located, warn
 from devec.files.safetensors_reader import read_tensors, require_factor, require_finite
 from devec.formats import card
 from devec.formats.magnitudes import warn_of_signs
@@ -180,8 +179,4 @@ def _has_peft_keys(path: Path) -> bool:
 def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
     """Name the tensors that take no part in the forward pass."""
     if keys:
-        warnings.warn(
-            f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}",
-            DevecWarning,
-            stacklevel=5,
-        )
+        warn(f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}")

@@ -14,7 +14,7 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.layout import ReadOptions
 from devec.base_model.model import BaseModel, base_model
 from devec.deltas.delta import Delta
-from devec.errors import FormatError, listed, located
+from devec.errors import FormatError, listed, located, warn
 from devec.files.safetensors_reader import (
     TensorFile,
     is_tensor_file,
@@ -118,7 +118,7 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
     deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
     remarks.of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
-        remarks.warn(
+        warn(
             f"{where} was written by PEFT, but its adapter_config.json, which has the alphas, is "
             "not beside it; the scaling is taken to be 1, as other readers do"
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from devec.adapters.layout import ReadOptions
 from devec.deltas.delta import Delta
-from devec.errors import DevecWarning, listed
+from devec.errors import listed, warn
 from devec.formats.single_file.layout import FileLayout
 from devec.lazy import outlines
 
@@ -66,8 +65,3 @@ def _is_stacked(delta: Delta, possible: Sequence[int]) -> bool:
         if int(support.sum(dim=0).max()) == 1:
             return True
     return False
-
-
-def warn(message: str) -> None:
-    """A warning that points at the caller of the library."""
-    warnings.warn(message, DevecWarning, stacklevel=5)
