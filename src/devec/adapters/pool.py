@@ -44,10 +44,10 @@ def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
     Args:
         adapters: The adapters of a pool.
     """
-    described = [a.layout.describe() for a in adapters if a.layout is not None]
+    described = [a.layout.about for a in adapters if a.layout is not None]
     # as Hugging Face, kohya's trainers and Stability's ModelSpec say it
     for field in ("base_model", "base_version", "architecture"):
-        named = [str(d[field]) for d in described if d.get(field)]
+        named = [str(value) for about in described if (value := getattr(about, field))]
         # trainers spell one base model differently
         bases = list({re.sub(r"[^a-z0-9]", "", name.lower()): name for name in named}.values())
         if len(bases) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +47,7 @@ def inspect(
 
 def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
     """All there is to say of an adapter, a row per module."""
-    files = adapter.layout.describe() if adapter.layout is not None else {}
+    about = adapter.require_layout().about
     norms = {
         module: delta.norm() if with_base or delta.gain is None else None
         for module, delta in adapter.modules.items()
@@ -55,9 +56,7 @@ def _report(adapter: Adapter, *, with_base: bool) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "sha256": adapter.sha256,
-        "rewritten": {},
-        "truncated": {},
-        **files,
+        **{field.name: getattr(about, field.name) for field in dataclasses.fields(about)},
         "norm": math.hypot(*known) if len(known) == len(norms) else None,
         "carried": {
             key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}

@@ -90,7 +90,7 @@ def read_source(
     )
     if base is None or adapter.layout is None:
         return adapter
-    if exists(base) and adapter.layout.describe().get("base_model"):
+    if exists(base) and adapter.layout.about.base_model:
         return adapter  # where the weights lie is no better name than the one on record
     return dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
 

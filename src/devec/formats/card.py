@@ -29,7 +29,7 @@ _FIRST = [
 ]
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
+def read_record_beside(directory: Path) -> dict[str, Any] | None:
     """The record of origin of an adapter directory, None if it has none.
 
     Args:

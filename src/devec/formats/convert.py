@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import provenance
+from devec.adapters.alignment.align import LayoutBuilder, realigned
+from devec.deltas.dora import axes_of
 from devec.errors import IncompatibleError, UnsupportedError, listed
-from devec.formats.alignment.align import Build, realigned
-from devec.formats.magnitudes import axes_of, of_outputs_only
-from devec.formats.peft import layout as peft_layout
-from devec.formats.single_file import layout as file_layout
+from devec.formats.magnitudes import of_outputs_only
+from devec.formats.peft.layout import peft_layout_for
+from devec.formats.single_file.layout import file_layout_for
 from devec.lazy import only, outlines
 from devec.naming.conventions import (
     DIFFUSERS,
@@ -31,7 +31,7 @@ from devec.naming.tables import TABLES
 Components = frozenset[str]
 
 
-def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, Build]:
+def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, LayoutBuilder]:
     if family is None and CLIP_L in components:
         raise IncompatibleError(
             "the base model is not known, and kohya's trainers call its text encoder lora_te in SD "
@@ -46,12 +46,12 @@ def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, Bu
     return naming, _file_builder(naming, KOHYA_SUFFIXES, KOHYA)
 
 
-def _as_diffusers(family: Family | None, components: Components) -> tuple[Naming, Build]:
+def _as_diffusers(family: Family | None, components: Components) -> tuple[Naming, LayoutBuilder]:
     naming = diffusers_naming(family, components)
     return naming, _file_builder(naming, PEFT_SUFFIXES, DIFFUSERS)
 
 
-def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
+def _as_peft(_: Family | None, components: Components) -> tuple[Naming, LayoutBuilder]:
     if len(components) > 1:
         names = [name or "the denoiser" for name in sorted(components)]
         raise IncompatibleError(
@@ -59,17 +59,17 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, Build]:
             "take one of them out first (devec convert --component, devec.convert(component=))"
         )
     naming = Naming(dict.fromkeys(components, ""), flat=False, scheme="diffusers", one_model=True)
-    return naming, peft_layout.plain_layout
+    return naming, peft_layout_for
 
 
-def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> Build:
+def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> LayoutBuilder:
     """What makes the layout of a single file."""
-    return lambda adapter, places, family: file_layout.plain_layout(
-        adapter, places, naming, suffixes, convention, family
+    return lambda other, _, shapes, family: file_layout_for(
+        other, shapes, naming, suffixes, convention, family
     )
 
 
-FORMATS: dict[str, Callable[[Family | None, Components], tuple[Naming, Build]]] = {
+FORMATS: dict[str, Callable[[Family | None, Components], tuple[Naming, LayoutBuilder]]] = {
     "kohya": _as_kohya,
     "diffusers": _as_diffusers,
     "peft": _as_peft,
@@ -108,23 +108,24 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
     """
     if format not in FORMATS:
         raise IncompatibleError(f"format must be one of {listed(list(FORMATS))}, got {format!r}")
-    layout: Any = adapter.layout
+    layout = adapter.layout
     if layout is None:
         raise IncompatibleError(
             f"adapter {adapter.name!r} was made in memory and has no names of a base model"
         )
     declared = None
-    if component is not None and layout.naming.one_model:
+    if component is not None and layout.names.naming.one_model:
         declared = _component(component)
     elif component is not None:
         adapter = _only(adapter, _component(component))
-    table = TABLES.get(layout.describe().get("family") or "")
+    table = TABLES.get(layout.names.family)
     family = table() if table else None
     components = frozenset(parse(module).component for module in adapter.modules)
     if declared is not None:
         components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
-    if layout.describe()["format"] == format and layout.same_spelling(naming):
+    stored_so = layout.about.format == format and layout.names.spelled(naming)
+    if stored_so and not layout.joins:
         result = adapter  # as it is, alphas included
     else:
         if format != KOHYA:

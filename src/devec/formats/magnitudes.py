@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from devec.deltas.delta import Delta
-from devec.deltas.gains import Axis, Gain, Magnitude
+from devec.deltas.gains import Axis, Magnitude
 from devec.errors import FormatError, UnsupportedError, listed, warn
 from devec.files.safetensors_reader import storable
 from devec.naming.conventions import DORA_SCALE, MAGNITUDE_VECTOR
 
 # What the parts of a module are called that hold magnitudes: of either axis, or of outputs.
-PARTS = ("dora_scale", "magnitude")
+MAGNITUDE_PARTS = ("dora_scale", "magnitude")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class MagnitudeSlot:
         """Whether readers of the key take all modules of a model for DoRAs if one is."""
         return MAGNITUDE_VECTOR in self.key
 
-    def anew(self) -> MagnitudeSlot:
+    def for_result(self) -> MagnitudeSlot:
         """The same for a result: transformers, and so diffusers' text encoders, want an ending."""
         if not self.key.endswith(MAGNITUDE_VECTOR):
             return self
@@ -114,7 +113,7 @@ def find_magnitudes(
     Raises:
         FormatError: If which axis they are on cannot be told, or there are not as many as it needs.
     """
-    found = [(part, parts[part]) for part in PARTS if part in parts]
+    found = [(part, parts[part]) for part in MAGNITUDE_PARTS if part in parts]
     if not found:
         return None
     if len(found) > 1:
@@ -162,13 +161,6 @@ def warn_of_signs(where: str, magnitudes: Iterable[tuple[str, Tensor]]) -> None:
                 f"{where}: {sum(odd.values())} magnitudes are {what}, each of which {does}; they "
                 f"are used as they are, in {listed([m for m, count in odd.items() if count])}"
             )
-
-
-def axes_of(delta: Delta) -> set[Axis]:
-    """The axes on which a delta has magnitudes or gains."""
-    if isinstance(delta.gain, Gain):
-        return set(delta.gain.axes)
-    return set() if delta.gain is None else {delta.gain.axis}
 
 
 def of_outputs_only() -> str:

@@ -19,21 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.layout import ReadOptions
+from devec.adapters.alignment.layout import AlignedLayout
+from devec.adapters.layout import ModuleShape, ReadOptions
 from devec.base_model.live import live_model
 from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, UnsupportedError, listed, located, warn
 from devec.files.safetensors_reader import TensorFile
-from devec.formats.alignment.align import AlignedLayout
 from devec.formats.convert import convert
-from devec.formats.peft import read as peft_read
 from devec.formats.peft.carried import of_base
 from devec.formats.peft.config import require_lora
-from devec.formats.peft.layout import PREFIX, PeftLayout, plain_layout
+from devec.formats.peft.layout import PeftLayout, peft_layout_for
+from devec.formats.peft.names import PREFIX
+from devec.formats.peft.read import parse_peft
 from devec.formats.rank_patterns import Config
-from devec.formats.single_file import read as file_read
 from devec.formats.single_file.header import ADAPTER_KEY
+from devec.formats.single_file.read import parse_file
 from devec.hosts import embeddings, state, towers
 from devec.hosts.layers import Parts, has_merged, offload_again, otherwise_unchanged, walk
 from devec.hosts.names import require_names
@@ -102,9 +103,9 @@ class Host:
                     held[slot] = self._held(model, name, runs=runs)
         options = ReadOptions(base=self.given)
         if self.of_diffusers:
-            return file_read.parsed(_as_file(held, self.given), name, options, where)
+            return parse_file(_as_file(held, self.given), name, options, where)
         ((slot, (config, tensors)),) = held.items()
-        adapter = peft_read.parsed(config, tensors, name, options, where)
+        adapter = parse_peft(config, tensors, name, options, where)
         copies = self._base_copies(slot, name, config)
         layout = dataclasses.replace(adapter.layout, base_copies=copies)  # type: ignore[type-var]
         return dataclasses.replace(adapter, layout=layout)
@@ -245,11 +246,11 @@ class Host:
         own = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         placed = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _wide_enough(model, adapter) if foreign else None
-        return placed.stored(dataclasses.replace(adapter, carried=own), dtype)
+        return placed.stored(dataclasses.replace(adapter, carried=own).contents, dtype)
 
     def _named_as_here(self, adapter: Adapter) -> Adapter:
         """An adapter whose modules are named as the host's files name them."""
-        layout: Any = adapter.layout
+        layout = adapter.layout
         if layout is None:
             raise IncompatibleError(
                 "it was made in memory and says nothing of layers; give it the layout of another "
@@ -259,7 +260,9 @@ class Host:
             return adapter
         if not self.of_diffusers:
             return _whole(convert(adapter, "peft"))
-        return _whole(convert(adapter, "diffusers", component=_DENOISER[layout.naming.one_model]))
+        return _whole(
+            convert(adapter, "diffusers", component=_DENOISER[layout.names.naming.one_model])
+        )
 
     def _placed(self, adapter: Adapter) -> dict[str, dict[str, str]]:
         """Model → name of a layer → module of the adapter that changes it."""
@@ -304,13 +307,13 @@ class Host:
         model: nn.Module, adapter: Adapter, modules: Mapping[str, str], *, foreign: bool
     ) -> Stored:
         """The part of an adapter that changes one model, as PEFT stores it."""
-        layout: Any = adapter.layout
+        layout = adapter.require_layout()
         deltas: dict[str, Delta] = {n: adapter.modules[m] for n, m in modules.items()}
         part = dataclasses.replace(adapter, modules=deltas, carried={})
-        places = {n: (deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
-        made = plain_layout(part, places, "")
+        shapes = {n: ModuleShape(deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
+        made = peft_layout_for(layout, deltas, shapes, "")
         made = dataclasses.replace(made, base=base_model(model))
-        return made.stored(part, _wide_enough(model, part) if foreign else None)
+        return made.stored(part.contents, _wide_enough(model, part) if foreign else None)
 
 
 def host_of(given: object) -> Host:

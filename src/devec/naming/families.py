@@ -1,7 +1,7 @@
 """How the modules of known base models are named by their authors and by diffusers.
 
 A module of one naming may be several of the other: Flux' ``qkv`` is three layers in diffusers.
-What neither naming splits further is a *part*, named after its module in diffusers. The tables list
+What neither splits further is a *segment*, named after its module in diffusers. The tables list
 every name outright (`devec.formats.tables`), so that a name is looked up and never guessed.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-Names = dict[str, "tuple[Part, ...]"]
+Names = dict[str, "tuple[Segment, ...]"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a module's rows.
+class Segment:
+    """Rows of a module that no naming splits further.
 
     Attributes:
         name: Name in diffusers; with ``:scale`` or ``:shift`` for half a module.
@@ -46,7 +46,7 @@ class Family:
     native_files: bool = True
     swapped: frozenset[str] = frozenset()
 
-    def parts(self, name: str, shape: tuple[int, int]) -> tuple[Part, ...]:
+    def parts(self, name: str, shape: tuple[int, int]) -> tuple[Segment, ...]:
         """What a module is made of.
 
         Args:
@@ -58,13 +58,13 @@ class Family:
         """
         name, _, half = name.partition(":")
         if half:
-            return (Part(f"{self._by_flat_name.get(name, (name, False))[0]}:{half}"),)
+            return (Segment(f"{self._by_flat_name.get(name, (name, False))[0]}:{half}"),)
         module, native = self._by_flat_name.get(name, (name, False))
-        parts = self.native[module] if native else (Part(module),)
+        parts = self.native[module] if native else (Segment(module),)
         halved = parts[0].name in self._halved and shape[0] == 2 * shape[1]
         if not halved:
             return parts
-        halves = (Part(f"{parts[0].name}:scale"), Part(f"{parts[0].name}:shift"))
+        halves = (Segment(f"{parts[0].name}:scale"), Segment(f"{parts[0].name}:shift"))
         return halves[::-1] if native else halves
 
     def module(self, part: str, scheme: str) -> str:
@@ -124,7 +124,9 @@ def names_below(table: Mapping[str, str], native: str = "", own: str = "") -> Na
     result: Names = {}
     for name, parts in table.items():
         sized = (part.partition("*") for part in parts.split())
-        result[native + name] = tuple(Part(own + part, int(size or 1)) for part, _, size in sized)
+        result[native + name] = tuple(
+            Segment(own + part, int(size or 1)) for part, _, size in sized
+        )
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from devec.naming.families import Family, Names, Part, family, flat, names_below
+from devec.naming.families import Family, Names, Segment, family, flat, names_below
 from devec.naming.module_id import DENOISERS, Name
 
 _MOST_BLOCKS = 100
@@ -386,7 +386,7 @@ def dotted_names() -> Mapping[str, str]:
     return {flat_name: name for flat_name, name in found.items() if name}
 
 
-def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Part, ...]:
+def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple[Segment, ...]:
     """What a module is made of, by the tables of its component.
 
     Args:
@@ -399,7 +399,7 @@ def parts_of(name: Name, shape: tuple[int, int], family: Family | None) -> tuple
     """
     component, flat_name = name.key
     if component in DENOISERS:
-        return family.parts(flat_name, shape) if family else (Part(flat_name),)
+        return family.parts(flat_name, shape) if family else (Segment(flat_name),)
     parts = text_encoders().parts(f"text_model_{flat_name}", shape)
     if parts[0].name.startswith("text_model_"):  # not one of CLIP's
         parts = text_encoders().parts(flat_name, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from devec.formats.peft.names import plain
+from devec.formats.peft.names import unwrapped
 from devec.formats.rank_patterns import Config
 
 
@@ -27,7 +27,7 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
     above: set[str] = set()
     for key in keys:
         if not (biases and _is_bias(key)):
-            parts = plain(key).split(".")
+            parts = unwrapped(key).split(".")
             above.update(".".join(parts[:end]) for end in range(1, len(parts)))
     saved = tuple(config.get("modules_to_save") or ())
     tokens = config.get("trainable_token_indices")
@@ -35,7 +35,7 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
     return [
         module
         for module in modules
-        if (name := plain(module.partition("[")[0])) in above
+        if (name := unwrapped(module.partition("[")[0])) in above
         or name.endswith(ends)
         or any(f".{whole}." in f".{name}." for whole in saved)
     ]
@@ -136,7 +136,7 @@ def _is_bias(key: str) -> bool:
 
 def _beside(key: str, adapted: Collection[str]) -> str:
     """A key with ``base_layer`` after each layer that is wrapped, and after no other."""
-    path, *rest = plain(key).split(".")
+    path, *rest = unwrapped(key).split(".")
     for part in rest:
         while path in adapted:
             path += ".base_layer"

@@ -307,7 +307,7 @@ def experts_input_side(config: Config) -> str:
     return "second" if [int(n) for n in numbers[:2]] >= [0, 19] else "first"
 
 
-def require_same(field: str, values: Sequence[Any]) -> None:
+def require_agreement(field: str, values: Sequence[Any]) -> None:
     """Check that adapters to be combined agree in a field.
 
     Args:
@@ -333,9 +333,11 @@ def require_same_parameters(configs: Sequence[Config]) -> None:
     Raises:
         IncompatibleError: If they are not.
     """
-    require_same("target_parameters", [sorted(c.get("target_parameters") or []) for c in configs])
+    require_agreement(
+        "target_parameters", [sorted(c.get("target_parameters") or []) for c in configs]
+    )
     if configs[0].get("target_parameters"):
         sides = [experts_input_side(config) for config in configs]
-        require_same(
+        require_agreement(
             "which axis of an expert is its input (it is the second from PEFT 0.19 on)", sides
         )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+PREFIX = "base_model.model."  # of all keys in PEFT's files
 _WRAPPED = ".base_layer"
 _OUT_PROJ = "out_proj"
 
 
-def plain(name: str) -> str:
+def unwrapped(name: str) -> str:
     """The name of a layer in a base model that PEFT has not wrapped."""
     return name.replace(_WRAPPED, "")
 
@@ -53,4 +54,4 @@ def unused_projection(attention: str) -> str:
 
 def lookup_name(name: str, attentions: Collection[str]) -> str:
     """The name by which PEFT targets a layer and looks up its rank and alpha."""
-    return plain(attention_of(name, attentions) or name)
+    return unwrapped(attention_of(name, attentions) or name)

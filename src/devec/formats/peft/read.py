@@ -15,16 +15,16 @@ from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
 from devec.errors import FormatError, listed, located, warn
 from devec.files.safetensors_reader import read_tensors, require_factor, require_finite
-from devec.formats import card
+from devec.formats.card import read_record_beside
 from devec.formats.magnitudes import warn_of_signs
-from devec.formats.peft import config as peft_config
-from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import CONFIG_NAME
-from devec.formats.peft.dora import BaseWeights
-from devec.formats.peft.found import slots_of, unlisted_targets
-from devec.formats.peft.keys import SortedKeys, sort_keys
-from devec.formats.peft.layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
-from devec.formats.peft.slots import Slot
+from devec.formats.peft.config import CONFIG_NAME, read_config
+from devec.formats.peft.dora import BaseWeights, require_same_magnitudes
+from devec.formats.peft.layout import PeftLayout
+from devec.formats.peft.names import PREFIX
+from devec.formats.peft.reading.file_slots import slots_of, unlisted_targets
+from devec.formats.peft.reading.keys import PeftKeys, sort_peft_keys
+from devec.formats.peft.slots import PeftSlot
+from devec.formats.peft.storage import WEIGHTS_NAME, recorded_family
 from devec.formats.rank_patterns import Config
 from devec.lazy import Lazy, mapped, only, outlines
 
@@ -35,7 +35,7 @@ _UNUSED = (
 )
 
 
-def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+def read_peft(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     """Read a PEFT adapter directory.
 
     Args:
@@ -54,21 +54,21 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     if weights is None:
         return None
     directory = weights.parent
-    config = peft_config.read_config(directory)
+    config = read_config(directory)
     if not weights.is_file():
         raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
         file = read_tensors(weights, allow_pickle=options.allow_pickle)
-    adapter = parsed(config, file.tensors, name, options, str(weights))
+    adapter = parse_peft(config, file.tensors, name, options, str(weights))
     return dataclasses.replace(
         adapter,
-        provenance=card.read_record(directory),
+        provenance=read_record_beside(directory),
         source=str(directory),
         sha256=file.sha256,
     )
 
 
-def parsed(
+def parse_peft(
     config: Config, tensors: Mapping[str, Tensor], name: str, options: ReadOptions, where: str
 ) -> Adapter:
     """The adapter that a configuration and tensors of PEFT are.
@@ -88,15 +88,15 @@ def parsed(
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
     with located(where):
-        keys = sort_keys(config, tensors)
+        keys = sort_peft_keys(config, tensors)
         for path, kept, key in keys.repeated:
-            peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
+            require_same_magnitudes(path, tensors[kept], key, tensors[key])
         copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
         carried = mapped(only(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
         slots = slots_of(config, keys, outlines(tensors))
-        weights = BaseWeights(base, family(config, slots)[1], copies)
-        modules = _Stored(tensors, keys, slots, weights, where).modules()
+        weights = BaseWeights(base, recorded_family(config, slots)[1], copies)
+        modules = _PeftModules(tensors, keys, slots, weights, where).modules()
         warn_of_signs(where, keys.magnitudes(tensors))
     _warn_of_left_out(where, "serve training only", keys.training_only)
     _warn_of_left_out(where, _UNUSED, keys.unused)
@@ -106,7 +106,7 @@ def parsed(
     return Adapter(name, modules, layout, carried, source=where)
 
 
-class _Stored:
+class _PeftModules:
     """The modules of a file.
 
     The parameter of many experts is one pair of tensors: the pair last read is remembered.
@@ -115,15 +115,15 @@ class _Stored:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        keys: SortedKeys,
-        slots: Sequence[Slot],
+        keys: PeftKeys,
+        slots: Sequence[PeftSlot],
         weights: BaseWeights,
         where: str,
     ) -> None:
         self._tensors, self._keys = tensors, keys
         self._slots, self._weights, self._where = slots, weights, where
         self._slot_of = {module: slot for slot in slots for module in slot.modules}
-        self._last: tuple[Slot, Mapping[str, Delta]] | None = None
+        self._last: tuple[PeftSlot, Mapping[str, Delta]] | None = None
 
     def modules(self) -> Mapping[str, Delta]:
         """Module → delta, read when it is asked for if the tensors are."""
@@ -142,7 +142,7 @@ class _Stored:
             self._last = (slot, found)
         return found[module]
 
-    def _read(self, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    def _read(self, slot: PeftSlot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
         """The deltas of a slot from tensors, or their outlines from those."""
         with located(f"module {slot.name!r}"):
             factors = {

@@ -22,7 +22,7 @@ from devec.deltas.gains import Magnitude
 from devec.errors import FormatError, IncompatibleError, UnsupportedError, listed
 from devec.files.safetensors_reader import storable
 from devec.formats.magnitudes import magnitude_dtype
-from devec.formats.peft import names as peft_names
+from devec.formats.peft.names import unwrapped
 
 # Projections of experts as transformers 4 names them. With transformers 5 PEFT makes one parameter
 # of them when it loads an adapter, for which it takes the rank that the configuration names first.
@@ -31,7 +31,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.(?:w1|w2|w3|gate_proj|up_proj|down_proj)$
 
 
 @dataclass(frozen=True)
-class Slot:
+class PeftSlot:
     """One pair of stored factors.
 
     Attributes:
@@ -81,12 +81,12 @@ class Slot:
     @property
     def base_name(self) -> str:
         """Name of the layer in a base model that is not wrapped by PEFT."""
-        return peft_names.plain(self.name)
+        return unwrapped(self.name)
 
     @property
     def target(self) -> str:
         """Name by which PEFT targets the layer and looks up its rank and alpha."""
-        return peft_names.plain(self.attention or self.name)
+        return unwrapped(self.attention or self.name)
 
     @property
     def unit(self) -> str:
@@ -106,7 +106,7 @@ class Slot:
             return [f"{self.name}[{expert}]" for expert in range(self.experts)]
         return [self.name]
 
-    def held(self, modules: Mapping[str, Delta], *, always: bool = False) -> list[Delta]:
+    def deltas(self, modules: Mapping[str, Delta], *, always: bool = False) -> list[Delta]:
         """The deltas of the slot among those of an adapter.
 
         Args:
@@ -250,7 +250,7 @@ def require_shapes(A: Tensor, B: Tensor) -> None:
         )
 
 
-def has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:
+def has_biases(held: Mapping[PeftSlot, Sequence[Delta]]) -> bool:
     """Whether biases are changed, which PEFT cannot hold beside all kinds of layers.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from devec.formats import card
+from devec.formats.card import write_card
 from devec.formats.peft.config import (
     CARRIED_FIELDS,
     CONFIG_NAME,
@@ -44,7 +44,7 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
     }
 
 
-def plain(config: Config, *, carried: bool) -> Config:
+def result_config(config: Config, *, carried: bool) -> Config:
     """A configuration without what no longer holds for a result.
 
     Args:
@@ -177,4 +177,4 @@ def write_beside(
     """
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
-    card.write_card(directory, name, config, provenance)
+    write_card(directory, name, config, provenance)

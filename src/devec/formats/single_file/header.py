@@ -50,7 +50,7 @@ def base_hint(metadata: Mapping[str, str]) -> str:
     return " ".join(metadata[key] for key in keys if metadata.get(key))
 
 
-def read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def record_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The record of origin that devec left in a header.
 
     Args:
@@ -110,7 +110,7 @@ def _require_number(key: str, value: Any) -> None:  # noqa: ANN401
         raise FormatError(f"{ADAPTER_KEY}: {key} should be a finite number, is {value!r}")
 
 
-def unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+def header_unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
     """The header of an adapter that is stored as it was read.
 
     Args:
@@ -124,7 +124,7 @@ def unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
     return {**kept, "format": "pt", **_hashes(metadata, digest)}
 
 
-def of_result(
+def header_of_result(
     metadata: Mapping[str, str],
     name: str,
     record: Mapping[str, Any] | None,

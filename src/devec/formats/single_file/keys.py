@@ -39,7 +39,7 @@ _PARTS = {
 }
 # XLabs numbers the streams of a block behind its suffix; the number is part of the module's id.
 _NUMBERED = r"(?<=_lora[12])\.(?P<numbered>up|down)\.weight"
-_KEY = re.compile(
+_PART_KEY = re.compile(
     rf"(?P<id>.+?)(?:(?P<suffix>{'|'.join(map(re.escape, _PARTS))})|{_NUMBERED})", re.DOTALL
 )
 
@@ -84,7 +84,7 @@ class FileKeys:
     unknown: list[str] = field(default_factory=list)
 
 
-def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
+def sort_file_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
     """Account for every key of a file.
 
     Args:
@@ -99,7 +99,7 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
     """
     result = FileKeys()
     for key in shapes:
-        _place(result, key)
+        _sort_key(result, key)
     _refuse_other_methods(shapes)
     _set_lone_scales_aside(result)
     if not _has_pair(result.modules.values()):
@@ -110,9 +110,9 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
     return result
 
 
-def _place(keys: FileKeys, key: str) -> None:
+def _sort_key(keys: FileKeys, key: str) -> None:
     """Put a key where it belongs."""
-    match = _KEY.fullmatch(key)
+    match = _PART_KEY.fullmatch(key)
     part = (_PARTS[match["suffix"]] if match["suffix"] else match["numbered"]) if match else ""
     if key.endswith((".lora_embedding_A", ".lora_embedding_B")):
         raise UnsupportedError(
@@ -136,7 +136,7 @@ def _place(keys: FileKeys, key: str) -> None:
 
 def _set_lone_scales_aside(keys: FileKeys) -> None:
     """An alpha without factors scales nothing; beside a whole tensor it goes with it."""
-    carried = {match["id"] for key in keys.carried if (match := _KEY.fullmatch(key))}
+    carried = {match["id"] for key in keys.carried if (match := _PART_KEY.fullmatch(key))}
     for module in list(keys.modules.values()):
         if module.parts.keys() <= {"alpha", "scale"}:
             del keys.modules[module.id]

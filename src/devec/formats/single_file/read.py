@@ -22,15 +22,20 @@ from devec.files.safetensors_reader import (
     require_factor,
     require_finite,
 )
-from devec.formats import magnitudes
-from devec.formats.magnitudes import MagnitudeSlot, warn_of_signs
+from devec.formats.magnitudes import MAGNITUDE_PARTS, MagnitudeSlot, warn_of_signs
 from devec.formats.rank_patterns import rank_and_scaling
-from devec.formats.single_file import header
-from devec.formats.single_file import warnings as remarks
-from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_keys
-from devec.formats.single_file.layout import SUFFIX, FileLayout
+from devec.formats.single_file.header import (
+    ADAPTER_KEY,
+    adapter_config,
+    base_hint,
+    record_in_header,
+)
+from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_file_keys
+from devec.formats.single_file.layout import FileLayout
 from devec.formats.single_file.slot import FileSlot
+from devec.formats.single_file.storage import SUFFIX
 from devec.formats.single_file.stored_module import StoredModule, read_module
+from devec.formats.single_file.warnings import warn_of_fused, warn_of_truncation, warn_of_unknown
 from devec.lazy import Lazy, mapped, only, outlines
 from devec.naming.conventions import (
     DIFFUSERS,
@@ -58,7 +63,7 @@ class _Configured(NamedTuple):
     is_dora: bool
 
 
-def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+def read_file(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     """Read a single-file adapter.
 
     Args:
@@ -78,11 +83,11 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
         return None
     with located(str(path)):
         file = read_tensors(path, allow_pickle=options.allow_pickle)
-    adapter = parsed(file, name, options, str(path))
+    adapter = parse_file(file, name, options, str(path))
     return dataclasses.replace(adapter, source=str(path), sha256=file.sha256)
 
 
-def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
+def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
     """The adapter that the tensors and the header of a file are.
 
     Args:
@@ -100,36 +105,36 @@ def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Ada
     """
     tensors, strings = file.tensors, file.metadata
     with located(where):
-        keys = sort_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
+        keys = sort_file_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
         whole = dict.fromkeys((*keys.carried, *keys.unknown))
         carried = mapped(only(tensors, whole), require_finite)
-        configured = _configured(header.adapter_config(strings), keys.modules)
-        stored = _Stored(keys.modules, tensors, configured, options.max_rank)
+        configured = _configured(adapter_config(strings), keys.modules)
+        stored = _FileModules(keys.modules, tensors, configured, options.max_rank)
         modules = {module: stored.outline(module) for module in keys.modules}
         base = base_model(options.base, strings.get("base_model_name_or_path", ""))
         layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
         known = {m: _delta(m, found, layout) for m, found in modules.items()}
-        provenance = header.read_record(strings)
+        provenance = record_in_header(strings)
 
     def read_delta(module: str) -> Delta:
         with located(where):
             return _delta(module, stored.read(module), layout)
 
     deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
-    remarks.of_unknown(where, keys.unknown)
+    warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         warn(
             f"{where} was written by PEFT, but its adapter_config.json, which has the alphas, is "
             "not beside it; the scaling is taken to be 1, as other readers do"
         )
-    remarks.of_truncation(where, layout, options)
-    remarks.of_fused(where, deltas)
+    warn_of_truncation(where, layout, options)
+    warn_of_fused(where, deltas)
     with located(where):
         warn_of_signs(where, stored.magnitudes())
     return Adapter(name, deltas, layout, carried, provenance, source=where)
 
 
-class _Stored:
+class _FileModules:
     """The modules of a file, as their tensors have them.
 
     LoRAs are known by the shapes of their factors. LoHas and LoKrs are rewritten when the file is
@@ -161,7 +166,7 @@ class _Stored:
     def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
         """The modules that have magnitudes, with them."""
         for module, keys in self._keys.items():
-            for part in magnitudes.PARTS:
+            for part in MAGNITUDE_PARTS:
                 if part in keys.parts:
                     yield module, self._tensors[keys.parts[part]]
 
@@ -178,12 +183,12 @@ class _Stored:
             stored = read_module(parts, said.scaling if said else None, self._max_rank)
             if said and said.rank != stored.delta.rank:
                 raise FormatError(
-                    f"{header.ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
+                    f"{ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
                     f"rank {stored.delta.rank}"
                 )
             if said and said.is_dora != bool(stored.magnitudes):
                 raise FormatError(
-                    f"{header.ADAPTER_KEY} in the header says use_dora {said.is_dora}, but there "
+                    f"{ADAPTER_KEY} in the header says use_dora {said.is_dora}, but there "
                     f"are {'no' if said.is_dora else 'some'} magnitudes; which of the two is wrong "
                     "cannot be told"
                 )
@@ -241,10 +246,10 @@ def _layout(
 ) -> FileLayout:
     """The layout of a file whose modules were read."""
     shapes = {module: found.delta.shape for module, found in modules.items()}
-    family, table = family_of(shapes, header.base_hint(file.metadata))
+    family, table = family_of(shapes, base_hint(file.metadata))
     ids = list(modules) or [key.rpartition(".")[0] for key in keys.carried]
     naming = naming_of(ids, table)
-    _require_distinct(modules)
+    _require_distinct_modules(modules)
     downs = {k.parts["down"].removeprefix(k.id) for k in keys.modules.values() if "down" in k.parts}
     convention = describe(map(parse, ids), min(downs, default=""))
     # diffusers drops what is not spelled like the first key of a file
@@ -252,7 +257,7 @@ def _layout(
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
     suffixes = _suffixes(keys.modules.values(), naming, one_style=one_style)
     slots = [
-        _slot(keys.modules[module], found, file, family, suffixes)
+        _file_slot(keys.modules[module], found, file, family, suffixes)
         for module, found in modules.items()
     ]
     return FileLayout(
@@ -260,7 +265,7 @@ def _layout(
         naming=naming,
         suffixes=suffixes,
         family=family,
-        slots=tuple(map(_todays, slots) if one_style else slots),
+        slots=tuple(map(_current, slots) if one_style else slots),
         metadata=dict(file.metadata),
         base=base,
         by_metadata=by_metadata,
@@ -269,7 +274,7 @@ def _layout(
     )
 
 
-def _slot(
+def _file_slot(
     keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str, usual: Suffixes
 ) -> FileSlot:
     """Where a module that was read is written: its own keys, or those of a plain LoRA."""
@@ -284,7 +289,7 @@ def _slot(
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
     if "scale" in parts:  # which is A1111's alone
         alpha = keys.id + KOHYA_SUFFIXES.alpha
-    factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *magnitudes.PARTS)]
+    factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *MAGNITUDE_PARTS)]
     known = outlines(file.tensors)
     types = [known[parts.get(part, factors[0])].dtype for part in ("down", "up")]
     stored = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
@@ -309,7 +314,7 @@ def _magnitude_slot(
     keys: ModuleKeys, found: StoredModule, file: TensorFile, suffix: str
 ) -> MagnitudeSlot:
     """Where the magnitudes of a module are, or would be."""
-    key = next((keys.parts[part] for part in magnitudes.PARTS if part in keys.parts), "")
+    key = next((keys.parts[part] for part in MAGNITUDE_PARTS if part in keys.parts), "")
     if not key:
         return MagnitudeSlot(keys.id + suffix)
     stored = outlines(file.tensors)[key]
@@ -320,7 +325,7 @@ def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) ->
     """How the tensors of further modules are called, after those that are there."""
     keys = list(keys)
     usual = _usual_suffixes(keys, naming, one_style=one_style)
-    ends = (k.parts[p].removeprefix(k.id) for k in keys for p in magnitudes.PARTS if p in k.parts)
+    ends = (k.parts[p].removeprefix(k.id) for k in keys for p in MAGNITUDE_PARTS if p in k.parts)
     return dataclasses.replace(usual, magnitude=next(ends, usual.magnitude))
 
 
@@ -340,7 +345,7 @@ def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bo
     return Suffixes(down, up, alike.alpha, alike.bias, magnitude)
 
 
-def _todays(slot: FileSlot) -> FileSlot:
+def _current(slot: FileSlot) -> FileSlot:
     """A slot of diffusers with the keys it writes today."""
     name = parse(slot.id)
     module, magnitude = name.prefix + name.current, slot.magnitude
@@ -350,7 +355,7 @@ def _todays(slot: FileSlot) -> FileSlot:
     return dataclasses.replace(slot, down=down, up=up, bias=bias, magnitude=magnitude)
 
 
-def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
+def _require_distinct_modules(modules: Mapping[str, StoredModule]) -> None:
     """Refuse two ids for one module: readers apply one of them, and not all the same one."""
     seen: dict[tuple[str, str], str] = {}
     for module in modules:

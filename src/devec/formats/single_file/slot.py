@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from devec.deltas.delta import Delta
+from devec.deltas.dora import axes_of
 from devec.deltas.gains import Axis, Magnitude
 from devec.files.safetensors_reader import storable
-from devec.formats.magnitudes import MagnitudeSlot, axes_of
+from devec.formats.magnitudes import MagnitudeSlot
+from devec.formats.rewrites import Rewrite
 from devec.naming.conventions import WHOLE_BIAS
 
 
@@ -101,9 +103,9 @@ class FileSlot:
         return tensors
 
 
-def anew(slot: FileSlot) -> FileSlot:
+def result_slot(slot: FileSlot) -> FileSlot:
     """A slot for what is not just the file that was read, under keys that all hosts load."""
-    magnitude = slot.magnitude.anew()
+    magnitude = slot.magnitude.for_result()
     return slot if magnitude is slot.magnitude else dataclasses.replace(slot, magnitude=magnitude)
 
 
@@ -113,7 +115,7 @@ def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
     return alpha if float(alpha) / delta.rank == delta.scaling else None
 
 
-def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Callable[[Delta], Delta]]:
+def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Rewrite]:
     """How deltas get one alpha for all of them.
 
     diffusers mixes up the alphas of attention layers in UNets.

@@ -20,11 +20,11 @@ from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
 from devec.deltas.gains import Axis, Magnitude
 from devec.errors import FormatError, UnsupportedError
-from devec.formats import magnitudes
+from devec.formats.magnitudes import MAGNITUDE_PARTS, find_magnitudes
 from devec.linalg.hadamard_kronecker import Factors, hadamard_product, kronecker_product
 from devec.linalg.precision import full_precision
 
-Parts = Mapping[str, Tensor]
+ModuleTensors = Mapping[str, Tensor]  # part → tensor
 
 _WITH_CORE = " with a Tucker core"
 
@@ -78,7 +78,7 @@ class StoredModule:
         return dataclasses.replace(self.delta, gain=Magnitude(stored.flatten(), axis, base))
 
 
-def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
+def read_module(parts: ModuleTensors, scaling: float | None, max_rank: int) -> StoredModule:
     """Factors of one module.
 
     Args:
@@ -99,7 +99,7 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
             raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
     for own, read in _KINDS.items():
         if any(part.startswith(own) for part in parts):
-            allowed = (*own, "alpha", "scale", *magnitudes.PARTS)
+            allowed = (*own, "alpha", "scale", *MAGNITUDE_PARTS)
             strange = [part for part in parts if not part.startswith(allowed)]
             if strange:
                 raise FormatError(
@@ -107,12 +107,12 @@ def read_module(parts: Parts, scaling: float | None, max_rank: int) -> StoredMod
                     "change of one module; take one of them out"
                 )
             found = read(parts, scaling, max_rank)
-            held = magnitudes.find_magnitudes(parts, found.delta.shape, found.kernel)
+            held = find_magnitudes(parts, found.delta.shape, found.kernel)
             return dataclasses.replace(found, magnitudes=held)
     raise FormatError(f"there are {', '.join(sorted(parts))}, but no factors")
 
 
-def _lora(parts: Parts, scaling: float | None, _: int) -> StoredModule:
+def _lora(parts: ModuleTensors, scaling: float | None, _: int) -> StoredModule:
     """s·U·D, or with a core M of Tucker form s·U·[Σ_n M[m,n,h,w] D[n,i]]."""
     up, down = _required(parts, "up", "down")
     if up.ndim < 2 or down.ndim < 2:
@@ -144,7 +144,7 @@ def _lora(parts: Parts, scaling: float | None, _: int) -> StoredModule:
     return StoredModule(delta, "LoRA" if mid is None else f"LoRA{_WITH_CORE}", kernel)
 
 
-def _loha(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
+def _loha(parts: ModuleTensors, scaling: float | None, max_rank: int) -> StoredModule:
     """s·(W1a·W1b) ⊙ (W2a·W2b), each with a Tucker core where it has one."""
     a1, b1, a2, b2 = _required(parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     _require_matrices(parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -166,7 +166,7 @@ def _loha(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
     )
 
 
-def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
+def _lokr(parts: ModuleTensors, scaling: float | None, max_rank: int) -> StoredModule:
     """s·(C ⊗ M), C and M each whole or a product; s = 1 where both are whole."""
     left, rank = _lokr_half(parts, "lokr_w1")
     right, right_rank = _lokr_half(parts, "lokr_w2")
@@ -186,7 +186,7 @@ def _lokr(parts: Parts, scaling: float | None, max_rank: int) -> StoredModule:
     return _rewritten(kind, kronecker_product(left, right, max_rank), scale, kernel)
 
 
-def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
+def _lokr_half(parts: ModuleTensors, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
     """One operand of the Kronecker product, and its rank if it is a product itself."""
     core = parts.get("lokr_t2") if name == "lokr_w2" else None
     if name in parts:
@@ -207,7 +207,7 @@ def _lokr_half(parts: Parts, name: str) -> tuple[Tensor | tuple[Tensor, Tensor],
 
 
 # How the parts of a kind begin → what reads them.
-_KINDS: dict[tuple[str, ...], Callable[[Parts, float | None, int], StoredModule]] = {
+_KINDS: dict[tuple[str, ...], Callable[[ModuleTensors, float | None, int], StoredModule]] = {
     ("hada_",): _loha,
     ("lokr_",): _lokr,
     ("up", "down", "mid", "bias"): _lora,
@@ -247,7 +247,7 @@ def _require_modest(numbers: int, *stored: Tensor) -> None:
         )
 
 
-def _scale(parts: Parts, rank: int, scaling: float | None) -> float:
+def _scale(parts: ModuleTensors, rank: int, scaling: float | None) -> float:
     """The effective scaling: ``.scale``, else alpha/r, else what the metadata say, else 1."""
     if "scale" in parts:
         return _number(parts["scale"], "scale")
@@ -280,7 +280,7 @@ def _rank(ranks: Mapping[str, int]) -> int:
     return rank
 
 
-def _required(parts: Parts, *names: str) -> tuple[Tensor, ...]:
+def _required(parts: ModuleTensors, *names: str) -> tuple[Tensor, ...]:
     """The tensors of parts that must all be there."""
     missing = [name for name in names if name not in parts]
     if missing:
@@ -290,7 +290,7 @@ def _required(parts: Parts, *names: str) -> tuple[Tensor, ...]:
     return tuple(parts[name] for name in names)
 
 
-def _require_matrices(parts: Parts, *names: str) -> None:
+def _require_matrices(parts: ModuleTensors, *names: str) -> None:
     """Check that parts are matrices."""
     for name in names:
         if parts[name].ndim != 2:

@@ -9,11 +9,11 @@ import torch
 from devec.adapters.layout import ReadOptions
 from devec.deltas.delta import Delta
 from devec.errors import listed, warn
-from devec.formats.single_file.layout import FileLayout
+from devec.formats.single_file.storage import FileStorage
 from devec.lazy import outlines
 
 
-def of_unknown(where: str, keys: Sequence[str]) -> None:
+def warn_of_unknown(where: str, keys: Sequence[str]) -> None:
     """Name the keys that are of no known kind."""
     if keys:
         warn(
@@ -22,7 +22,7 @@ def of_unknown(where: str, keys: Sequence[str]) -> None:
         )
 
 
-def of_truncation(where: str, layout: FileLayout, options: ReadOptions) -> None:
+def warn_of_truncation(where: str, layout: FileStorage, options: ReadOptions) -> None:
     """State the error of factors that are not exact."""
     if layout.errors:
         worst = max(layout.errors, key=lambda module: layout.errors[module])
@@ -35,7 +35,7 @@ def of_truncation(where: str, layout: FileLayout, options: ReadOptions) -> None:
         )
 
 
-def of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
+def warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
     """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
     weak = [
         module

@@ -16,7 +16,7 @@ from devec.errors import FormatError, UnsupportedError
 from devec.formats.peft.config import targets
 from devec.formats.rank_patterns import Config, rank_and_scaling
 
-Said = tuple[int, float]  # rank and scaling that the configuration gives a parameter
+DeclaredRank = tuple[int, float]  # rank and scaling that the configuration gives a parameter
 
 # Parameters of experts in the order in which all models of transformers register them.
 _ORDER = (
@@ -48,7 +48,9 @@ def owners(config: Config, module: str, count: int = 1) -> list[str]:
     return list(dict.fromkeys(named if len(named) >= count else named + anywhere))
 
 
-def ranks_of(config: Config, names: Sequence[str], rows: Sequence[int]) -> list[Said]:
+def parameter_ranks(
+    config: Config, names: Sequence[str], rows: Sequence[int]
+) -> list[DeclaredRank]:
     """Rank and scaling of each wrapper of a module.
 
     Args:
@@ -82,7 +84,9 @@ def ranks_of(config: Config, names: Sequence[str], rows: Sequence[int]) -> list[
     )
 
 
-def _fitting(said: Mapping[str, Said], rows: Sequence[int]) -> set[tuple[Said, ...]]:
+def _fitting(
+    said: Mapping[str, DeclaredRank], rows: Sequence[int]
+) -> set[tuple[DeclaredRank, ...]]:
     """Ranks and scalings that rows allow the wrappers, narrowed by experts and then by order."""
     if len(set(said.values())) == 1:
         same = tuple(said.values())[: len(rows)]
@@ -97,7 +101,7 @@ def _fitting(said: Mapping[str, Said], rows: Sequence[int]) -> set[tuple[Said, .
     return set((registered or alike or orders).values())
 
 
-def _experts(ranks: Sequence[Said], rows: Sequence[int]) -> set[int]:
+def _experts(ranks: Sequence[DeclaredRank], rows: Sequence[int]) -> set[int]:
     """The numbers of experts that ranks make of rows; none if they do not divide them."""
     pairs = [(count, rank) for count, (rank, _) in zip(rows, ranks, strict=True)]
     return set() if any(n % r for n, r in pairs) else {n // r for n, r in pairs}

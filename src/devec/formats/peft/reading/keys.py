@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from devec.errors import UnsupportedError
-from devec.formats.peft import config as peft_config
-from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.layout import PREFIX
-from devec.formats.peft.names import attentions_in, plain, unused_projection
-from devec.formats.peft.parameters import owners
+from devec.formats.peft.config import TRAINING_ONLY_TENSORS
+from devec.formats.peft.dora import magnitude_owner
+from devec.formats.peft.names import PREFIX, attentions_in, unused_projection, unwrapped
+from devec.formats.peft.reading.parameters import owners
 from devec.formats.rank_patterns import Config
 
-_FACTOR = re.compile(
+_FACTOR_KEY = re.compile(
     r"(?P<path>.+)\.(?:(?P<embedding>lora_embedding_)|lora_)"
     r"(?P<factor>[AB](?!\.bias)|B)(?P<end>\.weight|\.bias)?"
 )
 
 
 @dataclass
-class SortedKeys:
+class PeftKeys:
     """The keys of a file by what they are.
 
     Attributes:
@@ -53,7 +52,7 @@ class SortedKeys:
                 yield path.removeprefix(PREFIX), tensors[factors["magnitude"]]
 
 
-def sort_keys(config: Config, keys: Iterable[str]) -> SortedKeys:
+def sort_peft_keys(config: Config, keys: Iterable[str]) -> PeftKeys:
     """Account for every key of a file, by its name alone.
 
     Args:
@@ -66,17 +65,17 @@ def sort_keys(config: Config, keys: Iterable[str]) -> SortedKeys:
     Raises:
         UnsupportedError: If one belongs to a layer of an unknown kind.
     """
-    result, beside = SortedKeys(), []
+    result, beside = PeftKeys(), []
     for key in keys:
-        match = _FACTOR.fullmatch(key)
+        match = _FACTOR_KEY.fullmatch(key)
         if match:
             part = "bias" if match["end"] == ".bias" else match["factor"]
             result.factors.setdefault(match["path"], {})[part] = key
             if match["embedding"]:
                 result.embeddings.add(match["path"])
-        elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):
+        elif any(mark in key for mark in TRAINING_ONLY_TENSORS):
             result.training_only.append(key)
-        elif path := peft_dora.owner(key):
+        elif path := magnitude_owner(key):
             known = result.factors.setdefault(path, {}).setdefault("magnitude", key)
             if known != key:
                 result.repeated.append((path, known, key))
@@ -88,9 +87,9 @@ def sort_keys(config: Config, keys: Iterable[str]) -> SortedKeys:
     return result
 
 
-def _sort_others(config: Config, keys: Sequence[str], result: SortedKeys) -> None:
+def _sort_others(config: Config, keys: Sequence[str], result: PeftKeys) -> None:
     """Account for the keys of tensors that are no factors."""
-    parameters = {p for p in result.factors if owners(config, plain(p.removeprefix(PREFIX)))}
+    parameters = {p for p in result.factors if owners(config, unwrapped(p.removeprefix(PREFIX)))}
     result.attentions = attentions_in(result.factors, parameters)
     unused = tuple(f"{unused_projection(path)}." for path in result.attentions)
     for path in [path for path in result.factors if f"{path}.".startswith(unused)]:
