@@ -30,7 +30,7 @@ from damage import directories, make_case, originals  # noqa: E402
 
 from devec import Adapter, DevecError, convert, decompose  # noqa: E402
 from devec.base_model.model import BaseModel  # noqa: E402
-from devec.cli.inspect import inspect  # noqa: E402
+from devec.cli.inspect import inspect_command  # noqa: E402
 from devec.errors import IncompatibleError  # noqa: E402
 
 SECONDS = 5  # of the processor, so that what else it does is not held against a case
@@ -72,7 +72,9 @@ def exercise(case, folder):
         path, "damaged", allow_pickle=case.allow_pickle, base=base if rng.random() < 0.8 else None
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        inspect(str(path), modules=True, json=folder / "report", allow_pickle=case.allow_pickle)
+        inspect_command(
+            str(path), modules=True, json=folder / "report", allow_pickle=case.allow_pickle
+        )
     again = Adapter.from_pretrained(adapter.save_pretrained(folder / "again"), "damaged")
     assert len(again.modules) == len(adapter.modules), "modules are lost when they are saved"
     with contextlib.suppress(DevecError):

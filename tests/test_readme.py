@@ -137,9 +137,9 @@ def test_linked_files_exist():
 
 def test_the_demo_in_the_readme_is_the_demo(capsys):
     """Within rounding: accuracies may differ by a digit image or two between processors."""
-    from devec.cli.demo import demo
+    from devec.cli.demo import demo_command
 
-    demo(out=None, threshold="auto", method="mean")
+    demo_command(out=None, threshold="auto", method="mean")
     numbers = r"\d+\.\d{3}"
     shown = re.search(r"<!-- demo -->(.*)<!-- /demo -->", README, flags=re.DOTALL)[1]
     printed = capsys.readouterr().out

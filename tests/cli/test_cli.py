@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import devec
 from devec import Adapter
 from devec.cli import app
-from devec.cli.tables import module_type
+from devec.cli.shared.tables import module_type
 
 # The command line turns warnings into lines of its own, so here none may become an exception.
 pytestmark = [

@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from devec.cli.decompose import parse_threshold, print_parts
-from devec.cli.tables import new_table, show
+from devec.cli.shared.parts import parse_threshold, print_parts
+from devec.cli.shared.tables import new_table, show
 
 if TYPE_CHECKING:
     from devec.demo.run import Demo
 
 
-def demo(
+def demo_command(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where to keep the parts. [default: a temporary place]"),
+        typer.Option(
+            metavar="DIR", help="Directory to keep the parts in. [default: a temporary one]"
+        ),
     ] = None,
-    threshold: Annotated[str, typer.Option(metavar="T", help="As of decompose.")] = "auto",
-    method: Annotated[str, typer.Option(metavar="M", help="As of decompose.")] = "mean",
+    threshold: Annotated[str, typer.Option(metavar="T", help="As for decompose.")] = "auto",
+    method: Annotated[str, typer.Option(metavar="M", help="As for decompose.")] = "mean",
 ) -> None:
     """Decompose a small pool of adapters and measure it.
 
-    The pool comes with devec: one vision transformer, five adapters for one visual domain of the
-    same digits each, and one for an unrelated task. Takes about half a minute.
+    The pool is part of devec: adapters of a vision transformer, five for the same digits in
+    different visual domains and one for an unrelated task. Takes about half a minute.
     """
     from devec.demo.run import run
 

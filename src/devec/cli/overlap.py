@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from devec.cli.common import json_writer, require_report
-from devec.cli.options import AllowPickle, Base, Device, JsonFile, MaxRank, Overwrite, Sources
-from devec.cli.sources import read_sources
-from devec.cli.tables import module_type, new_table, show
+from devec.cli.shared.options import (
+    AllowPickle,
+    Base,
+    Device,
+    JsonFile,
+    MaxRank,
+    Overwrite,
+    Sources,
+)
+from devec.cli.shared.reports import json_writer, require_report
+from devec.cli.shared.sources import read_sources
+from devec.cli.shared.tables import module_type, new_table, show
 
 if TYPE_CHECKING:
     from devec.operations.overlap import ModuleOverlap, Overlap
 
 
-def overlap(
+def overlap_command(
     sources: Sources,
     base: Base = None,
     device: Device = None,
@@ -24,26 +32,22 @@ def overlap(
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Show how much adapters overlap, beside what chance would give."""
-    from devec import overlap as measure
+    """Measure how much adapters overlap, and compare with chance."""
+    from devec import overlap
     from devec.files.staging import write_all
 
     require_report(json, sources, overwrite=overwrite)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
-    found = measure(adapters)
+    found = overlap(adapters)
     if json:
-        write_all({json: json_writer(_report(found))}, overwrite=overwrite)
-    print_overlap(found)
+        write_all({json: json_writer(_overlap_report(found))}, overwrite=overwrite)
+    _print_overlap_table(found)
 
 
-def print_overlap(found: Overlap) -> None:
-    """Print overlaps by pair and type of module.
-
-    Args:
-        found: The overlaps.
-    """
+def _print_overlap_table(found: Overlap) -> None:
+    """Print overlaps by pair and type of module."""
     table = new_table(
         "module",
         "modules",
@@ -73,8 +77,8 @@ def print_overlap(found: Overlap) -> None:
         typer.echo(f"{' + '.join(pair)}: cosine of the whole adapters {value:.3f}")
 
 
-def _report(found: Overlap) -> dict[str, Any]:
-    """All overlaps, a row per pair and module."""
+def _overlap_report(found: Overlap) -> dict[str, Any]:
+    """The full report, a row for each pair and module."""
     return {
         "cosines": [{"pair": pair, "cosine": c} for pair, c in found.cosines.items()],
         "modules": [
