@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from devec.adapters.algebra import linear_combination, norm, same_effect
+from devec.adapters.algebra import adapter_norm, linear_combination, same_effect
 from devec.adapters.data import AdapterData
 from devec.adapters.layout import MAX_RANK, Plan, ReadOptions
 from devec.arguments import inverse, number, whole_number
@@ -113,7 +113,7 @@ class Adapter(AdapterData):
             >>> from devec import Adapter
             >>> from devec.demo.evaluate import POOL
             >>> Adapter.from_pretrained(POOL / "ink")
-            Adapter('ink', 20 modules, rank 8)
+            Adapter('ink', 20 modules, rank 4)
         """
         found = locate(path, subfolder, weight_name, revision, token)
         name = name or (default_name(found) if exists(path) or weight_name else _hub_name(path))
@@ -312,7 +312,7 @@ class Adapter(AdapterData):
             >>> Adapter("a", {"layer": Delta(torch.ones(4, 1), torch.ones(1, 4))}).norm()
             4.0
         """
-        return norm(self)
+        return adapter_norm(self)
 
     def __repr__(self) -> str:
         ranks = [delta.rank for delta in outlines(self.modules).values()] or [0]

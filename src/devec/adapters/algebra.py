@@ -24,10 +24,10 @@ from devec.errors import IncompatibleError, UnsupportedError, listed, located
 from devec.lazy import Lazy, outlines
 from devec.linalg.precision import full_precision
 
-# Two adapters are equal in effect when they differ by less than this fraction of their factors, and
-# their biases by less than this fraction of these: a few units of float32 roundoff, the precision
-# factors are combined in. Of the factors, not of the norm: a - a is zero but for rounding of terms
-# as large as a.
+# Adapters have the same effect if they differ by less than this fraction of the norm of their
+# factors, and their biases by less than this fraction of theirs: a few units of float32 roundoff,
+# the precision that factors are combined in. The norm of the factors is the scale, not that of the
+# sum: a - a is zero up to rounding of terms as large as a.
 EFFECT_RTOL = 1e-6
 
 
@@ -66,7 +66,7 @@ def inner(a: AdapterData, b: AdapterData) -> float:
 
 
 @full_precision
-def norm(adapter: AdapterData) -> float:
+def adapter_norm(adapter: AdapterData) -> float:
     """Frobenius norm of an adapter over all modules, biases included."""
     norms = []
     for module, delta in adapter.modules.items():
@@ -100,7 +100,7 @@ def cosine(a: AdapterData, b: AdapterData) -> float:
         >>> round(cosine(a, -3 * a), 6)
         -1.0
     """
-    return cosine_of(inner(a, b), norm(a), norm(b))
+    return cosine_of(inner(a, b), adapter_norm(a), adapter_norm(b))
 
 
 def cosine_of(inner: float, first: float, second: float) -> float:

@@ -9,7 +9,7 @@ from itertools import combinations
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import merged_layout, on_common_modules
 from devec.adapters.layout import Layout
-from devec.adapters.pool import require_distinct_names, warn_of_strangers
+from devec.adapters.pool import require_distinct_names, warn_if_unrelated
 from devec.arguments import number
 from devec.decomposition.question import Question, Threshold
 from devec.decomposition.scopes import SCOPES
@@ -41,7 +41,7 @@ def asked(
     """
     _check_arguments(adapters, threshold, method, scope, target)
     adapters = on_common_modules(adapters)
-    warn_of_strangers(adapters)
+    warn_if_unrelated(adapters)
     layout = merged_layout(adapters)  # refuses adapters that do not compose
     names = tuple(a.name for a in adapters)
     return Question(names, _level(threshold), method, scope, target or ""), adapters, layout

@@ -1,4 +1,4 @@
-"""From one convention to another, exactly."""
+"""Converting adapters from one format to another, exactly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, LayoutBu
 
 
 def _file_builder(naming: Naming, suffixes: Suffixes, convention: str) -> LayoutBuilder:
-    """What makes the layout of a single file."""
+    """A function that makes the layout of a single file."""
     return lambda other, _, shapes, family: file_layout_for(
         other, shapes, naming, suffixes, convention, family
     )
@@ -86,25 +86,34 @@ COMPONENTS = {
 def convert(adapter: Adapter, format: str, *, component: str | None = None) -> Adapter:
     """The same adapter in another format.
 
-    What one format stores as one module and another as several is sliced, or put together again:
-    ``qkv`` into three modules that share A, three modules into one whose B is block-diagonal.
+    A module that the other format stores as several is sliced, and several that it stores as one
+    are joined: ``qkv`` becomes three modules that share A, and three modules become one with a
+    block-diagonal B.
 
     Args:
         adapter: An adapter that was read from files.
         format: ``"kohya"`` (for ComfyUI, A1111, Forge), ``"diffusers"`` or ``"peft"``.
-        component: Keep the adapter of this model only: ``"denoiser"``, ``"denoiser_2"`` (of Wan
-            2.2), ``"clip_l"``, ``"clip_g"`` or ``"t5"``. For a PEFT directory, which holds one and
-            does not say which: the model that it is of.
+        component: The component to keep: ``"denoiser"``, ``"denoiser_2"`` (of Wan 2.2),
+            ``"clip_l"``, ``"clip_g"`` or ``"t5"``; by default all of them. For a PEFT directory,
+            which does not name its component: the component that it belongs to.
 
     Returns:
-        The adapter, exact to rounding of the storage type where an alpha has to be folded into B
-        (diffusers has none) and alpha/r is no power of two.
+        The adapter. It is exact, except for rounding to the storage type where alpha/r is folded
+        into B (diffusers has no alpha) and is no power of two.
 
     Raises:
-        IncompatibleError: If the format is not known, or a module has no name in it.
-        UnsupportedError: If a DoRA has magnitudes of inputs and the format of outputs only.
+        IncompatibleError: If the format is unknown, or a module has no name in it.
+        UnsupportedError: If a DoRA has magnitudes of inputs and the format has none.
 
-    Cost: slicing and concatenating factors.
+    Cost: slicing and concatenating factors; base weights are read only where DoRAs and LoRAs are
+    joined.
+
+    Example:
+        >>> from devec import Adapter, convert
+        >>> from devec.demo.evaluate import POOL
+        >>> converted = convert(Adapter.from_pretrained(POOL / "ink"), "diffusers")
+        >>> converted.output_path("ink").name
+        'ink.safetensors'
     """
     if format not in FORMATS:
         raise IncompatibleError(f"format must be one of {listed(list(FORMATS))}, got {format!r}")
@@ -117,16 +126,16 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
     if component is not None and layout.names.naming.one_model:
         declared = _component(component)
     elif component is not None:
-        adapter = _only(adapter, _component(component))
+        adapter = _of_component(adapter, _component(component))
     table = TABLES.get(layout.names.family)
     family = table() if table else None
     components = frozenset(parse(module).component for module in adapter.modules)
     if declared is not None:
         components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
-    stored_so = layout.about.format == format and layout.names.spelled(naming)
-    if stored_so and not layout.joins:
-        result = adapter  # as it is, alphas included
+    stored_in_it = layout.about.format == format and layout.names.spelled(naming)
+    if stored_in_it and not layout.joins:
+        result = adapter  # unchanged, including its alphas
     else:
         if format != KOHYA:
             _require_outputs(adapter)
@@ -136,16 +145,16 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
 
 
 def _require_outputs(adapter: Adapter) -> None:
-    """Refuse DoRAs with magnitudes of inputs, before a base weight is asked for."""
-    turned = [
+    """Refuse DoRAs with magnitudes of inputs, before a base weight is read."""
+    of_inputs = [
         module for module, delta in outlines(adapter.modules).items() if "in" in axes_of(delta)
     ]
-    if turned:
-        raise UnsupportedError(f"module {turned[0]!r} of {adapter.label}: {of_outputs_only()}")
+    if of_inputs:
+        raise UnsupportedError(f"module {of_inputs[0]!r} of {adapter.label}: {of_outputs_only()}")
 
 
 def _component(name: str) -> str:
-    """The component of a name on the command line."""
+    """The component with a public name."""
     if name not in COMPONENTS:
         raise IncompatibleError(
             f"component must be one of {listed(list(COMPONENTS))}, got {name!r}"
@@ -153,11 +162,11 @@ def _component(name: str) -> str:
     return COMPONENTS[name]
 
 
-def _only(adapter: Adapter, component: str) -> Adapter:
-    """The part of an adapter that changes one model."""
-    held = only(adapter.modules, {m for m in adapter.modules if parse(m).component == component})
+def _of_component(adapter: Adapter, component: str) -> Adapter:
+    """An adapter reduced to one component."""
+    modules = only(adapter.modules, {m for m in adapter.modules if parse(m).component == component})
     keys = {k for k in adapter.carried if parse(k.rpartition(".")[0]).component == component}
     carried = only(adapter.carried, keys)
-    if not held:
+    if not modules:
         raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
-    return dataclasses.replace(adapter, modules=held, carried=carried)
+    return dataclasses.replace(adapter, modules=modules, carried=carried)

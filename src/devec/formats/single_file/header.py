@@ -85,20 +85,20 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, value in config.items():
         field = key.rpartition(".")[2]
         if field == "r":
-            _require_rank(key, value)
+            _require_positive(key, value)
         elif field == "lora_alpha":
             _require_number(key, value)
         elif field in ("rank_pattern", "alpha_pattern"):
             if not isinstance(value, dict | None):
                 raise FormatError(f"{ADAPTER_KEY}: {key} should be an object, is {value!r}")
-            check = _require_rank if field == "rank_pattern" else _require_number
+            check = _require_positive if field == "rank_pattern" else _require_number
             for name, number in (value or {}).items():
                 require_pattern(name, f"a key of {key} in {ADAPTER_KEY}")
                 check(f"{key}[{name!r}]", number)
     return config
 
 
-def _require_rank(key: str, value: Any) -> None:  # noqa: ANN401
+def _require_positive(key: str, value: Any) -> None:  # noqa: ANN401
     """Check that a rank is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise FormatError(f"{ADAPTER_KEY}: {key} should be a positive integer, is {value!r}")

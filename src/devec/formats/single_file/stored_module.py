@@ -97,7 +97,7 @@ def read_module(parts: ModuleTensors, scaling: float | None, max_rank: int) -> S
     for part, tensor in parts.items():
         if part not in ("alpha", "scale") and 0 in tensor.shape:
             raise FormatError(f"{part} has shape {tuple(tensor.shape)}, so it holds nothing")
-    for own, read in _KINDS.items():
+    for own, read in _KIND_READERS.items():
         if any(part.startswith(own) for part in parts):
             allowed = (*own, "alpha", "scale", *MAGNITUDE_PARTS)
             strange = [part for part in parts if not part.startswith(allowed)]
@@ -126,7 +126,7 @@ def _lora(parts: ModuleTensors, scaling: float | None, _: int) -> StoredModule:
             f"up {tuple(up.shape)} and down {tuple(down.shape)} are factors of a convolution with "
             "groups, whose product is no plain delta"
         )
-    rank = _rank({"down": down.shape[0], "up": up.shape[1]})
+    rank = _common_rank({"down": down.shape[0], "up": up.shape[1]})
     if math.prod(up.shape[2:]) != 1:
         raise FormatError(f"up {tuple(up.shape)} should have a kernel of ones behind its rank")
     kernel = tuple(down.shape[2:])
@@ -157,11 +157,11 @@ def _loha(parts: ModuleTensors, scaling: float | None, max_rank: int) -> StoredM
         kernel = tuple(t1.shape[2:])
         a1, b1 = a1.mT, _tucker_side(t1, b1)
         a2, b2 = a2.mT, _tucker_side(t2, b2)
-    _rank({"w1_a": a1.shape[1], "w1_b": b1.shape[0]})
-    inner = rank * _rank({"w2_a": a2.shape[1], "w2_b": b2.shape[0]})
+    _common_rank({"w1_a": a1.shape[1], "w1_b": b1.shape[0]})
+    inner = rank * _common_rank({"w2_a": a2.shape[1], "w2_b": b2.shape[0]})
     _require_modest((a1.shape[0] + b1.shape[1]) * min(inner, max_rank), a1, b1, a2, b2)
     found = hadamard_product(a1, b1, a2, b2, max_rank)
-    return _rewritten(
+    return _from_product(
         f"LoHa{_WITH_CORE if kernel else ''}", found, _scale(parts, rank, scaling), kernel
     )
 
@@ -179,11 +179,11 @@ def _lokr(parts: ModuleTensors, scaling: float | None, max_rank: int) -> StoredM
         right = right.flatten(1)
     if isinstance(left, Tensor) and left.ndim > 2:
         left = left.flatten(1)
-    m, n = (a * b for a, b in zip(_shape(left), _shape(right), strict=True))
+    m, n = (a * b for a, b in zip(_operand_shape(left), _operand_shape(right), strict=True))
     _require_modest((m + n) * min(m, n, max_rank), *parts.values())
     scale = _scale(parts, rank, scaling) if rank else 1.0
     kind = f"LoKr{_WITH_CORE if 'lokr_t2' in parts else ''}"
-    return _rewritten(kind, kronecker_product(left, right, max_rank), scale, kernel)
+    return _from_product(kind, kronecker_product(left, right, max_rank), scale, kernel)
 
 
 def _lokr_half(parts: ModuleTensors, name: str) -> tuple[Tensor | tuple[Tensor, Tensor], int]:
@@ -202,21 +202,23 @@ def _lokr_half(parts: ModuleTensors, name: str) -> tuple[Tensor | tuple[Tensor, 
         _require_matrices(parts, f"{name}_a", f"{name}_b")
         a, b = a.mT, _tucker_side(core, b)
     _require_matrices({"a": a, "b": b}, "a", "b")
-    _rank({f"{name}_a": a.shape[1], f"{name}_b": b.shape[0]})
+    _common_rank({f"{name}_a": a.shape[1], f"{name}_b": b.shape[0]})
     return (a, b), rank
 
 
 # How the parts of a kind begin → what reads them.
-_KINDS: dict[tuple[str, ...], Callable[[ModuleTensors, float | None, int], StoredModule]] = {
+_KIND_READERS: dict[tuple[str, ...], Callable[[ModuleTensors, float | None, int], StoredModule]] = {
     ("hada_",): _loha,
     ("lokr_",): _lokr,
     ("up", "down", "mid", "bias"): _lora,
 }
 
 
-def _rewritten(kind: str, found: Factors, scaling: float, kernel: tuple[int, ...]) -> StoredModule:
+def _from_product(
+    kind: str, product: Factors, scaling: float, kernel: tuple[int, ...]
+) -> StoredModule:
     """A module whose product was rewritten to factors."""
-    return StoredModule(Delta(found.B, found.A, scaling), kind, kernel, found.error)
+    return StoredModule(Delta(product.B, product.A, scaling), kind, kernel, product.error)
 
 
 @full_precision
@@ -231,7 +233,7 @@ def _tucker_side(core: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ij...,jn->in...", core.to(dtype), b.to(dtype)).flatten(1)
 
 
-def _shape(operand: Tensor | tuple[Tensor, Tensor]) -> tuple[int, int]:
+def _operand_shape(operand: Tensor | tuple[Tensor, Tensor]) -> tuple[int, int]:
     """Shape of an operand of a Kronecker product."""
     left, right = (operand, operand) if isinstance(operand, Tensor) else operand
     return left.shape[0], right.shape[1]
@@ -269,7 +271,7 @@ def _number(tensor: Tensor, part: str) -> float:
     return value
 
 
-def _rank(ranks: Mapping[str, int]) -> int:
+def _common_rank(ranks: Mapping[str, int]) -> int:
     """The rank on which the factors agree."""
     if len(set(ranks.values())) > 1:
         said = ", ".join(f"{part} has rank {rank}" for part, rank in ranks.items())
