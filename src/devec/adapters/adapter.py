@@ -115,18 +115,18 @@ class Adapter(AdapterData):
             >>> Adapter.from_pretrained(POOL / "ink")
             Adapter('ink', 20 modules, rank 4)
         """
-        found = locate(path, subfolder, weight_name, revision, token)
-        name = name or (default_name(found) if exists(path) or weight_name else _hub_name(path))
+        local = locate(path, subfolder, weight_name, revision, token)
+        name = name or (default_name(local) if exists(path) or weight_name else _hub_name(path))
         max_rank = whole_number(max_rank, "max_rank")
         if max_rank < 1:
             raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
         for read in _readers():
-            adapter = read(found, name, ReadOptions(max_rank, allow_pickle, base))
+            adapter = read(local, name, ReadOptions(max_rank, allow_pickle, base))
             if adapter is not None:
                 return adapter if lazy else adapter.loaded()
         raise FormatError(
-            f"{found} is not an adapter: expected a .safetensors file, a directory with one, or a "
-            f"PEFT adapter directory{adapters_inside(found)}"
+            f"{local} is not an adapter: expected a .safetensors file, a directory with one, or a "
+            f"PEFT adapter directory{adapters_inside(local)}"
         )
 
     def save_pretrained(

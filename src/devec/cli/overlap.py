@@ -40,13 +40,13 @@ def overlap_command(
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     if device is not None:
         adapters = [adapter.to(device) for adapter in adapters]
-    found = overlap(adapters)
+    result = overlap(adapters)
     if json:
-        write_all({json: json_writer(_overlap_report(found))}, overwrite=overwrite)
-    _print_overlap_table(found)
+        write_all({json: json_writer(_overlap_report(result))}, overwrite=overwrite)
+    _print_overlap_table(result)
 
 
-def _print_overlap_table(found: Overlap) -> None:
+def _print_overlap_table(result: Overlap) -> None:
     """Print overlaps by pair and type of module."""
     table = new_table(
         "module",
@@ -57,9 +57,9 @@ def _print_overlap_table(found: Overlap) -> None:
         "cosine",
     )
     rows: dict[tuple[tuple[str, str], str], list[ModuleOverlap]] = {}
-    for row in found.modules:
+    for row in result.modules:
         rows.setdefault((row.pair, module_type(row.module)), []).append(row)
-    order = list(found.cosines)
+    order = list(result.cosines)
     for (pair, kind), group in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         best = max(group, key=lambda r: r.largest)
         above = sum(int((r.squared_cosines > r.edge).sum()) for r in group)
@@ -73,14 +73,14 @@ def _print_overlap_table(found: Overlap) -> None:
             f"{sum(r.cosine for r in group) / len(group):.3f}",
         )
     show("Overlap, by pair and type of module", table)
-    for pair, value in found.cosines.items():
+    for pair, value in result.cosines.items():
         typer.echo(f"{' + '.join(pair)}: cosine of the whole adapters {value:.3f}")
 
 
-def _overlap_report(found: Overlap) -> dict[str, Any]:
+def _overlap_report(result: Overlap) -> dict[str, Any]:
     """The full report, a row for each pair and module."""
     return {
-        "cosines": [{"pair": pair, "cosine": c} for pair, c in found.cosines.items()],
+        "cosines": [{"pair": pair, "cosine": c} for pair, c in result.cosines.items()],
         "modules": [
             {
                 "module": row.module,
@@ -90,6 +90,6 @@ def _overlap_report(found: Overlap) -> dict[str, Any]:
                 "random_edge": row.edge,
                 "cosine": row.cosine,
             }
-            for row in found.modules
+            for row in result.modules
         ],
     }

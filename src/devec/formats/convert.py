@@ -39,8 +39,8 @@ def _as_kohya(family: Family | None, components: Components) -> tuple[Naming, La
         )
     if DENOISER_2 in components:
         raise IncompatibleError(
-            "kohya's files have no names for a second denoiser (transformer_2); take one of the "
-            "two out (devec convert --component, devec.convert(component=))"
+            "kohya's files have no names for a second denoiser (transformer_2); remove one of "
+            "the two (devec convert --component, devec.convert(component=))"
         )
     naming = kohya_naming(family, components)
     return naming, _file_builder(naming, KOHYA_SUFFIXES, KOHYA)
@@ -56,7 +56,7 @@ def _as_peft(_: Family | None, components: Components) -> tuple[Naming, LayoutBu
         names = [name or "the denoiser" for name in sorted(components)]
         raise IncompatibleError(
             f"a PEFT directory holds the adapter of one model, and this one is of {listed(names)}; "
-            "take one of them out first (devec convert --component, devec.convert(component=))"
+            "select one of them first (devec convert --component, devec.convert(component=))"
         )
     naming = Naming(dict.fromkeys(components, ""), flat=False, scheme="diffusers", one_model=True)
     return naming, peft_layout_for

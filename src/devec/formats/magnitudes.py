@@ -109,15 +109,15 @@ def find_magnitudes(
     Raises:
         FormatError: If their shape fits neither axis.
     """
-    found = [(part, parts[part]) for part in MAGNITUDE_PARTS if part in parts]
-    if not found:
+    present = [(part, parts[part]) for part in MAGNITUDE_PARTS if part in parts]
+    if not present:
         return None
-    if len(found) > 1:
+    if len(present) > 1:
         raise FormatError(
             "there are magnitudes both as dora_scale and as lora_magnitude_vector or magnitude; "
-            "take one of them out"
+            "remove one of them"
         )
-    part, stored = found[0]
+    part, stored = present[0]
     size = stored.numel()
     long = [dim for dim, length in enumerate(stored.shape) if length != 1]
     channels = shape[1] // math.prod(kernel)
@@ -127,9 +127,9 @@ def find_magnitudes(
         expected = f"({shape[0]},)"
     else:
         # the tensors of LoHas and LoKrs do not always tell the kernel
-        known = bool(kernel) or stored.ndim == 2
+        kernel_known = bool(kernel) or stored.ndim == 2
         fits["in"] = long in ([], [1]) and (
-            size == channels if known else shape[1] % max(size, 1) == 0
+            size == channels if kernel_known else shape[1] % max(size, 1) == 0
         )
         expected = f"({shape[0]}, 1) for outputs or (1, {channels}) for inputs"
     axis = next((axis for axis, fit in fits.items() if fit), None)
@@ -164,5 +164,5 @@ def of_outputs_only() -> str:
     return (
         "it is a DoRA with magnitudes of its inputs, and the format has magnitudes of outputs "
         "only; --as-lora RANK (devec.as_lora) writes the nearest plain LoRA and says how near it "
-        "is, and kohya's format (--format kohya) has a form for it"
+        "is, and kohya's format (--format kohya) can store it"
     )

@@ -39,7 +39,7 @@ class FilePlan:
     file: str = ""
     beside: Callable[[Path], None] | None = None
 
-    def known(self) -> dict[str, Tensor]:
+    def outlines(self) -> dict[str, Tensor]:
         """Key → outline of every tensor of the output.
 
         Returns:
@@ -49,18 +49,18 @@ class FilePlan:
             IncompatibleError: If two pieces have a key in common.
             OutputError: If there is nothing to write.
         """
-        known: dict[str, Tensor] = {}
+        every: dict[str, Tensor] = {}
         for piece in self.pieces:
             stored = self.outlines_of(piece)
-            if stored.keys() & known.keys():
+            if stored.keys() & every.keys():
                 raise IncompatibleError(
                     f"module {piece.name!r}: another module is written under the same keys"
                 )
-            known |= stored
-        known |= outlines(self.whole)
-        if not known:
+            every |= stored
+        every |= outlines(self.whole)
+        if not every:
             raise OutputError("the adapter changes no module; there is nothing to write")
-        return known
+        return every
 
     def outlines_of(self, piece: Piece) -> dict[str, Tensor]:
         """Key → outline of the tensors of a piece."""
@@ -95,11 +95,11 @@ class FileOutput:
     def __init__(self, plan: FilePlan, path: Path, *, create: bool) -> None:
         """Create the file in its final size, or open it."""
         self.plan, self._path = plan, path
-        known = plan.known()
+        tensors = plan.outlines()
         if plan.file and create:
             path.mkdir()
         file = path / plan.file if plan.file else path
-        self._writer = TensorWriter(file, known, plan.strings(_NO_DIGEST), create=create)
+        self._writer = TensorWriter(file, tensors, plan.strings(_NO_DIGEST), create=create)
 
     def write(self, piece: Piece, modules: Mapping[str, Delta]) -> None:
         """Write a piece, from modules with the outlines of the plan."""

@@ -109,12 +109,12 @@ def realigned(
 
 def _family(names: Sequence[ModuleNames]) -> Family | None:
     """The family whose tables all adapters are read by: the first one used with native names."""
-    found = []
-    for index, own in enumerate(names):
-        table = TABLES.get(own.family)
-        if table is not None:
-            found.append((own.naming.scheme == "diffusers", index, table))
-    return min(found)[2]() if found else None
+    tables = [
+        (own.naming.scheme == "diffusers", index, TABLES[own.family])
+        for index, own in enumerate(names)
+        if own.family in TABLES
+    ]
+    return min(tables)[2]() if tables else None
 
 
 def _kernels(

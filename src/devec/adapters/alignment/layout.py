@@ -56,7 +56,7 @@ class AlignedLayout:
 
     @property
     def about(self) -> About:
-        """What will be said of the files that are written."""
+        """What the files that are written will say."""
         return self.inner.about
 
     @property
@@ -139,8 +139,8 @@ class AlignedLayout:
         """Whole modules and carried tensors, under the names and keys of the output."""
         require_representable(modules)
         known = outlines(modules)
-        there = {name for target in self.targets.values() for name, _ in target.slices}
-        require_shapes_fit({name: known[name].shape for name in there & known.keys()}, known)
+        names = {name for target in self.targets.values() for name, _ in target.slices}
+        require_shapes_fit({name: known[name].shape for name in names & known.keys()}, known)
         present = {
             module: target
             for module, target in self.targets.items()

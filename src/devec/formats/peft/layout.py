@@ -81,7 +81,7 @@ class PeftLayout(PeftStorage):
         slot = self._slot_of[module]
         if slot.kind not in ("linear", "conv"):
             raise UnsupportedError(
-                f"module {module!r} is stored as {slot.kind}, for which only PEFT has a form"
+                f"module {module!r} is stored as {slot.kind}, which only PEFT can store"
             )
         return slot.kernel
 

@@ -105,7 +105,7 @@ def planned(
 def _config_for(
     storage: PeftStorage, contents: Contents, deltas: SlotDeltas, *, dora: bool
 ) -> Config:
-    """The input's configuration, with what the result no longer has taken out."""
+    """The input's configuration, without the fields that do not hold for the result."""
     config = result_config(storage.config, carried=bool(contents.carried))
     require_apart(config, deltas, (key.removeprefix(PREFIX) for key in contents.carried))
     for name, value in {"lora_bias": has_biases(deltas), "use_dora": dora}.items():

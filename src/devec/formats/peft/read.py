@@ -40,11 +40,11 @@ def read_peft(path: Path, name: str, options: ReadOptions) -> Adapter | None:
 
     Args:
         path: The directory, or the weights file in it.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
 
     Returns:
-        The adapter, or None if the path is no PEFT adapter directory.
+        The adapter; None if the path is no PEFT adapter directory.
 
     Raises:
         FormatError: If files are missing, unreadable or contradict each other.
@@ -71,20 +71,20 @@ def read_peft(path: Path, name: str, options: ReadOptions) -> Adapter | None:
 def parse_peft(
     config: Config, tensors: Mapping[str, Tensor], name: str, options: ReadOptions, where: str
 ) -> Adapter:
-    """The adapter that a configuration and tensors of PEFT are.
+    """The adapter from its configuration and tensors.
 
     Args:
         config: The configuration, checked.
         tensors: Key → tensor, as PEFT stores them.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
-        where: Where they come from, for messages.
+        where: Their origin, for messages.
 
     Returns:
         The adapter.
 
     Raises:
-        FormatError: If they contradict each other.
+        FormatError: If configuration and tensors contradict each other.
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
     with located(where):
@@ -107,9 +107,9 @@ def parse_peft(
 
 
 class _PeftModules:
-    """The modules of a file.
+    """Reads the modules of a file.
 
-    The parameter of many experts is one pair of tensors: the pair last read is remembered.
+    The parameter of many experts is one pair of tensors; the last pair is cached.
     """
 
     def __init__(
@@ -126,24 +126,24 @@ class _PeftModules:
         self._last: tuple[PeftSlot, Mapping[str, Delta]] | None = None
 
     def modules(self) -> Mapping[str, Delta]:
-        """Module → delta, read when it is asked for if the tensors are."""
-        known: dict[str, Delta] = {}
+        """Module → delta; lazy if the tensors are."""
+        deltas: dict[str, Delta] = {}
         for slot in self._slots:
-            known |= self._read(slot, outlines(self._tensors))
-        return Lazy(known, self._delta) if isinstance(self._tensors, Lazy) else known
+            deltas |= self._read(slot, outlines(self._tensors))
+        return Lazy(deltas, self._delta) if isinstance(self._tensors, Lazy) else deltas
 
     def _delta(self, module: str) -> Delta:
         slot, last = self._slot_of[module], self._last
         if last is not None and last[0] is slot:
             return last[1][module]
         with located(self._where):
-            found = self._read(slot, self._tensors)
-        if len(found) > 1:
-            self._last = (slot, found)
-        return found[module]
+            deltas = self._read(slot, self._tensors)
+        if len(deltas) > 1:
+            self._last = (slot, deltas)
+        return deltas[module]
 
     def _read(self, slot: PeftSlot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-        """The deltas of a slot from tensors, or their outlines from those."""
+        """The deltas of a slot from tensors, or their outlines from outlines."""
         with located(f"module {slot.name!r}"):
             factors = {
                 part: require_factor(key, tensors[key])
@@ -153,7 +153,7 @@ class _PeftModules:
 
 
 def _weights(path: Path) -> Path | None:
-    """The file of weights that a configuration of PEFT belongs to, None if there is none."""
+    """The weights file that belongs to a PEFT configuration; None if there is none."""
     directory = path if path.is_dir() else path.parent
     if not (directory / CONFIG_NAME).is_file():
         return None
@@ -168,7 +168,7 @@ def _weights(path: Path) -> Path | None:
 
 
 def _has_peft_keys(path: Path) -> bool:
-    """Whether the keys of a file are PEFT's, so that the configuration beside it is its own."""
+    """Whether a file has PEFT's keys, so that the configuration beside it belongs to it."""
     try:
         with safe_open(path, framework="pt") as file:
             return any(key.startswith(PREFIX) for key in file.keys())  # noqa: SIM118
@@ -177,6 +177,6 @@ def _has_peft_keys(path: Path) -> bool:
 
 
 def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
-    """Name the tensors that take no part in the forward pass."""
+    """Warn of tensors that take no part in the forward pass."""
     if keys:
         warn(f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}")

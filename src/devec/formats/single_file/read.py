@@ -56,7 +56,7 @@ _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 class _Configured(NamedTuple):
-    """What the header says of a module."""
+    """The settings of a module in the header."""
 
     rank: int
     scaling: float
@@ -68,15 +68,15 @@ def read_file(path: Path, name: str, options: ReadOptions) -> Adapter | None:
 
     Args:
         path: The file, or a directory that holds it alone.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
 
     Returns:
-        The adapter, or None if the path is no file of tensors.
+        The adapter; None if the path is no file of tensors.
 
     Raises:
         FormatError: If the file is not a readable adapter.
-        UnsupportedError: If it is of a kind that cannot be handled exactly.
+        UnsupportedError: If the adapter cannot be represented exactly.
     """
     path = _only_file(path)
     if not (path.is_file() and is_tensor_file(path)):
@@ -88,20 +88,20 @@ def read_file(path: Path, name: str, options: ReadOptions) -> Adapter | None:
 
 
 def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
-    """The adapter that the tensors and the header of a file are.
+    """The adapter from the tensors and the header of a file.
 
     Args:
-        file: Tensors and header, from a file or as they would stand in one.
-        name: What to call the adapter.
+        file: Tensors and header, from a file or as a file would have them.
+        name: Name of the adapter.
         options: How to read it.
-        where: Where they come from, for messages.
+        where: Their origin, for messages.
 
     Returns:
         The adapter.
 
     Raises:
         FormatError: If they are no adapter.
-        UnsupportedError: If it is of a kind that cannot be handled exactly.
+        UnsupportedError: If the adapter cannot be represented exactly.
     """
     tensors, strings = file.tensors, file.metadata
     with located(where):
@@ -113,14 +113,14 @@ def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) ->
         modules = {module: stored.outline(module) for module in keys.modules}
         base = base_model(options.base, strings.get("base_model_name_or_path", ""))
         layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
-        known = {m: _delta(m, found, layout) for m, found in modules.items()}
+        deltas = {m: _delta(m, outlined, layout) for m, outlined in modules.items()}
         provenance = record_in_header(strings)
 
     def read_delta(module: str) -> Delta:
         with located(where):
             return _delta(module, stored.read(module), layout)
 
-    deltas = Lazy(known, read_delta) if isinstance(tensors, Lazy) else known
+    read = Lazy(deltas, read_delta) if isinstance(tensors, Lazy) else deltas
     warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         warn(
@@ -128,17 +128,17 @@ def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) ->
             "not beside it; the scaling is taken to be 1, as other readers do"
         )
     warn_of_truncation(where, layout, options)
-    warn_of_fused(where, deltas)
+    warn_of_fused(where, read)
     with located(where):
         warn_of_signs(where, stored.magnitudes())
-    return Adapter(name, deltas, layout, carried, provenance, source=where)
+    return Adapter(name, read, layout, carried, provenance, source=where)
 
 
 class _FileModules:
-    """The modules of a file, as their tensors have them.
+    """Reads the modules of a file.
 
-    LoRAs are known by the shapes of their factors. LoHas and LoKrs are rewritten when the file is
-    opened, since only then are their ranks known, and what they are rewritten to is held.
+    The outline of a LoRA follows from the shapes of its factors. LoHas and LoKrs are rewritten when
+    the file is opened, because their ranks depend on their values, and stay in memory.
     """
 
     def __init__(
@@ -153,25 +153,25 @@ class _FileModules:
         self._rewritten: dict[str, StoredModule] = {}
 
     def outline(self, module: str) -> StoredModule:
-        """What is known of a module without its values."""
+        """The outline of a module."""
         if "up" in self._keys[module].parts or not isinstance(self._tensors, Lazy):
             return self._read(module, outlines(self._tensors))
         self._rewritten[module] = self._read(module, self._tensors)
         return self._rewritten[module]
 
     def read(self, module: str) -> StoredModule:
-        """A module, checked."""
+        """A module with its values, checked."""
         return self._rewritten.get(module) or self._read(module, self._tensors)
 
     def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
-        """The modules that have magnitudes, with them."""
+        """The modules with magnitudes, and the magnitudes."""
         for module, keys in self._keys.items():
             for part in MAGNITUDE_PARTS:
                 if part in keys.parts:
                     yield module, self._tensors[keys.parts[part]]
 
     def _read(self, module: str, tensors: Mapping[str, Tensor]) -> StoredModule:
-        """What tensors, or their outlines, say of a module; numbers are read in any case."""
+        """A module from tensors or their outlines; scalars are read in either case."""
         with located(f"module {module!r}"):
             parts = {
                 part: self._tensors[key]
@@ -179,30 +179,30 @@ class _FileModules:
                 else require_factor(key, tensors[key])
                 for part, key in self._keys[module].parts.items()
             }
-            said = self._configured.get(module)
-            stored = read_module(parts, said.scaling if said else None, self._max_rank)
-            if said and said.rank != stored.delta.rank:
+            declared = self._configured.get(module)
+            stored = read_module(parts, declared.scaling if declared else None, self._max_rank)
+            if declared and declared.rank != stored.delta.rank:
                 raise FormatError(
-                    f"{ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
+                    f"{ADAPTER_KEY} in the header says rank {declared.rank}, the tensors have "
                     f"rank {stored.delta.rank}"
                 )
-            if said and said.is_dora != bool(stored.magnitudes):
+            if declared and declared.is_dora != bool(stored.magnitudes):
                 raise FormatError(
-                    f"{ADAPTER_KEY} in the header says use_dora {said.is_dora}, but there "
-                    f"are {'no' if said.is_dora else 'some'} magnitudes; which of the two is wrong "
-                    "cannot be told"
+                    f"{ADAPTER_KEY} in the header says use_dora {declared.is_dora}, but there "
+                    f"are {'no' if declared.is_dora else 'some'} magnitudes; which of the two is "
+                    "wrong cannot be told"
                 )
             return stored
 
 
-def _delta(module: str, found: StoredModule, layout: FileLayout) -> Delta:
-    """What a module does, a DoRA with its base weight, which is not read."""
+def _delta(module: str, stored: StoredModule, layout: FileLayout) -> Delta:
+    """The delta of a module, for a DoRA with its base weight, which is not read."""
     with located(f"module {module!r}"):
-        return found.on(layout.weight(module))
+        return stored.on(layout.weight(module))
 
 
 def _only_file(path: Path) -> Path:
-    """The one file of tensors in a directory, or the path itself."""
+    """The only file of tensors in a directory, or the path itself."""
     if not path.is_dir():
         return path
     files = sorted(file for file in path.iterdir() if file.suffix == SUFFIX)
@@ -217,7 +217,7 @@ def _only_file(path: Path) -> Path:
 def _configured(
     config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]
 ) -> dict[str, _Configured]:
-    """What the header's ``lora_adapter_metadata`` says of modules; empty if it has none."""
+    """Module → settings in the header's ``lora_adapter_metadata``; empty if it has none."""
     components: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, _, field_name = key.rpartition(".")
@@ -226,13 +226,13 @@ def _configured(
     for module in modules:
         name = parse(module)
         own, path = name.prefix.rstrip("."), name.current
-        if own not in components:  # of a model that has no part in the conventions
+        if own not in components:  # a model that the conventions do not name
             own = next((c for c in components if c and module.startswith(f"{c}.")), "")
             path = module.removeprefix(f"{own}.") if own else path
-        found = components.get(own)
-        if found:
-            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **found}, path)
-            result[module] = _Configured(rank, scaling, bool(found.get("use_dora")))
+        settings = components.get(own)
+        if settings:
+            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **settings}, path)
+            result[module] = _Configured(rank, scaling, bool(settings.get("use_dora")))
     return result
 
 
@@ -244,21 +244,21 @@ def _layout(
     *,
     by_metadata: bool,
 ) -> FileLayout:
-    """The layout of a file whose modules were read."""
-    shapes = {module: found.delta.shape for module, found in modules.items()}
+    """The layout of a file, from its modules."""
+    shapes = {module: stored.delta.shape for module, stored in modules.items()}
     family, table = family_of(shapes, base_hint(file.metadata))
     ids = list(modules) or [key.rpartition(".")[0] for key in keys.carried]
     naming = naming_of(ids, table)
     _require_distinct_modules(modules)
     downs = {k.parts["down"].removeprefix(k.id) for k in keys.modules.values() if "down" in k.parts}
     convention = describe(map(parse, ids), min(downs, default=""))
-    # diffusers drops what is not spelled like the first key of a file
+    # diffusers ignores keys that are not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
     suffixes = _suffixes(keys.modules.values(), naming, one_style=one_style)
     slots = [
-        _file_slot(keys.modules[module], found, file, family, suffixes)
-        for module, found in modules.items()
+        _file_slot(keys.modules[module], stored, file, family, suffixes)
+        for module, stored in modules.items()
     ]
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
@@ -269,31 +269,31 @@ def _layout(
         metadata=dict(file.metadata),
         base=base,
         by_metadata=by_metadata,
-        kinds={m: found.kind for m, found in modules.items() if found.kind != "LoRA"},
-        errors={m: found.error for m, found in modules.items() if found.error},
+        kinds={m: stored.kind for m, stored in modules.items() if stored.kind != "LoRA"},
+        errors={m: stored.error for m, stored in modules.items() if stored.error},
     )
 
 
 def _file_slot(
-    keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str, usual: Suffixes
+    keys: ModuleKeys, stored: StoredModule, file: TensorFile, family: str, usual: Suffixes
 ) -> FileSlot:
-    """Where a module that was read is written: its own keys, or those of a plain LoRA."""
-    parts, delta = keys.parts, found.delta
-    plain = found.kind.startswith("LoRA")
+    """The slot of a module: its own keys, or those of a plain LoRA."""
+    parts, delta = keys.parts, stored.delta
+    plain = stored.kind.startswith("LoRA")
     suffixes = PEFT_SUFFIXES if plain else KOHYA_SUFFIXES
     down, up, alpha, bias = suffixes.keys(keys.id)
-    kernel = found.kernel
+    kernel = stored.kernel
     if not kernel and not plain:
         name = parse(keys.id)
         own = name.component in DENOISERS
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
-    if "scale" in parts:  # which is A1111's alone
+    if "scale" in parts:  # only A1111 reads it
         alpha = keys.id + KOHYA_SUFFIXES.alpha
     factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *MAGNITUDE_PARTS)]
     known = outlines(file.tensors)
     types = [known[parts.get(part, factors[0])].dtype for part in ("down", "up")]
-    stored = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
-    alpha_type = stored if stored.is_floating_point else torch.float32
+    alpha_type = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    alpha_type = alpha_type if alpha_type.is_floating_point else torch.float32
     return FileSlot(
         id=keys.id,
         shape=delta.shape,
@@ -302,7 +302,7 @@ def _file_slot(
         up=parts.get("up", up),
         alpha=parts.get("alpha", alpha),
         bias=parts.get("bias", bias),
-        magnitude=_magnitude_slot(keys, found, file, usual.magnitude),
+        magnitude=_magnitude_slot(keys, stored, file, usual.magnitude),
         dtypes=(types[0], types[1], alpha_type),
         rank=0 if "scale" in parts else delta.rank,
         scaling=delta.scaling,
@@ -311,18 +311,18 @@ def _file_slot(
 
 
 def _magnitude_slot(
-    keys: ModuleKeys, found: StoredModule, file: TensorFile, suffix: str
+    keys: ModuleKeys, stored: StoredModule, file: TensorFile, suffix: str
 ) -> MagnitudeSlot:
-    """Where the magnitudes of a module are, or would be."""
+    """The slot of a module's magnitudes."""
     key = next((keys.parts[part] for part in MAGNITUDE_PARTS if part in keys.parts), "")
     if not key:
         return MagnitudeSlot(keys.id + suffix)
-    stored = outlines(file.tensors)[key]
-    return MagnitudeSlot(key, found.axis, tuple(stored.shape))
+    tensor = outlines(file.tensors)[key]
+    return MagnitudeSlot(key, stored.axis, tuple(tensor.shape))
 
 
 def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
-    """How the tensors of further modules are called, after those that are there."""
+    """The suffixes for keys of further modules, from the keys of the file."""
     keys = list(keys)
     usual = _usual_suffixes(keys, naming, one_style=one_style)
     ends = (k.parts[p].removeprefix(k.id) for k in keys for p in MAGNITUDE_PARTS if p in k.parts)
@@ -330,7 +330,7 @@ def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) ->
 
 
 def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
-    """The suffixes of a file, where it has no magnitudes those of the programs that read it."""
+    """The suffixes of a file; for magnitudes, those of the programs that read it."""
     pairs = [k for k in keys if {"up", "down"} <= k.parts.keys()]
     has_alpha = any("alpha" in k.parts for k in pairs)
     if naming.scheme == "xlabs":
@@ -346,7 +346,7 @@ def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bo
 
 
 def _current(slot: FileSlot) -> FileSlot:
-    """A slot of diffusers with the keys it writes today."""
+    """A slot of diffusers with the keys that it writes today."""
     name = parse(slot.id)
     module, magnitude = name.prefix + name.current, slot.magnitude
     down, up, _, bias = PEFT_SUFFIXES.keys(module)
@@ -356,7 +356,7 @@ def _current(slot: FileSlot) -> FileSlot:
 
 
 def _require_distinct_modules(modules: Mapping[str, StoredModule]) -> None:
-    """Refuse two ids for one module: readers apply one of them, and not all the same one."""
+    """Refuse two ids of one module: readers apply only one of them, and not all the same."""
     seen: dict[tuple[str, str], str] = {}
     for module in modules:
         name = parse(module)
@@ -366,5 +366,5 @@ def _require_distinct_modules(modules: Mapping[str, StoredModule]) -> None:
         apart = not name.flat and name.prefix == known.prefix and name.bare != known.bare
         if other != module and not apart:
             raise FormatError(
-                f"{other!r} and {module!r} are two names of one module; take one of them out"
+                f"{other!r} and {module!r} are two names of one module; remove one of them"
             )

@@ -1,4 +1,4 @@
-"""The layers that a file of PEFT has factors of, found from its keys, shapes and configuration."""
+"""The slots of a PEFT file, from its keys, shapes and configuration."""
 
 from __future__ import annotations
 
@@ -25,29 +25,32 @@ from devec.formats.rank_patterns import Config, rank_and_scaling
 FactorTensors = Mapping[str, Mapping[str, Tensor]]  # path → part → tensor
 
 
-def slots_of(config: Config, keys: PeftKeys, known: Mapping[str, Tensor]) -> list[PeftSlot]:
-    """The slots of a file, by the shapes of its tensors.
+def slots_of(config: Config, keys: PeftKeys, tensors: Mapping[str, Tensor]) -> list[PeftSlot]:
+    """The slots of a file, in its order.
 
     Args:
         config: The configuration.
         keys: The keys of the file.
-        known: Key → tensor, or its outline.
+        tensors: Key → tensor or its outline.
 
     Returns:
-        The slots, in the order of the file.
+        The slots.
 
     Raises:
         FormatError: If tensors and configuration contradict each other.
         UnsupportedError: If the factors of a layer are no plain delta.
     """
-    factors = {path: {p: known[k] for p, k in held.items()} for path, held in keys.factors.items()}
-    for path, tensors in factors.items():
+    factors = {
+        path: {part: tensors[key] for part, key in parts.items()}
+        for path, parts in keys.factors.items()
+    }
+    for path, parts in factors.items():
         name = path.removeprefix(PREFIX)
-        missing = {"A", "B"} - tensors.keys()
+        missing = {"A", "B"} - parts.keys()
         if missing:
             raise FormatError(f"module {name!r} has no factor {missing.pop()}")
         with located(f"module {name!r}"):
-            require_shapes(tensors["A"], tensors["B"])
+            require_shapes(parts["A"], parts["B"])
     if not factors:
         raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
     wrappers = _wrappers(factors)
@@ -57,23 +60,18 @@ def slots_of(config: Config, keys: PeftKeys, known: Mapping[str, Tensor]) -> lis
             slots.append(_slot_of(config, keys, path, factors, wrappers))
         if slots[-1].attention and slots[-1].attention != slots[-1].name:
             _warn_of_attention(slots[-1].name)
-    _require_as_said(config, slots, factors)
+    _require_as_declared(config, slots, factors)
     return slots
 
 
 def unlisted_targets(config: Config, keys: PeftKeys, slots: Sequence[PeftSlot]) -> tuple[str, ...]:
-    """Modules that ``target_modules`` names and that have no factors.
+    """Names of modules that ``target_modules`` names and that have no factors.
 
-    They are inside modules that are trained whole, which PEFT does not adapt, or output projections
-    of nn.MultiheadAttention, which are adapted with the attention.
-
-    Args:
-        config: The configuration.
-        keys: The keys of the file.
-        slots: The slots of the file.
+    Such modules are inside modules that are trained whole, which PEFT does not adapt, or output
+    projections of nn.MultiheadAttention, which are adapted with the attention.
 
     Returns:
-        Their names.
+        The names.
     """
     inside = [key.rpartition(".")[0] for key in keys.carried]
     inside += [unused_projection(path) for path in keys.attentions]
@@ -83,7 +81,7 @@ def unlisted_targets(config: Config, keys: PeftKeys, slots: Sequence[PeftSlot]) 
 
 
 def _wrappers(factors: FactorTensors) -> dict[str, list[str]]:
-    """Name of a module → paths of its wrappers, the outermost first."""
+    """Name of a module → paths of its wrappers, outermost first."""
     wrappers: dict[str, list[str]] = {}
     for path in sorted(factors, key=depth):
         wrappers.setdefault(unwrapped(path.removeprefix(PREFIX)), []).append(path)
@@ -128,8 +126,8 @@ def _slot_of(
     )
 
 
-def _require_as_said(config: Config, slots: Sequence[PeftSlot], factors: FactorTensors) -> None:
-    """Check that modules and their tensors are those that the configuration speaks of."""
+def _require_as_declared(config: Config, slots: Sequence[PeftSlot], factors: FactorTensors) -> None:
+    """Check that modules and their tensors are those that the configuration declares."""
     unexpected = [
         slot.name for slot in slots if not slot.parameters and not targets(config, slot.target)
     ]
@@ -148,7 +146,7 @@ def _require_as_said(config: Config, slots: Sequence[PeftSlot], factors: FactorT
 
 
 def _warn_of_attention(name: str) -> None:
-    """PEFT's forward pass of nn.MultiheadAttention is not the one its factors say."""
+    """Warn that PEFT's forward pass of nn.MultiheadAttention differs from what its factors mean."""
     warn(
         f"module {name!r} is inside nn.MultiheadAttention, where PEFT applies the change of the "
         "output projection twice; parts add up all the same"

@@ -1,4 +1,4 @@
-"""The keys of a file of PEFT, each by what its tensor is."""
+"""Classifying the keys of a PEFT file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _FACTOR_KEY = re.compile(
 
 @dataclass
 class PeftKeys:
-    """The keys of a file by what they are.
+    """The keys of a file, classified.
 
     Attributes:
         factors: Path of a module → part → key.
         embeddings: Paths of the modules that are embeddings.
-        repeated: Keys of magnitudes that stand in a file twice: path, first and further key.
-        base_copies: Keys of weights of the base model.
+        repeated: Keys of magnitudes that are stored twice: path, first and second key.
+        base_copies: Keys of base weights.
         carried: Keys of whole trained tensors.
-        training_only: Keys of what takes no part in the forward pass.
+        training_only: Keys of tensors that only training uses.
         attentions: Paths of the modules that are nn.MultiheadAttention.
         unused: Keys of adapters of their output projections that no forward pass uses.
     """
@@ -46,24 +46,24 @@ class PeftKeys:
     unused: list[str] = field(default_factory=list)
 
     def magnitudes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The modules that have magnitudes, with them."""
+        """The modules with magnitudes, and the magnitudes."""
         for path, factors in self.factors.items():
             if "magnitude" in factors:
                 yield path.removeprefix(PREFIX), tensors[factors["magnitude"]]
 
 
 def sort_peft_keys(config: Config, keys: Iterable[str]) -> PeftKeys:
-    """Account for every key of a file, by its name alone.
+    """Classify every key of a file, by its name alone.
 
     Args:
         config: The configuration of the adapter.
         keys: The keys.
 
     Returns:
-        The keys, sorted.
+        The keys, classified.
 
     Raises:
-        UnsupportedError: If one belongs to a layer of an unknown kind.
+        UnsupportedError: If a key belongs to an unknown kind of layer.
     """
     result, beside = PeftKeys(), []
     for key in keys:
@@ -88,7 +88,7 @@ def sort_peft_keys(config: Config, keys: Iterable[str]) -> PeftKeys:
 
 
 def _sort_others(config: Config, keys: Sequence[str], result: PeftKeys) -> None:
-    """Account for the keys of tensors that are no factors."""
+    """Classify the keys of tensors that are no factors."""
     parameters = {p for p in result.factors if owners(config, unwrapped(p.removeprefix(PREFIX)))}
     result.attentions = attentions_in(result.factors, parameters)
     unused = tuple(f"{unused_projection(path)}." for path in result.attentions)
