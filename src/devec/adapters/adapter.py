@@ -201,6 +201,10 @@ class Adapter(AdapterData):
         Raises:
             OutputError: If the adapter cannot be written or the Hub refuses it.
             IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example::
+
+            adapter.push_to_hub("user/anime-unique", private=True)
         """
         with tempfile.TemporaryDirectory() as folder:
             target = self.save_pretrained(Path(folder) / self.name, dtype=dtype)
@@ -219,6 +223,17 @@ class Adapter(AdapterData):
 
         Raises:
             IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> write = Adapter.from_pretrained(POOL / "ink").writer()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     write(Path(folder) / "ink")
+            ...     (Path(folder) / "ink" / "adapter_model.safetensors").is_file()
+            True
         """
         self.require_layout()
         return lambda path: self.plan(dtype).write(path)
@@ -234,6 +249,12 @@ class Adapter(AdapterData):
 
         Raises:
             IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example:
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> len(Adapter.from_pretrained(POOL / "ink", lazy=True).plan().pieces)
+            20
         """
         return self.require_layout().plan(self.contents, dtype)
 
