@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import devec
 from devec.cli import app
-from devec.cli.tables import module_type
+from devec.cli.shared.tables import module_type
 from support.checks.command_line import COMBINE, COMPRESS, DECOMPOSE, names, snapshot
 from support.patience import patience
 

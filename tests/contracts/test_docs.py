@@ -109,9 +109,9 @@ def test_the_files_of_the_command_are_those_of_decompose_to():
 
 def test_the_demo_in_the_quickstart_is_the_demo(capsys):
     """Within rounding: accuracies may differ by a digit image or two between processors."""
-    from devec.cli.demo import demo
+    from devec.cli.demo import demo_command
 
-    demo(out=None, threshold="auto", method="mean")
+    demo_command(out=None, threshold="auto", method="mean")
     numbers = r"\d+\.\d{3}"
     page = read("docs/quickstart.md")
     shown = re.search(r"<!-- demo -->(.*)<!-- /demo -->", page, flags=re.DOTALL)[1]

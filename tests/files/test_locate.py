@@ -81,7 +81,7 @@ def test_a_repository_of_peft(cache, tmp_path):
     stored(cache, "user/style", files)
     adapter = Adapter.from_pretrained("user/style")
     assert same(adapter, tmp_path / "peft")
-    assert (adapter.name, adapter.layout.describe()["format"]) == ("style", "peft")
+    assert (adapter.name, adapter.layout.about.format) == ("style", "peft")
     stored(cache, "user/both", {**files, "more.safetensors": KOHYA})
     assert Adapter.from_pretrained("user/both") == adapter
     assert same(Adapter.from_pretrained("user/both", weight_name="more.safetensors"), KOHYA)

@@ -66,7 +66,7 @@ def test_every_convention_converts(tmp_path, name, wanted):
         original = original.map(lambda _, delta: replace(delta, bias=None))  # there they are whole
     read = through(tmp_path, original, wanted)
     assert distance(original, read) <= 1e-6 * original.norm()
-    assert read.layout.describe()["format"] == wanted
+    assert read.layout.about.format == wanted
     assert len(read.carried) == len(original.carried)
 
 

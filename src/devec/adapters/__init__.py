@@ -1,1 +1,1 @@
-"""Adapters as values, their algebra, and what they need from file formats."""
+"""Adapters as values, their algebra and alignment, and the interfaces of file formats."""

@@ -1,74 +1,69 @@
 """Adapters as values: module name → delta, with what is needed to write them back.
 
-An adapter is a vector: it can be added, scaled, negated, measured and compared. How it is stored
-is the business of its `Layout`, which a format made when it read the adapter.
+An adapter is a vector: it can be added, scaled, negated, measured and compared. The format that
+read an adapter gives it a `Layout`, which stores it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from devec.adapters.algebra import (
-    distances,
-    linear_combination,
-    on_common_modules,
-    same_base_models,
-    same_tensors,
-)
-from devec.adapters.layout import MAX_RANK, Layout, Plan, ReadOptions, readers
+from devec.adapters.algebra import adapter_norm, linear_combination, same_effect
+from devec.adapters.data import AdapterData
+from devec.adapters.layout import MAX_RANK, Plan, ReadOptions
 from devec.arguments import inverse, number, whole_number
 from devec.deltas.delta import Delta
-from devec.errors import FormatError, IncompatibleError, UnsupportedError, located
+from devec.errors import FormatError, IncompatibleError, located
 from devec.files.locate import adapters_inside, default_name, exists, locate, upload
 from devec.files.staging import Writer, write_all
-from devec.lazy import LazyMapping, outlines
+from devec.lazy import outlines
 from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
 
-# Two adapters are equal in effect when they differ by less than this fraction of their factors, and
-# their biases by less than this fraction of these: a few units of float32 roundoff, the precision
-# factors are combined in. Of the factors, not of the norm: a - a is zero but for rounding of terms
-# as large as a.
-EFFECT_RTOL = 1e-6
+Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]
+
+# Formats are built on adapters, so their readers are named here and imported on first use; in order
+# of precedence. A reader returns None for files that are not of its format.
+_READERS = {
+    "devec.formats.peft.read": "read_peft",
+    "devec.formats.single_file.read": "read_file",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter:
-    """A LoRA adapter as an element of a vector space.
+class Adapter(AdapterData):
+    """A LoRA or DoRA adapter as an element of a vector space.
+
+    Adapters of one base model can be added, subtracted and scaled (``0.5 * a - b``), and compared:
+    ``a == b`` holds if they differ by rounding only. Operations return new adapters.
 
     Attributes:
-        name: What the adapter is called in reports and output names.
-        modules: Module name → delta. Names are opaque: only equality matters.
-        layout: How the adapter is stored; None for one that was made in memory.
-        carried: Tensors that are not deltas (whole trained modules or biases), by key. No linear
-            combination of them is right, so they stay with one adapter or are refused.
-        provenance: Where the adapter came from, for the files written.
-        source: The file or directory it was read from, for messages; empty if none.
-        sha256: Digest of the weights file it was read from; empty if none.
+        name: Name of the adapter in reports and outputs.
+        modules: Module name → delta. Only equality of the names matters.
+        layout: How the adapter is stored; None if it was made in memory.
+        carried: Key → tensor that is no delta (a whole trained module or bias). Such tensors cannot
+            be combined linearly: they stay with one adapter, or are refused.
+        provenance: The record of the operation that made the adapter, written to its outputs.
+        source: The file or directory that the adapter was read from, for messages; may be empty.
+        sha256: Digest of the weights file that the adapter was read from; may be empty.
+
+    Example:
+        >>> import torch
+        >>> from devec import Adapter, Delta
+        >>> a = Adapter("a", {"layer": Delta(torch.ones(4, 1), torch.ones(1, 4))})
+        >>> a + a == 2 * a
+        True
+        >>> a - 0.5 * a
+        Adapter('a', 1 modules, rank 2)
     """
-
-    name: str
-    modules: Mapping[str, Delta]
-    layout: Layout | None = None
-    carried: Mapping[str, Tensor] = field(default_factory=dict)
-    provenance: Mapping[str, Any] | None = None
-    source: str = ""
-    sha256: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("modules", "carried"):
-            value = getattr(self, name)
-            if not isinstance(value, LazyMapping):  # the caller may change it
-                object.__setattr__(self, name, dict(value))
 
     @classmethod
     def from_pretrained(
@@ -85,58 +80,63 @@ class Adapter:
         base: object | None = None,
         lazy: bool = False,
     ) -> Adapter:
-        """Read an adapter: LoRA, DoRA, LoHa or LoKr, in any format that devec knows.
+        """Read an adapter (LoRA, DoRA, LoHa or LoKr) in any format that devec knows.
 
         Args:
-            path: A file, a directory that holds one (of PEFT, or with one ``.safetensors`` file),
-                or the id of a repository on the Hugging Face Hub, ``"user/repo"``. What exists on
-                the disk comes first.
-            name: What to call it; by default the stem of the file or the name of the directory or
-                repository.
+            path: A file, a directory with an adapter (of PEFT, or with one ``.safetensors`` file),
+                or the id of a repository on the Hugging Face Hub, ``"user/repo"``. A path that
+                exists takes precedence over a repository.
+            name: Name of the adapter; by default the stem of the file, or the name of the directory
+                or repository.
             subfolder: Folder within the directory or repository.
-            weight_name: File within it, where there are several.
+            weight_name: File within that folder; required if it has several.
             revision: Branch, tag or commit of the repository.
-            token: Access token for the Hub; by default the one of the login.
-            max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to. What has a
-                larger one is truncated at the least error, and a warning states the error.
-            allow_pickle: Whether pickled state dicts may be read; of these, tensors only.
-            base: The base model, which a DoRA cannot be computed with without: a directory, file or
-                sharded index of its weights, the id of a repository in the Hub's local cache, or a
-                model in memory. Its weights are read one at a time, when they are needed.
-            lazy: Read a module's tensors, and check their values, whenever they are asked for,
-                instead of all of them now and once. The file stays open, and a change of it is an
-                error from then on.
+            token: Access token for the Hub; by default that of the login.
+            max_rank: Largest rank, at least 1, of the factors that a LoHa or LoKr is rewritten to.
+                Factors of a larger rank are truncated at the least error, and a warning states it.
+            allow_pickle: Whether pickled state dicts may be read; only tensors are read from them.
+            base: The base model, which every DoRA requires: a directory, file or sharded index of
+                weights, the id of a repository in the Hub's local cache, or a model in memory. Its
+                weights are read one at a time, on demand.
+            lazy: Read and check the tensors of a module on each access instead of all of them at
+                once. The file stays open; if it changes, later accesses raise an error.
 
         Returns:
-            The adapter, its tensors as stored.
+            The adapter, with its tensors in the types they are stored in.
 
         Raises:
             FormatError: If there is no readable adapter at the path.
             UnsupportedError: If the adapter is not a sum of low-rank deltas; the message says why.
             IncompatibleError: If an argument is out of range.
+
+        Example:
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> Adapter.from_pretrained(POOL / "ink")
+            Adapter('ink', 20 modules, rank 4)
         """
-        found = locate(path, subfolder, weight_name, revision, token)
-        name = name or (default_name(found) if exists(path) or weight_name else _hub_name(path))
+        local = locate(path, subfolder, weight_name, revision, token)
+        name = name or (default_name(local) if exists(path) or weight_name else _hub_name(path))
         max_rank = whole_number(max_rank, "max_rank")
         if max_rank < 1:
             raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
-        for read in readers():
-            adapter = read(found, name, ReadOptions(max_rank, allow_pickle, base))
+        for read in _readers():
+            adapter = read(local, name, ReadOptions(max_rank, allow_pickle, base))
             if adapter is not None:
                 return adapter if lazy else adapter.loaded()
         raise FormatError(
-            f"{found} is not an adapter: expected a .safetensors file, a directory with one, or a "
-            f"PEFT adapter directory{adapters_inside(found)}"
+            f"{local} is not an adapter: expected a .safetensors file, a directory with one, or a "
+            f"PEFT adapter directory{adapters_inside(local)}"
         )
 
     def save_pretrained(
         self, path: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
     ) -> Path:
-        """Write the adapter in the format it came in, atomically.
+        """Write the adapter in the format that it was read in, atomically.
 
         Args:
-            path: Where to write; formats of a single file add ``.safetensors`` where it is missing.
-            dtype: Storage precision; by default that of the input.
+            path: Output path; a missing ``.safetensors`` is appended for single-file formats.
+            dtype: Storage type of the factors; by default that of the input.
             overwrite: Whether an existing output may be replaced.
 
         Returns:
@@ -144,13 +144,36 @@ class Adapter:
 
         Raises:
             OutputError: If the output exists and may not be replaced, or cannot be written.
+            IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example:
+            >>> import tempfile
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> a = Adapter.from_pretrained(POOL / "ink")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Adapter.from_pretrained(a.save_pretrained(f"{folder}/copy")) == a
+            True
         """
         target = self.output_path(path)
         write_all({target: self.writer(dtype)}, overwrite=overwrite)
         return target
 
     def output_path(self, path: str | Path) -> Path:
-        """Where the adapter is written when asked to be written at a path."""
+        """The path that `save_pretrained` writes to, with the suffix of the format.
+
+        Args:
+            path: A path, with or without the suffix.
+
+        Returns:
+            The path with the suffix.
+
+        Example:
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> Adapter.from_pretrained(POOL / "ink").output_path("out").name
+            'out'
+        """
         path, suffix = Path(path), self.layout.suffix if self.layout is not None else ""
         return path if path.suffix == suffix or not suffix else path.with_name(path.name + suffix)
 
@@ -163,20 +186,25 @@ class Adapter:
         private: bool | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Upload the adapter to the Hugging Face Hub, in the format it came in.
+        """Upload the adapter to the Hugging Face Hub, in the format that it was read in.
 
         Args:
-            repo_id: ``"user/repo"``; made if it does not exist.
-            dtype: Storage precision; by default that of the input.
-            commit_message: What to say of it.
+            repo_id: ``"user/repo"``; created if it does not exist.
+            dtype: Storage type of the factors; by default that of the input.
+            commit_message: Message of the commit.
             private: Whether a new repository is private.
-            token: Access token; by default the one of the login.
+            token: Access token; by default that of the login.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
 
         Raises:
-            OutputError: If it cannot be written or the Hub refuses.
+            OutputError: If the adapter cannot be written or the Hub refuses it.
+            IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example::
+
+            adapter.push_to_hub("user/anime-unique", private=True)
         """
         with tempfile.TemporaryDirectory() as folder:
             target = self.save_pretrained(Path(folder) / self.name, dtype=dtype)
@@ -185,42 +213,64 @@ class Adapter:
             return upload(root, repo_id, message, private=private, token=token)
 
     def writer(self, dtype: torch.dtype | None = None) -> Writer:
-        """A function that writes the adapter at a path, for writing several outputs at once.
+        """A function that writes the adapter to a path; several can be committed together.
 
         Args:
-            dtype: Storage precision; by default that of the input.
+            dtype: Storage type of the factors; by default that of the input.
 
         Returns:
             The function.
 
         Raises:
             IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> write = Adapter.from_pretrained(POOL / "ink").writer()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     write(Path(folder) / "ink")
+            ...     (Path(folder) / "ink" / "adapter_model.safetensors").is_file()
+            True
         """
-        self._require_layout()
+        self.require_layout()
         return lambda path: self.plan(dtype).write(path)
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """What is written of the adapter; known before its modules are, where these are lazy.
+        """What will be written of the adapter; made from outlines, without reading lazy modules.
 
         Args:
-            dtype: Storage precision; by default that of the input.
+            dtype: Storage type of the factors; by default that of the input.
 
         Returns:
             The plan.
-        """
-        return self._require_layout().plan(self, dtype)
 
-    def _require_layout(self) -> Layout:
-        """The layout; refused for an adapter that was made in memory and has none."""
-        if self.layout is None:
-            raise IncompatibleError(
-                f"adapter {self.name!r} was made in memory and has no file layout; give it one "
-                "with dataclasses.replace(adapter, layout=other.layout)"
-            )
-        return self.layout
+        Raises:
+            IncompatibleError: If the adapter was made in memory and has no layout.
+
+        Example:
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> len(Adapter.from_pretrained(POOL / "ink", lazy=True).plan().pieces)
+            20
+        """
+        return self.require_layout().plan(self.contents, dtype)
 
     def loaded(self) -> Adapter:
-        """The same adapter with all of its tensors in memory."""
+        """The same adapter with all of its tensors in memory.
+
+        Returns:
+            The adapter, no longer lazy.
+
+        Example:
+            >>> from devec import Adapter
+            >>> from devec.demo.evaluate import POOL
+            >>> lazy = Adapter.from_pretrained(POOL / "ink", lazy=True)
+            >>> lazy.loaded() == lazy
+            True
+        """
         return dataclasses.replace(self, modules=dict(self.modules), carried=dict(self.carried))
 
     def to(self, device: torch.device | str) -> Adapter:
@@ -230,35 +280,60 @@ class Adapter:
             device: The device.
 
         Returns:
-            The adapter.
+            The adapter; its carried tensors stay where they are.
 
         Raises:
             IncompatibleError: If the device cannot be used.
+
+        Example:
+            >>> import torch
+            >>> from devec import Adapter, Delta
+            >>> a = Adapter("a", {"layer": Delta(torch.ones(3, 1), torch.ones(1, 2))})
+            >>> a.to("cpu").modules["layer"].B.device
+            device(type='cpu')
         """
         require_device(device)
         return self.map(lambda _, delta: delta.to(device))
-
-    @property
-    def label(self) -> str:
-        """The name, with the source where it is known, for messages."""
-        return f"{self.name!r} ({self.source})" if self.source else repr(self.name)
 
     @full_precision
     def map(self, change: Callable[[str, Delta], Delta], **changes: Any) -> Adapter:  # noqa: ANN401
         """A new adapter with every delta replaced.
 
         Args:
-            change: From module name and delta to the new delta.
+            change: Called with module name and delta; returns the new delta.
             **changes: Other attributes to replace.
 
         Returns:
             The new adapter.
+
+        Example:
+            >>> import torch
+            >>> from devec import Adapter, Delta
+            >>> a = Adapter("a", {"layer": Delta(torch.ones(3, 1), torch.ones(1, 2))})
+            >>> a.map(lambda module, delta: 2 * delta, name="b") == 2 * a
+            True
         """
         modules: dict[str, Delta] = {}
         for module, delta in self.modules.items():
             with located(f"module {module!r} of {self.label}"):
                 modules[module] = change(module, delta)
         return dataclasses.replace(self, modules=modules, **changes)
+
+    def norm(self) -> float:
+        """Frobenius norm over all modules, of ΔW and bias changes.
+
+        Returns:
+            The norm, exact to rounding, accurate also where terms cancel.
+
+        Cost: O(Σ (out + in)·r²); DoRAs read base weights.
+
+        Example:
+            >>> import torch
+            >>> from devec import Adapter, Delta
+            >>> Adapter("a", {"layer": Delta(torch.ones(4, 1), torch.ones(1, 4))}).norm()
+            4.0
+        """
+        return adapter_norm(self)
 
     def __repr__(self) -> str:
         ranks = [delta.rank for delta in outlines(self.modules).values()] or [0]
@@ -286,45 +361,15 @@ class Adapter:
     def __neg__(self) -> Adapter:
         return self * -1.0
 
-    @full_precision
     def __eq__(self, other: object) -> bool:
-        # of effect: the distance is rounding, and carried tensors are identical
-        if not isinstance(other, Adapter):
-            return NotImplemented
-        try:
-            one, two = on_common_modules([self, other])
-        except (IncompatibleError, UnsupportedError):  # of different base models or kinds
-            return False
-        if not same_tensors(one.carried, two.carried):
-            return False
-        one, two = one.unlike(two), two.unlike(one)
-        if not same_base_models(one, two):
-            return False
-        terms = [*one.modules.values(), *two.modules.values()]
-        weights, biases = distances(one, two)
-        return weights <= EFFECT_RTOL * math.hypot(
-            *(delta.factor_norm() for delta in terms)
-        ) and biases <= EFFECT_RTOL * math.hypot(*(delta.bias_norm() for delta in terms))
-
-    def unlike(self, other: Adapter) -> Adapter:
-        """What is left without the modules that are tensor for tensor those of another adapter."""
-        held = {
-            module: delta
-            for module, delta in self.modules.items()
-            if module not in other.modules or not delta.same_as(other.modules[module])
-        }
-        return dataclasses.replace(self, modules=held)
+        return same_effect(self, other) if isinstance(other, Adapter) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
 
-    @full_precision
-    def norm(self) -> float:
-        """Frobenius norm over all modules, of ΔW and bias changes; O(Σ (out + in)·r²)."""
-        norms = []
-        for module, delta in self.modules.items():
-            with located(f"module {module!r} of {self.label}"):
-                norms.append(delta.norm())
-        return math.hypot(*norms)
+
+def _readers() -> list[Reader]:
+    """The readers of all formats, in order of precedence."""
+    return [getattr(import_module(name), function) for name, function in _READERS.items()]
 
 
 def _hub_name(path: str | Path) -> str:

@@ -1,18 +1,22 @@
-"""What adapters and file formats know of each other: readers and layouts."""
+"""What an adapter needs of its file format: the layout that stores it, and the plan of an output.
+
+Formats implement `Layout` and `Plan`; nothing here depends on a format or on `Adapter`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from devec.adapters.adapter import Adapter
-    from devec.deltas.delta import Delta
+from devec.base_model.model import BaseModel
+from devec.deltas.delta import Delta
+from devec.errors import IncompatibleError, listed, located
+from devec.naming.conventions import Naming
 
 # A LoHa of rank 16 and a LoKr of factor 8 and rank 32 are still exact with this many columns, which
 # are as many as a large LoRA has.
@@ -24,8 +28,8 @@ class ReadOptions:
     """How files are read.
 
     Attributes:
-        max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to; what has a larger
-            one is truncated, and its error stated.
+        max_rank: Largest rank of the factors that a LoHa or LoKr is rewritten to; a larger one is
+            truncated, and its error stated.
         allow_pickle: Whether pickled state dicts may be read.
         base: The base model whose weights DoRAs need: a path, the id of a repository, or a model.
             Nothing of it is read before a weight is needed.
@@ -36,47 +40,67 @@ class ReadOptions:
     base: object | None = None
 
 
-Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]
+@dataclass(frozen=True)
+class Contents:
+    """What a layout writes of an adapter.
 
-# Formats stand above adapters, so their readers are named here and imported on first use; in order
-# of precedence. A reader returns None for files that are not of its format.
-_READERS = ("devec.formats.peft.read", "devec.formats.single_file.read")
+    Attributes:
+        name: Name of the adapter.
+        modules: Module → delta.
+        carried: Key → whole trained tensor.
+        provenance: The record of the operation that made the adapter, if any.
+        unchanged: Whether the adapter is exactly the one that was read from a file.
+    """
+
+    name: str
+    modules: Mapping[str, Delta]
+    carried: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] | None
+    unchanged: bool
 
 
-def readers() -> list[Reader]:
-    """The readers of all formats, in order of precedence."""
-    return [import_module(name).read for name in _READERS]
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Modules of an adapter that are stored together.
 
+    Attributes:
+        name: Name for messages.
+        modules: Names of the modules, of which the adapter may lack some.
+        tensors: Maps the deltas of those modules to the stored tensors by key, and outlines to
+            outlines.
+    """
 
-class Piece(Protocol):
-    """Modules of an adapter that are stored together."""
+    name: str
+    modules: tuple[str, ...]
+    tensors: Callable[[Mapping[str, Delta]], dict[str, Tensor]]
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules, of which the adapter may lack some."""
+    def stored(self, modules: Mapping[str, Delta]) -> dict[str, Tensor]:
+        """The stored tensors of the piece, from the modules of an adapter."""
+        with located(f"module {self.name!r}"):
+            return self.tensors({name: modules[name] for name in self.modules if name in modules})
 
 
 class Output(Protocol):
-    """An output in the making, to which pieces are written in any order, from any process."""
+    """An unfinished output, to which pieces are written in any order and from any process."""
 
-    def write(self, piece: Any, modules: Mapping[str, Delta]) -> None:  # noqa: ANN401
+    def write(self, piece: Piece, modules: Mapping[str, Delta]) -> None:
         """Write a piece of the plan."""
 
     def flush(self) -> None:
-        """Bring what has been written to the disk."""
+        """Write buffered data to the disk."""
 
-    def written_elsewhere(self, piece: Any) -> None:  # noqa: ANN401
-        """Take note that another process has written a piece."""
+    def written_elsewhere(self, piece: Piece) -> None:
+        """Record that another process has written a piece."""
 
     def finish(self) -> None:
         """Complete the output."""
 
     def close(self) -> None:
-        """Let go of it, complete or not."""
+        """Close the file, whether or not it is complete."""
 
 
 class Plan(Protocol):
-    """What is to be written of an adapter, known before its modules are."""
+    """What will be written of an adapter; made from outlines, before any value is read."""
 
     @property
     def modules(self) -> Mapping[str, Delta]:
@@ -84,46 +108,172 @@ class Plan(Protocol):
 
     @property
     def pieces(self) -> Sequence[Piece]:
-        """What is stored of them."""
+        """The pieces that the modules are stored in."""
 
     def open(self, path: Path, *, create: bool = True) -> Output:
-        """The output in the making; made, or opened where another process has made it."""
+        """Open an output: create it, or open the one that another process has created."""
 
     def write(self, path: Path) -> None:
-        """Write all of it."""
+        """Write all of the output."""
+
+
+class ModuleShape(NamedTuple):
+    """Shape of a module's weight.
+
+    Attributes:
+        shape: (out, in), that of a convolution flattened.
+        kernel: Shape of a convolution's kernel; empty for other layers.
+    """
+
+    shape: tuple[int, int]
+    kernel: tuple[int, ...]
+
+
+ModuleShapes = Mapping[str, ModuleShape]
+
+
+def require_shapes_fit(shapes: Mapping[str, tuple[int, int]], modules: Mapping[str, Delta]) -> None:
+    """Refuse modules that a layout cannot store: they would be lost.
+
+    Args:
+        shapes: Module → shape (out, in) of the weight, for modules that the layout can store.
+        modules: The modules to write.
+
+    Raises:
+        IncompatibleError: If the layout lacks a module or has it in another shape.
+    """
+    lost = [module for module, delta in modules.items() if shapes.get(module) != delta.shape]
+    if lost:
+        raise IncompatibleError(
+            f"the layout has no place for the modules {listed(lost)}; it is that of an adapter "
+            "without them, or of another base model"
+        )
+
+
+def extended(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel, or nothing if it has a single element: such a convolution is a linear layer."""
+    return kernel if any(size != 1 for size in kernel) else ()
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """How the modules of an adapter are named; alignment compares these values.
+
+    Attributes:
+        naming: How the names are spelled.
+        family: Name of the base model's family; empty if it is unknown.
+        ids: Component and canonical name of a module → its name in this adapter.
+        verbatim: Whether modules are named as in the base model itself, as in PEFT directories.
+    """
+
+    naming: Naming
+    family: str = ""
+    ids: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    verbatim: bool = False
+
+    def agree(self, other: ModuleNames) -> bool:
+        """Whether the same module has the same name in both adapters."""
+        if self.verbatim or other.verbatim:
+            return self.verbatim and other.verbatim
+        return self.naming.same_ids_as(other.naming) or (
+            self.naming.same_style_as(other.naming)
+            and all(self.ids.get(key, id) == id for key, id in other.ids.items())
+        )
+
+    def spelled(self, naming: Naming) -> bool:
+        """Whether the names are already those of another naming."""
+        return naming.one_model if self.verbatim else self.naming.same_ids_as(naming)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the files of an adapter say about it.
+
+    Attributes:
+        format: Name of the convention: ``"peft"``, ``"kohya"``, ``"diffusers"``, …
+        family: Name of the base model's family.
+        base_model: Id or path of the base model on record.
+        base_version: Version of the base model, as kohya's trainers record it.
+        architecture: Architecture of the base model, as Stability's ModelSpec records it.
+        task_type: PEFT's name of the task.
+        peft_version: Version of PEFT that wrote the adapter.
+        base_copies: Keys of base weights that PEFT stored beside the adapter.
+        rewritten: ``"LoHa"``, ``"LoKr"``, … → number of modules rewritten to factors.
+        truncated: Module → relative error, for modules whose rank had to be truncated.
+        dora: Axis of the magnitudes (``"out"``, ``"in"``) → number of DoRA modules.
+        header: The strings of a single file's header.
+    """
+
+    format: str
+    family: str | None = None
+    base_model: str | None = None
+    base_version: str | None = None
+    architecture: str | None = None
+    task_type: str | None = None
+    peft_version: str | None = None
+    base_copies: tuple[str, ...] = ()
+    rewritten: Mapping[str, int] = field(default_factory=dict)
+    truncated: Mapping[str, float] = field(default_factory=dict)
+    dora: Mapping[str, int] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
 
 
 class Layout(Protocol):
-    """How an adapter was stored and is to be written; the algebra never looks inside."""
+    """How an adapter was stored and will be written."""
 
     @property
     def suffix(self) -> str:
-        """What the paths of outputs end with; empty for directories."""
-
-    def aligned(self, adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-        """Adapters whose modules are named alike, to be written as this layout writes."""
-
-    def merged(self, others: Sequence[Layout]) -> Layout:
-        """The layout of a combination of adapters, or `IncompatibleError`."""
-
-    def carrying(self, other: Layout) -> Layout:
-        """The layout of a result that keeps the whole trained tensors of another adapter."""
-
-    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
-        """The modules of another adapter that whole tensors of this one replace in a host."""
+        """Suffix of output paths; empty for directories."""
 
     @property
     def joins(self) -> bool:
-        """Whether modules are put together when they are written, which takes their values."""
+        """Whether modules are joined when they are written, which requires their values."""
 
-    def plan(self, adapter: Adapter, dtype: torch.dtype | None) -> Plan:
-        """What is written of the adapter."""
+    @property
+    def names(self) -> ModuleNames:
+        """How the modules are named."""
+
+    @property
+    def about(self) -> About:
+        """What the files say about the adapter."""
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model that was given with the adapter."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The most frequent storage type of the factors."""
+
+    def stored_type(self, module: str) -> torch.dtype:
+        """The storage type of a module's factors."""
+
+    def kernel(self, module: str) -> tuple[int, ...]:
+        """Shape of a convolution's kernel; empty for other layers."""
+
+    def merged(self, others: Sequence[Layout]) -> Layout:
+        """The layout of a combination with other adapters, whose names agree."""
+
+    def carrying(self, other: Layout) -> Layout:
+        """The layout of a result that keeps the carried tensors of another adapter."""
+
+    def replaced(self, carried: Iterable[str], modules: Iterable[str]) -> list[str]:
+        """The modules of another adapter that carried tensors of this one replace in a host."""
 
     def rebased(self, base: str) -> Layout:
         """The same layout with another base model on record."""
 
-    def stored_type(self, module: str) -> torch.dtype:
-        """The type that a module's factors have in the file."""
+    def like(
+        self, other: Layout, modules: Mapping[str, Delta], shapes: ModuleShapes, family: str
+    ) -> Layout:
+        """A layout of this convention for an adapter with another layout.
 
-    def describe(self) -> dict[str, Any]:
-        """What there is to say of the files, as JSON values."""
+        Args:
+            other: The layout of the adapter.
+            modules: Its modules, named as they are there.
+            shapes: Module to write, named as in this convention → shape.
+            family: Name of the base model's family; empty if it is unknown.
+        """
+
+    def plan(self, contents: Contents, dtype: torch.dtype | None) -> Plan:
+        """What will be written, with another storage type if one is given."""

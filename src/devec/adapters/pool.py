@@ -1,4 +1,4 @@
-"""What concerns several adapters together: telling them apart, doubts, writing all or none."""
+"""Checks on a pool of adapters (distinct names, same base model), and saving several atomically."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from devec.files.staging import write_all
 
 
 def require_distinct_names(adapters: Sequence[Adapter]) -> None:
-    """Check that adapters can be told apart by name.
-
-    Args:
-        adapters: The adapters.
-
-    Raises:
-        IncompatibleError: If two have the same name.
-    """
+    """Refuse adapters of which two have the same name, and objects that are no adapters."""
     for adapter in adapters:
         if not isinstance(adapter, Adapter):
             raise IncompatibleError(
@@ -38,17 +31,13 @@ def require_distinct_names(adapters: Sequence[Adapter]) -> None:
         )
 
 
-def warn_of_strangers(adapters: Sequence[Adapter]) -> None:
-    """Say so when adapters name different base models, or change no module in common.
-
-    Args:
-        adapters: The adapters of a pool.
-    """
-    described = [a.layout.describe() for a in adapters if a.layout is not None]
-    # as Hugging Face, kohya's trainers and Stability's ModelSpec say it
+def warn_if_unrelated(adapters: Sequence[Adapter]) -> None:
+    """Warn if adapters record different base models, or change no module in common."""
+    described = [a.layout.about for a in adapters if a.layout is not None]
+    # recorded by Hugging Face, kohya's trainers and Stability's ModelSpec, respectively
     for field in ("base_model", "base_version", "architecture"):
-        named = [str(d[field]) for d in described if d.get(field)]
-        # trainers spell one base model differently
+        named = [str(value) for about in described if (value := getattr(about, field))]
+        # trainers spell the name of one base model differently
         bases = list({re.sub(r"[^a-z0-9]", "", name.lower()): name for name in named}.values())
         if len(bases) > 1:
             warn(
@@ -67,17 +56,29 @@ def save_adapters(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write several adapters, all or none, each in the format it came in.
+    """Write several adapters, each in the format that it was read in: all of them, or none.
 
     Args:
-        adapters: Path → adapter.
-        dtype: Storage precision; by default that of each adapter's input.
-        overwrite: Whether outputs that exist may be replaced.
+        adapters: Output path → adapter; a missing ``.safetensors`` is appended for single-file
+            formats.
+        dtype: Storage type of the factors; by default that of each adapter's input.
+        overwrite: Whether existing outputs may be replaced.
 
     Raises:
         IncompatibleError: If an adapter was made in memory and has no layout.
-        OutputError: If an output exists and may not be replaced, or cannot be written; nothing is
-            changed then.
+        OutputError: If an output exists and may not be replaced, or cannot be written. Then nothing
+            is changed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from devec import Adapter, save_adapters
+        >>> from devec.demo.evaluate import POOL
+        >>> a = Adapter.from_pretrained(POOL / "ink")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapters({f"{folder}/same": a, f"{folder}/half": 0.5 * a})
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['half', 'same']
     """
     writers = {a.output_path(path): a.writer(dtype) for path, a in adapters.items()}
     write_all(writers, overwrite=overwrite)

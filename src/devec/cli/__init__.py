@@ -1,4 +1,4 @@
-"""The command line: one file a command, each of which parses, calls and prints.
+"""The command line, one file for each command: parse, call, print.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
 """
@@ -9,18 +9,19 @@ import io
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 
 from devec._version import __version__
-from devec.cli.combine import combine
-from devec.cli.compress import compress
-from devec.cli.convert import convert
-from devec.cli.decompose import decompose
-from devec.cli.demo import demo
-from devec.cli.inspect import inspect
-from devec.cli.negate import negate
-from devec.cli.overlap import overlap
+from devec.cli.combine import combine_command
+from devec.cli.compress import compress_command
+from devec.cli.convert import convert_command
+from devec.cli.decompose import decompose_command
+from devec.cli.demo import demo_command
+from devec.cli.inspect import inspect_command
+from devec.cli.negate import negate_command
+from devec.cli.overlap import overlap_command
 from devec.errors import DevecError, IncompatibleError, listed
 from devec.streaming.processes import is_first, launched
 
@@ -33,12 +34,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (decompose, combine, negate, compress, convert, overlap, inspect, demo):
-    app.command()(command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "decompose": decompose_command,
+    "combine": combine_command,
+    "negate": negate_command,
+    "compress": compress_command,
+    "convert": convert_command,
+    "overlap": overlap_command,
+    "inspect": inspect_command,
+    "demo": demo_command,
+}
+for name, command in _COMMANDS.items():
+    app.command(name)(command)
 
 
 def _version(wanted: bool) -> None:
-    """Print the version and stop."""
+    """Print the version and exit."""
     if wanted:
         typer.echo(f"devec {__version__}")
         raise typer.Exit
@@ -70,7 +81,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without "²" is no reason to stop
     try:
         app()
-    except (DevecError, OSError) as error:  # OSError: a path that no system call takes
+    except (DevecError, OSError) as error:  # OSError: a path that no system call accepts
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except _Stopped as stopped:
@@ -79,18 +90,18 @@ def main() -> None:
 
 
 class _Stopped(SystemExit):
-    """A signal that ends the command as an error does, so that temporary files are removed."""
+    """Raised on a signal, so that the command ends like on an error and removes temporary files."""
 
 
 def _stop(number: int, _: object) -> None:
-    """End the command; what it has written is known once everything else is undone."""
+    """End the command; `main` prints the completed outputs once all others are removed."""
     raise _Stopped(128 + number)
 
 
 def _stopped(code: object) -> str:
-    """What a command that was stopped says, with the outputs that it had completed."""
+    """The message of a command that was stopped, with the outputs that it had completed."""
     what = "interrupted" if code == 128 + signal.SIGINT else "terminated"
-    if not is_first():  # of several processes only the first gives outputs their names
+    if not is_first():  # of several processes, only the first commits outputs
         return what
     from devec.files.staging import COMMITTED
 
@@ -99,7 +110,7 @@ def _stopped(code: object) -> str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    """Print a warning as one line; what libraries say to their developers is not for users."""
-    # of several processes the first speaks for all
+    """Print a warning as one line, except warnings for developers of libraries."""
+    # of several processes, only the first prints
     if is_first() and not issubclass(category, (DeprecationWarning, FutureWarning)):
         typer.echo(f"warning: {message}", err=True)

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import in_format, require_new, save, storage_dtype
-from devec.cli.options import (
+from devec.cli.shared.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -19,12 +18,13 @@ from devec.cli.options import (
     Overwrite,
     Source,
 )
-from devec.cli.sources import read_source
-from devec.cli.tables import print_errors
+from devec.cli.shared.results import storage_dtype, write_result
+from devec.cli.shared.sources import read_source
+from devec.cli.shared.tables import print_errors
 from devec.errors import IncompatibleError
 
 
-def compress(
+def compress_command(
     source: Source,
     out: OutPath,
     rank: Annotated[
@@ -44,8 +44,8 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Lower the ranks of an adapter at the least error."""
-    from devec import as_lora as nearest
-    from devec import compress as shrink
+    from devec import as_lora as nearest_lora
+    from devec import compress
 
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
@@ -56,11 +56,17 @@ def compress(
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise IncompatibleError(f"give one of {', '.join(options)}, got {got}")
-    result = (
-        shrink(adapter, rank=rank, energy=energy) if as_lora is None else nearest(adapter, as_lora)
+    if as_lora is None:
+        result = compress(adapter, rank=rank, energy=energy)
+    else:
+        result = nearest_lora(adapter, as_lora)
+    line = write_result(
+        result.adapter,
+        out,
+        storage,
+        lambda _: f", relative error {result.error:.3g}",
+        format=format,
+        overwrite=overwrite,
     )
-    written = in_format(result.adapter, format)
-    require_new([written.output_path(out)], overwrite=overwrite)
-    path = save(written, out, storage, overwrite=overwrite)
     print_errors(adapter, result)
-    typer.echo(f"Written: {path}, relative error {result.error:.3g}")
+    typer.echo(line)

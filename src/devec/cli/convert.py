@@ -6,12 +6,21 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.common import require_new, said_norm, save, storage_dtype, to_plain
-from devec.cli.options import AllowPickle, AsLora, Base, Dtype, MaxRank, OutPath, Overwrite, Source
-from devec.cli.sources import read_source
+from devec.cli.shared.options import (
+    AllowPickle,
+    AsLora,
+    Base,
+    Dtype,
+    MaxRank,
+    OutPath,
+    Overwrite,
+    Source,
+)
+from devec.cli.shared.results import as_plain, norm_phrase, storage_dtype, write_result
+from devec.cli.shared.sources import read_source
 
 
-def convert(
+def convert_command(
     source: Source,
     format: Annotated[str, typer.Option("--format", metavar="F", help="kohya, diffusers or peft.")],
     out: OutPath,
@@ -30,12 +39,9 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in another format, exactly."""
-    from devec import convert as rewrite
+    from devec import convert
 
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    result = rewrite(to_plain(adapter, as_lora), format, component=component)
-    require_new([result.output_path(out)], overwrite=overwrite)
-    norm = said_norm(result)  # before the input may be replaced
-    path = save(result, out, storage, overwrite=overwrite)
-    typer.echo(f"Written: {path}{norm}")
+    result = convert(as_plain(adapter, as_lora), format, component=component)
+    typer.echo(write_result(result, out, storage, norm_phrase, overwrite=overwrite))

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from devec.cli.combine import write_sum
-from devec.cli.common import storage_dtype
-from devec.cli.options import (
+from devec.cli.shared.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -20,10 +18,11 @@ from devec.cli.options import (
     Overwrite,
     Source,
 )
-from devec.cli.sources import read_source
+from devec.cli.shared.results import storage_dtype, write_combination
+from devec.cli.shared.sources import read_source
 
 
-def negate(
+def negate_command(
     source: Source,
     out: OutPath,
     scale: Annotated[float, typer.Option(metavar="S", help="Multiply by -S.")] = 1.0,
@@ -36,7 +35,9 @@ def negate(
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn an adapter around: what it adds, the result takes away."""
+    """Negate an adapter: the result subtracts what the adapter adds."""
     storage = storage_dtype(dtype)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    write_sum([adapter], [-scale], out, carried_from, as_lora, format, storage, overwrite=overwrite)
+    write_combination(
+        [adapter], [-scale], out, carried_from, as_lora, format, storage, overwrite=overwrite
+    )

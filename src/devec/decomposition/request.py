@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import merged_layout, on_common_modules
-from devec.adapters.pool import require_distinct_names, warn_of_strangers
+from devec.adapters.pool import require_distinct_names, warn_if_unrelated
 from devec.arguments import number
 from devec.decomposition.question import PartName, Question, Threshold
 from devec.decomposition.scopes import SCOPES
@@ -33,7 +33,7 @@ def validated(
     level = _threshold(threshold)
     _check_method(method, scope, names)
     adapters = on_common_modules(adapters)
-    warn_of_strangers(adapters)
+    warn_if_unrelated(adapters)
     merged_layout(adapters)  # refuses adapters that do not compose
     return Question(tuple(names), level, METHODS[method], scope, target or "", parts), adapters
 

@@ -165,3 +165,10 @@ def _largest_coefficient(gains: Tensor) -> float:
         digits = 10.0 ** (3 - math.floor(math.log10(coefficient)))
         coefficient = math.floor(coefficient * digits) / digits
     return coefficient
+
+
+def axes_of(delta: Delta) -> set[Axis]:
+    """The axes on which a delta has magnitudes or gains."""
+    if isinstance(delta.gain, Gain):
+        return set(delta.gain.axes)
+    return set() if delta.gain is None else {delta.gain.axis}

@@ -1,1 +1,1 @@
-"""File formats of adapters: detect, read, write, convert."""
+"""File formats of adapters: detecting, reading, writing, converting."""

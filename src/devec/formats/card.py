@@ -1,4 +1,4 @@
-"""The model card and the record of origin that go with every output."""
+"""The model card and the provenance record of an output directory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _FIRST = [
 ]
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record of origin of an adapter directory, None if it has none.
+def read_record_beside(directory: Path) -> dict[str, Any] | None:
+    """The provenance record in an adapter directory.
 
     Args:
         directory: The adapter directory.
 
     Returns:
-        The record.
+        The record; None if there is none.
 
     Raises:
-        FormatError: If there is one that cannot be read.
+        FormatError: If the record cannot be read.
     """
     path = directory / RECORD_NAME
     if not path.exists():
@@ -52,13 +52,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def write_card(directory: Path, name: str, config: Mapping[str, Any], record: Any) -> None:  # noqa: ANN401
-    """Write the model card and, for what an operation made, the record of origin.
+    """Write the model card and the provenance record.
 
     Args:
         directory: The output directory.
         name: Name of the adapter.
         config: Its configuration.
-        record: The record of origin, or None for an adapter stored as it was read.
+        record: The record; None for an adapter stored as it was read.
     """
     if record is not None:
         record = {"devec_version": __version__, **record}
@@ -68,7 +68,7 @@ def write_card(directory: Path, name: str, config: Mapping[str, Any], record: An
 
 
 def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
-    """The text of a model card, with the metadata that the Hugging Face Hub reads."""
+    """The text of the model card, with metadata for the Hugging Face Hub."""
     base = config.get("base_model_name_or_path")
     head = ["---", "library_name: peft", "tags:", "- lora", "- devec"]
     if base:
@@ -79,7 +79,7 @@ def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None
         "",
         f"# {name}",
         "",
-        f"A {'DoRA' if config.get('use_dora') else 'LoRA'} adapter: {_described(record)}.",
+        f"A {'DoRA' if config.get('use_dora') else 'LoRA'} adapter: {_summary(record)}.",
         "",
         "```python",
         "from peft import PeftModel",
@@ -93,12 +93,12 @@ def _card(name: str, config: Mapping[str, Any], record: Mapping[str, Any] | None
 
 
 def adapter_name(name: str) -> str:
-    """A name that PEFT and diffusers accept for an adapter: no dots, and never just ``shared``."""
+    """A name that PEFT and diffusers accept for an adapter: without dots, and not ``shared``."""
     return re.sub(r"\W", "_", name) if name != "shared" else "shared_part"
 
 
-def _described(record: Mapping[str, Any] | None) -> str:
-    """What the adapter is, in a phrase."""
+def _summary(record: Mapping[str, Any] | None) -> str:
+    """A phrase that describes the adapter."""
     if record is None:
         return "stored as it was read"
     of = record.get("of")
@@ -107,7 +107,7 @@ def _described(record: Mapping[str, Any] | None) -> str:
 
 
 def _origin(record: Mapping[str, Any] | None) -> list[str]:
-    """The table of inputs and parameters."""
+    """The lines on the operation: parameters, and a table of inputs."""
     if record is None:
         return []
     lines = ["", "## Origin", "", f"`{record['operation']}` of devec {record['devec_version']}"]

@@ -1,9 +1,9 @@
 """The magnitudes of DoRAs in files: their keys, shapes and axes.
 
-``dora_scale`` (LyCORIS, OneTrainer; read by ComfyUI) has the shape in which it multiplies a weight:
-(out, 1) or (1, in), with ones behind for a convolution. ``lora_magnitude_vector`` (PEFT, diffusers)
-and ``magnitude`` (ai-toolkit) are of outputs only. What LyCORIS and OneTrainer add to the norms
-lest they be zero is left out: it is the roundoff of their precision.
+``dora_scale`` (LyCORIS, OneTrainer; read by ComfyUI) broadcasts against the weight: its shape is
+(out, 1) or (1, in), followed by ones for a convolution. ``lora_magnitude_vector`` (PEFT, diffusers)
+and ``magnitude`` (ai-toolkit) are for outputs only. The epsilon that LyCORIS and OneTrainer add to
+the norms is ignored: it is of the size of their roundoff.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from devec.deltas.delta import Delta
-from devec.deltas.gains import Axis, Gain, Magnitude
+from devec.deltas.gains import Axis, Magnitude
 from devec.errors import FormatError, UnsupportedError, listed, warn
 from devec.files.safetensors_reader import storable
 from devec.naming.conventions import DORA_SCALE, MAGNITUDE_VECTOR
 
-# What the parts of a module are called that hold magnitudes: of either axis, or of outputs.
-PARTS = ("dora_scale", "magnitude")
+# Parts of a module that store magnitudes: on either axis, and of outputs only.
+MAGNITUDE_PARTS = ("dora_scale", "magnitude")
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeSlot:
-    """Where the magnitudes of one module are stored, if it has any.
+    """Where the magnitudes of a module are stored, if it has any.
 
     Attributes:
-        key: Their key.
-        axis: The axis they were read on, None if there were none.
-        shape: The shape they were read with; empty for the usual one.
+        key: Key of the tensor.
+        axis: The axis in the file that was read; None if there were no magnitudes.
+        shape: The shape in that file; empty for the usual shape.
     """
 
     key: str
@@ -42,34 +41,34 @@ class MagnitudeSlot:
 
     @property
     def everywhere(self) -> bool:
-        """Whether readers of the key take all modules of a model for DoRAs if one is."""
+        """Whether readers of the key treat all modules of a model as DoRAs if one is a DoRA."""
         return MAGNITUDE_VECTOR in self.key
 
-    def anew(self) -> MagnitudeSlot:
-        """The same for a result: transformers, and so diffusers' text encoders, want an ending."""
+    def for_result(self) -> MagnitudeSlot:
+        """The slot of a result: transformers, and so diffusers' text encoders, require a suffix."""
         if not self.key.endswith(MAGNITUDE_VECTOR):
             return self
         return dataclasses.replace(self, key=f"{self.key}.weight")
 
     def under(self, key: str) -> MagnitudeSlot:
-        """The same magnitudes under another key, in the shape that is usual there."""
+        """The slot under another key, with the usual shape there."""
         return self if key == self.key else dataclasses.replace(self, key=key, shape=())
 
     def write(
         self, magnitude: Magnitude, kernel: tuple[int, ...], dtype: torch.dtype | None
     ) -> Tensor:
-        """The stored tensor.
+        """The stored tensor, in the shape that was read or the usual one.
 
         Args:
             magnitude: The magnitudes.
             kernel: Shape of a convolution's kernel.
-            dtype: Storage type asked for.
+            dtype: Requested storage type.
 
         Returns:
-            The tensor, in the shape it was read with or the usual one.
+            The tensor.
 
         Raises:
-            UnsupportedError: If there is no form for magnitudes of the axis.
+            UnsupportedError: If magnitudes on this axis cannot be stored under the key.
             OutputError: If a value is too large for the storage type.
         """
         if magnitude.axis == "in" and not self.key.endswith(DORA_SCALE):
@@ -84,13 +83,9 @@ class MagnitudeSlot:
 
 
 def magnitude_dtype(values: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The storage type of magnitudes: never narrower than they are.
+    """The storage type of magnitudes: as requested, but never narrower than their own type.
 
-    They are few, and what is rounded off them is a fraction of W0 and not of ΔW.
-
-    Args:
-        values: The magnitudes, as they were read or computed.
-        wanted: The storage type that is asked for.
+    They are few, and their rounding errors are a fraction of W0, not of ΔW.
 
     Returns:
         The type.
@@ -106,23 +101,23 @@ def find_magnitudes(
     Args:
         parts: Part → tensor.
         shape: Shape (out, in) of the weight, that of a convolution flattened.
-        kernel: Shape of a convolution's kernel, as far as it is known.
+        kernel: Shape of a convolution's kernel, if the tensors tell it.
 
     Returns:
-        The magnitudes as stored and the axis; None if there are none.
+        The magnitudes as stored, and the axis; None if there are none.
 
     Raises:
-        FormatError: If which axis they are on cannot be told, or there are not as many as it needs.
+        FormatError: If their shape fits neither axis.
     """
-    found = [(part, parts[part]) for part in PARTS if part in parts]
-    if not found:
+    present = [(part, parts[part]) for part in MAGNITUDE_PARTS if part in parts]
+    if not present:
         return None
-    if len(found) > 1:
+    if len(present) > 1:
         raise FormatError(
             "there are magnitudes both as dora_scale and as lora_magnitude_vector or magnitude; "
-            "take one of them out"
+            "remove one of them"
         )
-    part, stored = found[0]
+    part, stored = present[0]
     size = stored.numel()
     long = [dim for dim, length in enumerate(stored.shape) if length != 1]
     channels = shape[1] // math.prod(kernel)
@@ -131,10 +126,10 @@ def find_magnitudes(
         fits["out"] = len(long) <= 1 and size == shape[0]
         expected = f"({shape[0]},)"
     else:
-        # the files of LoHas and LoKrs do not always tell the kernel
-        known = bool(kernel) or stored.ndim == 2
+        # the tensors of LoHas and LoKrs do not always tell the kernel
+        kernel_known = bool(kernel) or stored.ndim == 2
         fits["in"] = long in ([], [1]) and (
-            size == channels if known else shape[1] % max(size, 1) == 0
+            size == channels if kernel_known else shape[1] % max(size, 1) == 0
         )
         expected = f"({shape[0]}, 1) for outputs or (1, {channels}) for inputs"
     axis = next((axis for axis, fit in fits.items() if fit), None)
@@ -146,11 +141,11 @@ def find_magnitudes(
 
 
 def warn_of_signs(where: str, magnitudes: Iterable[tuple[str, Tensor]]) -> None:
-    """Tell of magnitudes that are no norms: valid, and hardly meant.
+    """Warn of magnitudes that are not positive: they are valid, but hardly intended.
 
     Args:
         where: The file.
-        magnitudes: Module and magnitudes, of the DoRAs of the adapter.
+        magnitudes: Module and magnitudes of each DoRA.
     """
     counts = {m: (int((v == 0).sum()), int((v < 0).sum())) for m, v in magnitudes}
     for what, does, odd in (
@@ -164,17 +159,10 @@ def warn_of_signs(where: str, magnitudes: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def axes_of(delta: Delta) -> set[Axis]:
-    """The axes on which a delta has magnitudes or gains."""
-    if isinstance(delta.gain, Gain):
-        return set(delta.gain.axes)
-    return set() if delta.gain is None else {delta.gain.axis}
-
-
 def of_outputs_only() -> str:
-    """Why magnitudes of inputs cannot be written."""
+    """The message for magnitudes of inputs that cannot be written."""
     return (
         "it is a DoRA with magnitudes of its inputs, and the format has magnitudes of outputs "
         "only; --as-lora RANK (devec.as_lora) writes the nearest plain LoRA and says how near it "
-        "is, and kohya's format (--format kohya) has a form for it"
+        "is, and kohya's format (--format kohya) can store it"
     )

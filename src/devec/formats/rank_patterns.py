@@ -1,4 +1,4 @@
-"""Ranks and alphas by module name, as PEFT's `rank_pattern` and `alpha_pattern` give them."""
+"""Ranks and alphas by module name, as in PEFT's ``rank_pattern`` and ``alpha_pattern``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Config = dict[str, Any]
 
 
 def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
-    """The rank and effective scaling PEFT gives a module.
+    """The rank r that PEFT gives a module, and its scaling: alpha/r, or alpha/√r for rsLoRA.
 
     Args:
         config: The configuration.
         name: The module's name in the base model.
 
     Returns:
-        The rank r, and alpha/r or for rank-stabilised LoRA alpha/√r.
+        Rank and scaling.
     """
     rank = _first_match(config.get("rank_pattern"), name, config["r"])
     alpha = _first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
@@ -27,7 +27,7 @@ def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
 
 
 def _first_match(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:  # noqa: ANN401
-    """The value of the first key that matches a module name, as PEFT matches it."""
+    """The value of the first key that matches a module name, by PEFT's rule."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -35,20 +35,12 @@ def _first_match(pattern: Mapping[str, Any] | None, name: str, default: Any) -> 
 
 
 def alternation(names: Sequence[str], optional: str = "") -> str:
-    """A pattern that matches these names and no other; a list would match endings, too.
-
-    Args:
-        names: The names.
-        optional: What the names may begin with or not.
-
-    Returns:
-        The pattern.
-    """
+    """A pattern that matches exactly these names; `optional` is a prefix that may be missing."""
     return f"(?:{'|'.join(_escaped(name, optional) for name in names)})"
 
 
 def _escaped(name: str, optional: str) -> str:
-    """A name as a pattern, with a beginning that need not be there."""
+    """A name as a pattern, with a prefix that may be missing."""
     if optional and name.startswith(optional):
         return f"(?:{re.escape(optional)})?{re.escape(name.removeprefix(optional))}"
     return re.escape(name)
@@ -57,14 +49,14 @@ def _escaped(name: str, optional: str) -> str:
 def rank_pattern(
     ranks: Mapping[str, Number], optional: str = "", usual: Number | None = None
 ) -> tuple[Number, dict[str, Number]]:
-    """The most frequent rank (or alpha), and patterns for modules of others.
+    """The usual rank (or alpha), and patterns for the modules with others.
 
-    Patterns are anchored, escaped and grouped, one alternation per distinct rank: PEFT matches
+    Patterns are anchored, escaped and grouped, one alternation for each distinct rank: PEFT matches
     every pattern against every module.
 
     Args:
         ranks: Name (of a module or parameter) in the base model → rank or alpha.
-        optional: What the names may begin with or not.
+        optional: A prefix of names that may be missing.
         usual: The rank that needs no pattern; by default the most frequent.
 
     Returns:

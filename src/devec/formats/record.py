@@ -1,4 +1,4 @@
-"""The record of origin that goes with every output, and what to believe of one that is read."""
+"""The provenance record that every output contains: its key and file name, and reading it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RECORD_NAME = "devec.json"
 
 
 def parse_record(text: str, where: str) -> dict[str, Any]:
-    """The record in a file, or in the header of one.
+    """Parse a record and check its structure.
 
     Args:
-        text: Its text.
-        where: What it is, for messages.
+        text: The JSON text.
+        where: Origin of the text, for messages.
 
     Returns:
         The record.
 
     Raises:
-        FormatError: If it is not one that an operation made.
+        FormatError: If it is not a record as devec writes them.
     """
     try:
         record = json_object(text, where)
@@ -48,14 +48,7 @@ def parse_record(text: str, where: str) -> dict[str, Any]:
 
 
 def made_by_devec(path: Path) -> bool:
-    """Whether an output bears the record of an operation.
-
-    Args:
-        path: A directory or a file, which need not exist.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether the file or directory at a path, if any, contains a provenance record."""
     if not path.is_file():
         return (path / RECORD_NAME).exists()
     try:

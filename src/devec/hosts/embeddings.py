@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from devec.errors import UnsupportedError, warn
-from devec.formats.peft.layout import PREFIX
+from devec.formats.peft.names import PREFIX
 from devec.formats.rank_patterns import Config
 from devec.hosts.layers import NamedModules, is_wrapper, walk, wrapped
 

@@ -19,21 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.layout import ReadOptions
+from devec.adapters.alignment.layout import AlignedLayout
+from devec.adapters.layout import ModuleShape, ReadOptions
 from devec.base_model.live import live_model
 from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, UnsupportedError, listed, located, warn
 from devec.files.safetensors_reader import TensorFile
-from devec.formats.alignment.align import AlignedLayout
 from devec.formats.convert import convert
-from devec.formats.peft import read as peft_read
 from devec.formats.peft.carried import of_base
 from devec.formats.peft.config import require_lora
-from devec.formats.peft.layout import PREFIX, PeftLayout, plain_layout
+from devec.formats.peft.layout import PeftLayout, peft_layout_for
+from devec.formats.peft.names import PREFIX
+from devec.formats.peft.read import parse_peft
 from devec.formats.rank_patterns import Config
-from devec.formats.single_file import read as file_read
 from devec.formats.single_file.header import ADAPTER_KEY
+from devec.formats.single_file.read import parse_file
 from devec.hosts import embeddings, state, towers
 from devec.hosts.layers import NamedModules, merged_adapter, offload_again, state_preserved, walk
 from devec.hosts.names import require_new_names
@@ -91,9 +92,9 @@ class Host:
                     states[slot] = _read_state(model, name, current_scaling=current)
         options = ReadOptions(base=self.root)
         if self.of_diffusers:
-            return file_read.parsed(_as_file(states, self.root), name, options, where)
+            return parse_file(_as_file(states, self.root), name, options, where)
         ((slot, (config, tensors)),) = states.items()
-        adapter = peft_read.parsed(config, tensors, name, options, where)
+        adapter = parse_peft(config, tensors, name, options, where)
         copies = self._base_copies(slot, name, config)
         layout = dataclasses.replace(adapter.layout, base_copies=copies)  # type: ignore[type-var]
         return dataclasses.replace(adapter, layout=layout)
@@ -218,11 +219,11 @@ class Host:
         carried = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         layout = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _widest_dtype(model, adapter) if foreign else None
-        return layout.stored(dataclasses.replace(adapter, carried=carried), dtype)
+        return layout.stored(dataclasses.replace(adapter, carried=carried).contents, dtype)
 
     def _renamed(self, adapter: Adapter) -> Adapter:
         """An adapter whose modules are named as in the files of the host."""
-        layout: Any = adapter.layout
+        layout = adapter.layout
         if layout is None:
             raise IncompatibleError(
                 "it was made in memory and does not say which layers it changes; give it the "
@@ -232,7 +233,9 @@ class Host:
             return adapter
         if not self.of_diffusers:
             return _joined(convert(adapter, "peft"))
-        return _joined(convert(adapter, "diffusers", component=_COMPONENT[layout.naming.one_model]))
+        return _joined(
+            convert(adapter, "diffusers", component=_COMPONENT[layout.names.naming.one_model])
+        )
 
     def _assigned(self, adapter: Adapter) -> dict[str, dict[str, str]]:
         """Model → layer → module of the adapter that changes it."""
@@ -336,12 +339,12 @@ def _converted_state(
     model: nn.Module, adapter: Adapter, modules: Mapping[str, str], *, foreign: bool
 ) -> PeftState:
     """Configuration and tensors for PEFT of the modules of an adapter that change one model."""
-    layout: Any = adapter.layout
+    layout = adapter.require_layout()
     deltas: dict[str, Delta] = {n: adapter.modules[m] for n, m in modules.items()}
     part = dataclasses.replace(adapter, modules=deltas, carried={})
-    places = {n: (deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
-    plain = dataclasses.replace(plain_layout(part, places, ""), base=base_model(model))
-    return plain.stored(part, _widest_dtype(model, part) if foreign else None)
+    shapes = {n: ModuleShape(deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
+    plain = dataclasses.replace(peft_layout_for(layout, deltas, shapes, ""), base=base_model(model))
+    return plain.stored(part.contents, _widest_dtype(model, part) if foreign else None)
 
 
 def _require_unmerged(model: nn.Module, modules: NamedModules) -> None:

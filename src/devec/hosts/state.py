@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from devec.errors import FormatError, IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats.peft.config import targets
-from devec.formats.peft.layout import PREFIX
-from devec.formats.peft.names import lookup_name
+from devec.formats.peft.names import PREFIX, lookup_name
 from devec.formats.peft.written_config import exact_targets
 from devec.formats.rank_patterns import Config, rank_and_scaling, rank_pattern
 from devec.hosts.layers import NamedModules, is_wrapper, walk

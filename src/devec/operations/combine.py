@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import linear_combination, on_common_modules
-from devec.adapters.pool import warn_of_strangers
+from devec.adapters.pool import warn_if_unrelated
 from devec.arguments import numbers
 from devec.errors import IncompatibleError
 
@@ -58,5 +58,5 @@ def combine(
         )
     adapters = on_common_modules(adapters)
     if len(adapters) > 1:
-        warn_of_strangers(adapters)
+        warn_if_unrelated(adapters)
     return dataclasses.replace(linear_combination(adapters, weights, carried_from), name=name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import cosine_of, on_common_modules
-from devec.adapters.pool import require_distinct_names, warn_of_strangers
+from devec.adapters.pool import require_distinct_names, warn_if_unrelated
 from devec.deltas.delta import Delta
 from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
@@ -116,7 +116,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
     if len(adapters) < 2:
         raise IncompatibleError(f"overlap needs at least two adapters, got {len(adapters)}")
     adapters = on_common_modules(adapters)
-    warn_of_strangers(adapters)
+    warn_if_unrelated(adapters)
     rows: list[ModuleOverlap] = []
     norms: dict[str, list[float]] = {adapter.name: [] for adapter in adapters}
     for module in dict.fromkeys(m for a in adapters for m in a.modules):

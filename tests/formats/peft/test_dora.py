@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from devec import Adapter, combine, decompose
+from devec.adapters.layout import ModuleShape
 from devec.deltas.gains import Gain, Magnitude
-from devec.formats.peft.layout import plain_layout
+from devec.formats.peft.layout import peft_layout_for
 from support.adapters.cases import (
     make_base,
     relative_error,
@@ -56,7 +57,7 @@ def test_what_is_read_is_what_the_formula_says(tmp_path, kind, variant):
         assert isinstance(delta.gain, Magnitude)
         assert delta.gain.values.dtype == ALL[variant].dtype
         assert relative_error(dense(delta.resolved()), want[name]) < 1e-6
-    assert adapter.layout.describe()["dora"] == {"out": len(want)}
+    assert adapter.layout.about.dora == {"out": len(want)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,8 +224,10 @@ def test_parts_without_gains_are_plain_loras(tmp_path):
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_doras_from_other_conventions_keep_their_gains(tmp_path, kind, variant):
     adapter = read(save_dora(tmp_path / "a", kind, variant), kind)
-    places = {m: (d.shape, adapter.layout.kernel(m)) for m, d in adapter.modules.items()}
-    moved = dataclasses.replace(adapter, layout=plain_layout(adapter, places, ""))
+    kernel = adapter.layout.kernel
+    shapes = {m: ModuleShape(d.shape, kernel(m)) for m, d in adapter.modules.items()}
+    layout = peft_layout_for(adapter.layout, adapter.modules, shapes, "")
+    moved = dataclasses.replace(adapter, layout=layout)
     moved.save_pretrained(tmp_path / "b")
     (2 * moved).save_pretrained(tmp_path / "c")
     make = partial(make_base, kind)

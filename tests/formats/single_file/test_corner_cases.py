@@ -214,7 +214,7 @@ def test_adapters_of_whole_tensors_alone_stay_whole(tmp_path):
     assert list(parts.outputs()) == ["a-unique", "b-unique"]
     written = load_file(parts.unique["a"].save_pretrained(tmp_path / "c"))
     assert list(written) == [f"{flat}.diff"]
-    assert a.layout.describe()["format"] == "kohya"
+    assert a.layout.about.format == "kohya"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_without_a_base_model_a_dora_is_described(name):
     assert all(isinstance(delta.gain, Magnitude) for delta in adapter.modules.values())
     found = magnitudes(golden(name))
     axis = "in" if name.endswith("_in") else "out"
-    assert adapter.layout.describe()["dora"] == {axis: len(found)}
+    assert adapter.layout.about.dora == {axis: len(found)}
     text = command("inspect", golden(name))
     assert f"{len(found)} modules: DoRA" in text
     assert carried(golden(name)) == list(adapter.carried)
@@ -137,7 +137,7 @@ def test_doras_of_two_axes_add_and_are_not_written(tmp_path):
 def test_a_dora_of_one_axis_beside_one_of_the_other(tmp_path):
     path = dora_file(tmp_path / "a.safetensors", "sd15", {LINEAR: "out", CONV: "in", WIDE: None})
     adapter = read(path)
-    assert adapter.layout.describe()["dora"] == {"out": 1, "in": 1}
+    assert adapter.layout.about.dora == {"out": 1, "in": 1}
     out = (-0.5 * adapter).save_pretrained(tmp_path / "out")
     assert_close_deltas(effects("sd15", out), weighted((-0.5, effects("sd15", path))), 1e-12)
 

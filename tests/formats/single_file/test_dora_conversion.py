@@ -169,7 +169,7 @@ def test_a_dora_after_a_lora_keeps_its_axis(tmp_path, axis):
     path = dora_file(tmp_path / "a.safetensors", "sd15", {CONV: axis}, torch.float16)
     lora = dora_file(tmp_path / "b.safetensors", "sd15", {CONV: None}, torch.bfloat16, seed=1)
     total = combine([read(lora), read(path)], [1, 1])
-    assert total.layout.describe()["dora"] == {axis: 1}
+    assert total.layout.about.dora == {axis: 1}
     stored_magnitudes = load_file(total.save_pretrained(tmp_path / "out"))[f"{CONV}.dora_scale"]
     assert stored_magnitudes.dtype == torch.float32  # as all that are computed
 

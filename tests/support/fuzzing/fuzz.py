@@ -27,7 +27,7 @@ import torch
 
 from devec import Adapter, DevecError, convert, decompose
 from devec.base_model.model import BaseModel
-from devec.cli.inspect import inspect
+from devec.cli.inspect import inspect_command
 from devec.errors import IncompatibleError
 from support.fuzzing.damage import directories, make_case, originals
 
@@ -70,7 +70,9 @@ def exercise(case, folder):
         path, "damaged", allow_pickle=case.allow_pickle, base=base if rng.random() < 0.8 else None
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        inspect(str(path), modules=True, json=folder / "report", allow_pickle=case.allow_pickle)
+        inspect_command(
+            str(path), modules=True, json=folder / "report", allow_pickle=case.allow_pickle
+        )
     again = Adapter.from_pretrained(adapter.save_pretrained(folder / "again"), "damaged")
     assert len(again.modules) == len(adapter.modules), "modules are lost when they are saved"
     with contextlib.suppress(DevecError):

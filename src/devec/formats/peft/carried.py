@@ -1,18 +1,19 @@
-"""The whole trained tensors beside the factors of a PEFT adapter, by their keys."""
+"""The keys of carried tensors and base weights beside the factors of a PEFT adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from devec.formats.peft.names import plain
+from devec.formats.peft.names import unwrapped
 from devec.formats.rank_patterns import Config
 
 
 def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Modules that PEFT replaces, or that are inside one it replaces, so that no LoRA is on them.
+    """The modules that PEFT cannot adapt, because whole tensors replace them or an outer module.
 
-    Follows PEFT: ``modules_to_save`` and the keys of ``trainable_token_indices`` are endings of
-    names, and no module inside of one that is saved is adapted.
+    As in PEFT, ``modules_to_save`` and the keys of ``trainable_token_indices`` are endings of
+    names, and no module inside a saved one is adapted. Trained biases replace nothing: PEFT loads
+    them beside factors.
 
     Args:
         config: The configuration of the adapter that the tensors belong to.
@@ -20,14 +21,13 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
         modules: Names of modules that another adapter changes.
 
     Returns:
-        Those of the modules that cannot be adapted beside the tensors. A trained bias is no such
-        tensor: PEFT loads it beside factors.
+        The names.
     """
     biases = config.get("bias", "none") != "none"
     above: set[str] = set()
     for key in keys:
         if not (biases and _is_bias(key)):
-            parts = plain(key).split(".")
+            parts = unwrapped(key).split(".")
             above.update(".".join(parts[:end]) for end in range(1, len(parts)))
     saved = tuple(config.get("modules_to_save") or ())
     tokens = config.get("trainable_token_indices")
@@ -35,23 +35,20 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
     return [
         module
         for module in modules
-        if (name := plain(module.partition("[")[0])) in above
+        if (name := unwrapped(module.partition("[")[0])) in above
         or name.endswith(ends)
         or any(f".{whole}." in f".{name}." for whole in saved)
     ]
 
 
 def of_base(config: Config, keys: Iterable[str]) -> list[str]:
-    """Keys of tensors that no field of a configuration has trained: weights of the base model.
+    """The keys of whole tensors that are base weights: no field of the configuration trains them.
 
-    PEFT saves embeddings so if the vocabulary was resized, and loads them into the base model.
-
-    Args:
-        config: The configuration.
-        keys: Keys of whole tensors.
+    PEFT saves embeddings like this if the vocabulary was resized, and loads them into the base
+    model.
 
     Returns:
-        Those of the base model.
+        The keys.
     """
     biases = config.get("bias", "none") != "none"
     saved = tuple(config.get("modules_to_save") or ())
@@ -66,15 +63,15 @@ def of_base(config: Config, keys: Iterable[str]) -> list[str]:
 
 
 def keys_beside(config: Config, keys: Iterable[str], adapted: Collection[str]) -> dict[str, str]:
-    """Keys of whole tensors as PEFT reads them beside these factors.
+    """Key of a carried tensor → the key under which PEFT loads it beside factors.
 
-    PEFT loads the bias of a layer under another key if the layer is adapted, and leaves keys out,
-    without a word, that its model does not have.
+    PEFT loads the bias of a layer under another key if the layer is adapted, and silently ignores
+    keys that its model does not have.
 
     Args:
-        config: The configuration that is written.
+        config: The configuration to write.
         keys: The keys.
-        adapted: Paths of the layers that have factors.
+        adapted: Paths of the layers with factors.
 
     Returns:
         Key → key to write.
@@ -84,14 +81,13 @@ def keys_beside(config: Config, keys: Iterable[str], adapted: Collection[str]) -
 
 
 def bias_field(config: Config, keys: Iterable[str]) -> str:
-    """What a configuration says of biases; of all, if one is that of a layer without factors.
+    """The value of ``bias`` in a configuration for these keys.
 
-    Args:
-        config: The configuration.
-        keys: Keys of the tensors to write.
+    It is ``"all"`` if a bias belongs to a layer without factors: with ``"lora_only"`` PEFT would
+    load that bias and not save it again.
 
     Returns:
-        The value of ``bias``. With ``"lora_only"`` PEFT would load it and not save it again.
+        The value.
     """
     field: str = config.get("bias", "none")
     alone = any(_is_bias(key) and ".base_layer." not in key for key in keys)
@@ -104,17 +100,17 @@ def copies_beside(
     adapted: Collection[str],
     missing: Collection[str],
 ) -> dict[str, str]:
-    """Keys of weights of the base model as PEFT reads them beside these factors and tensors.
+    """Key of a base weight → the key under which PEFT loads it beside factors.
 
     Args:
-        keys: The keys, with or without the part that PEFT has for the layer inside an adapted one.
-        carried: Keys of whole tensors that are written.
-        adapted: Paths of the layers that have factors.
-        missing: Paths of those that had factors, and have none in the result.
+        keys: The keys, with or without ``base_layer``.
+        carried: Keys of the carried tensors to write.
+        adapted: Paths of the layers with factors.
+        missing: Paths of the layers that had factors and have none in the result.
 
     Returns:
-        Key → key to write. Weights that a whole tensor replaces are left out, and those that were
-        stored beside factors which are left out.
+        Key → key to write; without weights that a carried tensor replaces, and without those of
+        missing layers.
     """
     result: dict[str, str] = {}
     for key in keys:
@@ -130,13 +126,13 @@ def copies_beside(
 
 
 def _is_bias(key: str) -> bool:
-    """Whether a key is that of a bias; nn.MultiheadAttention has an ``in_proj_bias``."""
+    """Whether a key stores a bias; nn.MultiheadAttention has an ``in_proj_bias``."""
     return key.endswith("bias")
 
 
 def _beside(key: str, adapted: Collection[str]) -> str:
-    """A key with ``base_layer`` after each layer that is wrapped, and after no other."""
-    path, *rest = plain(key).split(".")
+    """A key with ``base_layer`` after exactly the wrapped layers."""
+    path, *rest = unwrapped(key).split(".")
     for part in rest:
         while path in adapted:
             path += ".base_layer"

@@ -1,7 +1,7 @@
-"""What an ``adapter_config.json`` of PEFT means.
+"""Reading and checking PEFT's ``adapter_config.json``.
 
-Follows PEFT's own reading: the first pattern of ``rank_pattern`` that matches a module's name
-decides its rank, in the order of the file.
+As in PEFT, the first pattern of ``rank_pattern`` that matches a module's name, in the order of the
+file, decides its rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KEEP_BASE = (
 _CONVERT = "PEFT's convert_to_lora can approximate it by a plain LoRA"
 
 
-# Fields that make an adapter something other than a sum of B·A, and what to do about it.
+# Fields of adapters that are no sum of B·A: what they are, and the remedy.
 _REFUSED_FIELDS = {
     "kasa_config": ("is a KaSA adapter: it truncates the base weight", _CONVERT),
     "use_bdlora": ("is a BD-LoRA adapter: its factors are stacked blocks", _CONVERT),
@@ -40,7 +40,7 @@ _REFUSED_FIELDS = {
 }
 
 
-# What PEFT refuses beside use_dora, so that no host would load the adapter.
+# Fields that PEFT refuses beside use_dora: no host would load the adapter.
 _NEVER_DORA = (
     "lora_bias",
     "target_parameters",
@@ -51,7 +51,7 @@ _NEVER_DORA = (
 )
 
 
-# State of training methods that leaves no trace in the forward pass once training is over.
+# State of training methods that does not affect the forward pass after training.
 TRAINING_ONLY_FIELDS = ("velora_config", "monteclora_config", "eva_config")
 
 
@@ -107,7 +107,7 @@ _KNOWN_FIELDS = frozenset(
 )
 
 
-# What a configuration says of whole trained tensors, with PEFT's defaults.
+# Fields about whole trained tensors, with PEFT's defaults.
 CARRIED_FIELDS: Config = {
     "modules_to_save": None,
     "trainable_token_indices": None,
@@ -116,11 +116,11 @@ CARRIED_FIELDS: Config = {
 }
 
 
-# Tasks for which PEFT's own classes train a head whole and refuse adapters without one.
+# Tasks for which PEFT's own classes train a whole head and refuse adapters without one.
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-# Adapters that differ in one of these do not change the same model in the same way.
+# Fields that all adapters of a pool must agree in: they affect which layers are changed, and how.
 POOL_FIELDS = ("alora_invocation_tokens", "layer_replication", "use_qalora", "qalora_group_size")
 
 
@@ -131,7 +131,7 @@ def read_config(directory: Path) -> Config:
         directory: The adapter directory.
 
     Returns:
-        The configuration as it stands in the file, in its order.
+        The configuration, in the order of the file.
 
     Raises:
         FormatError: If it is not a valid LoRA configuration.
@@ -152,7 +152,7 @@ def require_lora(config: Config, where: str) -> None:
 
     Args:
         config: The configuration.
-        where: Where it comes from, for messages.
+        where: Its origin, for messages.
 
     Raises:
         FormatError: If it is not a valid LoRA configuration.
@@ -170,13 +170,13 @@ def require_lora(config: Config, where: str) -> None:
     unknown = [field for field, value in config.items() if value and field not in _KNOWN_FIELDS]
     if unknown:
         warn(
-            f"{where}: the fields {listed(unknown)} are not known; they are kept, and taken not to "
-            "change what the adapter does"
+            f"{where}: the fields {listed(unknown)} are not known; they are kept, and assumed not "
+            "to change what the adapter does"
         )
 
 
 def _require_types(config: Config, where: str) -> None:
-    """Check the fields that are read for what they are."""
+    """Check the types of the fields that are read."""
     for field in ("use_rslora", "lora_bias", "use_dora"):
         if not isinstance(config.get(field, False), bool | None):
             raise FormatError(f"{where}: {field} should be true or false, is {config[field]!r}")
@@ -194,7 +194,7 @@ def _is_list_of_names(value: Any) -> bool:  # noqa: ANN401
 
 
 def _require_plain(config: Config, where: str) -> None:
-    """Refuse by name what is not a plain delta."""
+    """Refuse adapters that are no plain low-rank delta, by the name of the method."""
     for field, (what, remedy) in _REFUSED_FIELDS.items():
         if config.get(field):
             raise UnsupportedError(f"{where}: the adapter {what} ({field}); {remedy}")
@@ -210,11 +210,11 @@ def _require_plain(config: Config, where: str) -> None:
 
 
 def require_dora_fits(config: Config, where: str) -> None:
-    """Refuse what a DoRA cannot be beside.
+    """Refuse the configuration of a DoRA with fields that PEFT does not support beside it.
 
     Args:
-        config: The configuration of an adapter that is a DoRA.
-        where: What it is the configuration of, for messages.
+        config: The configuration.
+        where: Its origin, for messages.
 
     Raises:
         UnsupportedError: If it has such a field.
@@ -249,7 +249,7 @@ def _require_numbers(config: Config, where: str) -> None:
 
 
 def _pattern(config: Config, field: str, where: str) -> dict[str, Any]:
-    """A rank or alpha pattern, checked to be a mapping of regular expressions."""
+    """A rank or alpha pattern; refused unless it maps regular expressions to values."""
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
         raise FormatError(f"{where}: {field} should be an object, is {pattern!r}")
@@ -259,14 +259,16 @@ def _pattern(config: Config, field: str, where: str) -> dict[str, Any]:
 
 
 def targets(config: Config, name: str) -> bool:
-    """Whether ``target_modules`` names a module; True where the file leaves that open.
+    """Whether ``target_modules`` names a module; True if the configuration does not tell.
+
+    A list is matched against the endings of the name, a string as a pattern.
 
     Args:
         config: The configuration.
         name: The module's name in the base model.
 
     Returns:
-        Whether it does: as an ending of the name if it is a list, as a pattern if a string.
+        Whether it names the module.
     """
     wanted = config.get("target_modules")
     if not wanted:
@@ -279,43 +281,32 @@ def targets(config: Config, name: str) -> bool:
 
 
 def is_saved_whole(config: Config, name: str) -> bool:
-    """Whether a module is in ``modules_to_save``, inside of which PEFT adapts nothing.
-
-    Args:
-        config: The configuration.
-        name: The module's name in the base model.
-
-    Returns:
-        Whether it is, or is inside of such a module.
-    """
+    """Whether a module is in ``modules_to_save`` or inside such a module: PEFT adapts neither."""
     saved = config.get("modules_to_save") or []
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)
 
 
 def experts_input_side(config: Config) -> str:
-    """Which axis of a stacked parameter the A factors of an adapter act on.
+    """The axis of a stacked parameter that A acts on, ``"first"`` or ``"second"``.
 
-    PEFT turned it around in version 0.19, under the same keys.
-
-    Args:
-        config: The configuration; versions before 0.18 are not on record.
+    PEFT changed it in version 0.19, under the same keys. Versions before 0.18 are not recorded.
 
     Returns:
-        ``"first"`` or ``"second"``.
+        The axis.
     """
     numbers = re.findall(r"\d+", str(config.get("peft_version") or "0"))
     return "second" if [int(n) for n in numbers[:2]] >= [0, 19] else "first"
 
 
-def require_same(field: str, values: Sequence[Any]) -> None:
-    """Check that adapters to be combined agree in a field.
+def require_agreement(field: str, values: Sequence[Any]) -> None:
+    """Refuse adapters that differ in a field.
 
     Args:
         field: Name of the field, for the message.
         values: Its value in each adapter.
 
     Raises:
-        UnsupportedError: If they do not.
+        UnsupportedError: If they differ.
     """
     if any((value or None) != (values[0] or None) for value in values):
         raise UnsupportedError(
@@ -325,17 +316,12 @@ def require_same(field: str, values: Sequence[Any]) -> None:
 
 
 def require_same_parameters(configs: Sequence[Config]) -> None:
-    """Keys of nested parameters mean the same only if the same parameters are targeted.
-
-    Args:
-        configs: Configurations of adapters that are put together.
-
-    Raises:
-        IncompatibleError: If they are not.
-    """
-    require_same("target_parameters", [sorted(c.get("target_parameters") or []) for c in configs])
+    """Refuse adapters that target different parameters: equal keys would mean different ones."""
+    require_agreement(
+        "target_parameters", [sorted(c.get("target_parameters") or []) for c in configs]
+    )
     if configs[0].get("target_parameters"):
         sides = [experts_input_side(config) for config in configs]
-        require_same(
+        require_agreement(
             "which axis of an expert is its input (it is the second from PEFT 0.19 on)", sides
         )

@@ -15,16 +15,16 @@ from devec.base_model.model import base_model
 from devec.deltas.delta import Delta
 from devec.errors import FormatError, listed, located, warn
 from devec.files.safetensors_reader import read_tensors, require_factor, require_finite
-from devec.formats import card
+from devec.formats.card import read_record_beside
 from devec.formats.magnitudes import warn_of_signs
-from devec.formats.peft import config as peft_config
-from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import CONFIG_NAME
-from devec.formats.peft.dora import BaseWeights
-from devec.formats.peft.found import slots_of, unlisted_targets
-from devec.formats.peft.keys import SortedKeys, sort_keys
-from devec.formats.peft.layout import PREFIX, WEIGHTS_NAME, PeftLayout, family
-from devec.formats.peft.slots import Slot
+from devec.formats.peft.config import CONFIG_NAME, read_config
+from devec.formats.peft.dora import BaseWeights, require_same_magnitudes
+from devec.formats.peft.layout import PeftLayout
+from devec.formats.peft.names import PREFIX
+from devec.formats.peft.reading.file_slots import slots_of, unlisted_targets
+from devec.formats.peft.reading.keys import PeftKeys, sort_peft_keys
+from devec.formats.peft.slots import PeftSlot
+from devec.formats.peft.storage import WEIGHTS_NAME, recorded_family
 from devec.formats.rank_patterns import Config
 from devec.lazy import LazyMapping, mapped, outlines, selected
 
@@ -35,16 +35,16 @@ _UNUSED = (
 )
 
 
-def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+def read_peft(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     """Read a PEFT adapter directory.
 
     Args:
         path: The directory, or the weights file in it.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
 
     Returns:
-        The adapter, or None if the path is no PEFT adapter directory.
+        The adapter; None if the path is no PEFT adapter directory.
 
     Raises:
         FormatError: If files are missing, unreadable or contradict each other.
@@ -54,49 +54,49 @@ def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     if weights is None:
         return None
     directory = weights.parent
-    config = peft_config.read_config(directory)
+    config = read_config(directory)
     if not weights.is_file():
         raise FormatError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     with located(str(weights)):
         file = read_tensors(weights, allow_pickle=options.allow_pickle)
-    adapter = parsed(config, file.tensors, name, options, str(weights))
+    adapter = parse_peft(config, file.tensors, name, options, str(weights))
     return dataclasses.replace(
         adapter,
-        provenance=card.read_record(directory),
+        provenance=read_record_beside(directory),
         source=str(directory),
         sha256=file.sha256,
     )
 
 
-def parsed(
+def parse_peft(
     config: Config, tensors: Mapping[str, Tensor], name: str, options: ReadOptions, where: str
 ) -> Adapter:
-    """The adapter that a configuration and tensors of PEFT are.
+    """The adapter from its configuration and tensors.
 
     Args:
         config: The configuration, checked.
         tensors: Key → tensor, as PEFT stores them.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
-        where: Where they come from, for messages.
+        where: Their origin, for messages.
 
     Returns:
         The adapter.
 
     Raises:
-        FormatError: If they contradict each other.
+        FormatError: If configuration and tensors contradict each other.
         UnsupportedError: If the adapter is not a plain low-rank delta.
     """
     with located(where):
-        keys = sort_keys(config, tensors)
+        keys = sort_peft_keys(config, tensors)
         for path, kept, key in keys.repeated:
-            peft_dora.require_same_magnitudes(path, tensors[kept], key, tensors[key])
+            require_same_magnitudes(path, tensors[kept], key, tensors[key])
         copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
         carried = mapped(selected(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
         slots = slots_of(config, keys, outlines(tensors))
-        weights = BaseWeights(base, family(config, slots)[1], copies)
-        modules = _Stored(tensors, keys, slots, weights, where).modules()
+        weights = BaseWeights(base, recorded_family(config, slots)[1], copies)
+        modules = _PeftModules(tensors, keys, slots, weights, where).modules()
         warn_of_signs(where, keys.magnitudes(tensors))
     _warn_of_left_out(where, "serve training only", keys.training_only)
     _warn_of_left_out(where, _UNUSED, keys.unused)
@@ -106,44 +106,46 @@ def parsed(
     return Adapter(name, modules, layout, carried, source=where)
 
 
-class _Stored:
-    """The modules of a file.
+class _PeftModules:
+    """Reads the modules of a file.
 
-    The parameter of many experts is one pair of tensors: the pair last read is remembered.
+    The parameter of many experts is one pair of tensors; the last pair is cached.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        keys: SortedKeys,
-        slots: Sequence[Slot],
+        keys: PeftKeys,
+        slots: Sequence[PeftSlot],
         weights: BaseWeights,
         where: str,
     ) -> None:
         self._tensors, self._keys = tensors, keys
         self._slots, self._weights, self._where = slots, weights, where
         self._slot_of = {module: slot for slot in slots for module in slot.modules}
-        self._last: tuple[Slot, Mapping[str, Delta]] | None = None
+        self._last: tuple[PeftSlot, Mapping[str, Delta]] | None = None
 
     def modules(self) -> Mapping[str, Delta]:
-        """Module → delta, read when it is asked for if the tensors are."""
-        known: dict[str, Delta] = {}
+        """Module → delta; lazy if the tensors are."""
+        deltas: dict[str, Delta] = {}
         for slot in self._slots:
-            known |= self._read(slot, outlines(self._tensors))
-        return LazyMapping(known, self._delta) if isinstance(self._tensors, LazyMapping) else known
+            deltas |= self._read(slot, outlines(self._tensors))
+        return (
+            LazyMapping(deltas, self._delta) if isinstance(self._tensors, LazyMapping) else deltas
+        )
 
     def _delta(self, module: str) -> Delta:
         slot, last = self._slot_of[module], self._last
         if last is not None and last[0] is slot:
             return last[1][module]
         with located(self._where):
-            found = self._read(slot, self._tensors)
-        if len(found) > 1:
-            self._last = (slot, found)
-        return found[module]
+            deltas = self._read(slot, self._tensors)
+        if len(deltas) > 1:
+            self._last = (slot, deltas)
+        return deltas[module]
 
-    def _read(self, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-        """The deltas of a slot from tensors, or their outlines from those."""
+    def _read(self, slot: PeftSlot, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """The deltas of a slot from tensors, or their outlines from outlines."""
         with located(f"module {slot.name!r}"):
             factors = {
                 part: require_factor(key, tensors[key])
@@ -153,7 +155,7 @@ class _Stored:
 
 
 def _weights(path: Path) -> Path | None:
-    """The file of weights that a configuration of PEFT belongs to, None if there is none."""
+    """The weights file that belongs to a PEFT configuration; None if there is none."""
     directory = path if path.is_dir() else path.parent
     if not (directory / CONFIG_NAME).is_file():
         return None
@@ -168,7 +170,7 @@ def _weights(path: Path) -> Path | None:
 
 
 def _has_peft_keys(path: Path) -> bool:
-    """Whether the keys of a file are PEFT's, so that the configuration beside it is its own."""
+    """Whether a file has PEFT's keys, so that the configuration beside it belongs to it."""
     try:
         with safe_open(path, framework="pt") as file:
             return any(key.startswith(PREFIX) for key in file.keys())  # noqa: SIM118
@@ -177,6 +179,6 @@ def _has_peft_keys(path: Path) -> bool:
 
 
 def _warn_of_left_out(where: str, why: str, keys: Sequence[str]) -> None:
-    """Name the tensors that take no part in the forward pass."""
+    """Warn of tensors that take no part in the forward pass."""
     if keys:
         warn(f"{where}: {len(keys)} tensors {why} and are left out: {listed(list(keys))}")

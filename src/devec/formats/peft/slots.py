@@ -1,9 +1,9 @@
-"""How PEFT stores the factors of each kind of layer, and back.
+"""Slots: how PEFT stores the factors of each kind of layer.
 
-A slot is one pair of stored tensors. Whatever the layer, the delta is ``scaling · B · A`` with B on
-the output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply (B·A)ᵀ
-to it, a convolution flattens its kernel into the input side, and the parameter of E experts has E
-pairs of factors stacked, A by expert and B by rank.
+A slot is one pair of stored tensors. For every kind of layer the delta is ``scaling · B · A`` with
+B on the output side: layers that store their weight transposed (GPT-2's Conv1D, embeddings) apply
+(B·A)ᵀ to it, a convolution flattens its kernel into the input side, and the parameter of E experts
+stacks E pairs of factors, A by expert and B by rank.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from devec.deltas.gains import Magnitude
 from devec.errors import FormatError, IncompatibleError, UnsupportedError, listed
 from devec.files.safetensors_reader import storable
 from devec.formats.magnitudes import magnitude_dtype
-from devec.formats.peft import names as peft_names
+from devec.formats.peft.names import unwrapped
 
-# Projections of experts as transformers 4 names them. With transformers 5 PEFT makes one parameter
-# of them when it loads an adapter, for which it takes the rank that the configuration names first.
+# Projections of experts as transformers 4 names them. With transformers 5, PEFT makes one parameter
+# of them when it loads an adapter, and gives it the rank that the configuration names first.
 EXPERTS = "*.experts.*"
 _EXPERT = re.compile(r"\.experts\.\d+\.(?:w1|w2|w3|gate_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
-class Slot:
+class PeftSlot:
     """One pair of stored factors.
 
     Attributes:
-        path: Key of the module without the suffix of the factor.
+        path: Key of a factor without its suffix.
         name: Name of the module in the base model.
         kind: ``"linear"``, ``"conv"``, ``"embedding"`` or ``"experts"``.
         shape: Shape (out, in) of the weight, of one expert.
@@ -45,8 +45,8 @@ class Slot:
         kernel: Shape of a convolution's kernel.
         experts: Number of experts.
         parameters: Full names of the parameters the slot may belong to, if it is not a module.
-        attention: Name of the nn.MultiheadAttention that the slot is a projection of, if it is one.
-        fan_in_fan_out: Whether the configuration says that linear layers are stored transposed.
+        attention: Name of the nn.MultiheadAttention that the slot is a projection of, if any.
+        fan_in_fan_out: Whether linear layers are stored transposed, by the configuration.
     """
 
     path: str
@@ -75,24 +75,24 @@ class Slot:
 
     @property
     def magnitude_key(self) -> str:
-        """Key of the magnitudes of a DoRA; without the ending transformers would not load it."""
+        """Key of the magnitudes of a DoRA; without the suffix transformers would not load them."""
         return f"{self.path}.lora_magnitude_vector.weight"
 
     @property
     def base_name(self) -> str:
-        """Name of the layer in a base model that is not wrapped by PEFT."""
-        return peft_names.plain(self.name)
+        """Name of the layer in the base model, without PEFT's wrappers."""
+        return unwrapped(self.name)
 
     @property
     def target(self) -> str:
         """Name by which PEFT targets the layer and looks up its rank and alpha."""
-        return peft_names.plain(self.attention or self.name)
+        return unwrapped(self.attention or self.name)
 
     @property
     def unit(self) -> str:
-        """Name of the slots that PEFT makes together, with one rank; of others the path.
+        """Name of the unit of slots that PEFT creates with one rank; the path if it is alone.
 
-        They are the projections of an nn.MultiheadAttention, the parameters of a module, and the
+        Units are the projections of an nn.MultiheadAttention, the parameters of a module, and the
         experts of transformers 4, of which transformers 5 makes one parameter.
         """
         if self.attention or self.parameters:
@@ -101,21 +101,22 @@ class Slot:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the deltas the slot holds: one for each expert."""
+        """Names of the deltas that the slot stores: one for each expert."""
         if self.kind == "experts":
             return [f"{self.name}[{expert}]" for expert in range(self.experts)]
         return [self.name]
 
-    def held(self, modules: Mapping[str, Delta], *, always: bool = False) -> list[Delta]:
+    def deltas(self, modules: Mapping[str, Delta], *, always: bool = False) -> list[Delta]:
         """The deltas of the slot among those of an adapter.
 
         Args:
             modules: Name → delta of the adapter.
-            always: Whether modules that the adapter does not change are zeros.
+            always: Whether missing deltas are zeros.
 
         Returns:
-            One for each of `modules`, or none if the adapter does not change the module. A
-            parameter is always written: PEFT wants all adapters of a model to target the same.
+            One delta for each name in `modules`; none if the adapter lacks some, unless `always` is
+            set or the slot is a parameter: PEFT requires that all adapters of a model target the
+            same parameters.
         """
         if all(name in modules for name in self.modules):
             return [modules[name] for name in self.modules]
@@ -129,15 +130,15 @@ class Slot:
         """The deltas of the slot from its stored tensors.
 
         Args:
-            tensors: ``"A"`` on the input side, ``"B"`` on the output side and, if stored,
-                ``"bias"`` and ``"magnitude"``, shape (out,) or of a convolution (1, out, 1, …).
+            tensors: ``"A"`` (input side), ``"B"`` (output side) and, if stored, ``"bias"`` and
+                ``"magnitude"``, shape (out,), or (1, out, 1, …) for a convolution.
             base: The base weight, for a DoRA.
 
         Returns:
             Name → delta.
 
         Raises:
-            FormatError: If there are not as many magnitudes as outputs.
+            FormatError: If the number of magnitudes is not the number of outputs.
         """
         A, B, E = tensors["A"], tensors["B"], self.experts
         if self.kind == "experts":
@@ -152,7 +153,7 @@ class Slot:
         return {self.name: Delta(B.flatten(1), A.flatten(1), self.scaling, bias, gain)}
 
     def _magnitudes(self, stored: Tensor) -> Tensor:
-        """Magnitudes as they are stored, one for each output in one dimension, flattened."""
+        """Stored magnitudes, one for each output along one dimension, flattened."""
         out = self.shape[0]
         if stored.numel() != out or out not in stored.shape:
             raise FormatError(
@@ -164,11 +165,11 @@ class Slot:
     def write(
         self, deltas: Sequence[Delta], *, with_bias: bool, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
-        """Stored tensors from the deltas of the slot, which have one rank and scaling.
+        """The stored tensors of the slot's deltas, which have one rank and scaling.
 
         Args:
             deltas: The deltas, in the order of `modules`, without gains or with magnitudes.
-            with_bias: Whether the file holds changes of biases.
+            with_bias: Whether the file stores changes of biases.
             dtype: Storage type; by default that of the input.
 
         Returns:
@@ -201,15 +202,7 @@ class Slot:
 
 
 def padded(deltas: Sequence[Delta], rank: int) -> list[Delta]:
-    """Deltas of a slot brought to one rank with zeros, scaling folded into B.
-
-    Args:
-        deltas: The deltas, without gains or with magnitudes.
-        rank: The rank, of which none has more.
-
-    Returns:
-        Deltas of the same effect.
-    """
+    """Deltas padded with zeros to one rank, at least that of each, with scalings folded into B."""
     result = []
     for delta in (d.folded() for d in deltas):
         short = rank - delta.rank
@@ -230,8 +223,8 @@ def require_shapes(A: Tensor, B: Tensor) -> None:
         B: The factor on the output side.
 
     Raises:
-        FormatError: If they contradict each other.
-        UnsupportedError: If the layer is one whose delta PEFT itself cannot form.
+        FormatError: If their shapes do not fit together.
+        UnsupportedError: If PEFT itself cannot form the delta of the layer.
     """
     if A.ndim != B.ndim or not 2 <= A.ndim <= 5 or 0 in (*A.shape, *B.shape):
         raise FormatError(
@@ -250,20 +243,10 @@ def require_shapes(A: Tensor, B: Tensor) -> None:
         )
 
 
-def has_biases(held: Mapping[Slot, Sequence[Delta]]) -> bool:
-    """Whether biases are changed, which PEFT cannot hold beside all kinds of layers.
-
-    Args:
-        held: The deltas of each slot.
-
-    Returns:
-        Whether any is.
-
-    Raises:
-        IncompatibleError: If they are, and there are embeddings or parameters as well.
-    """
-    with_bias = any(d.bias is not None for deltas in held.values() for d in deltas)
-    without = [s.name for s, d in held.items() if d and (s.kind == "embedding" or s.parameters)]
+def has_biases(deltas: Mapping[PeftSlot, Sequence[Delta]]) -> bool:
+    """Whether any delta changes a bias; refused beside embeddings and parameters, as in PEFT."""
+    with_bias = any(d.bias is not None for own in deltas.values() for d in own)
+    without = [s.name for s, d in deltas.items() if d and (s.kind == "embedding" or s.parameters)]
     if with_bias and without:
         raise IncompatibleError(
             f"PEFT cannot hold changes of biases (lora_bias) beside {listed(without)}, which "

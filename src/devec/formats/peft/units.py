@@ -1,4 +1,7 @@
-"""The slots of adapters together: those of several, and those that PEFT makes with one rank."""
+"""The slots of one or several adapters together.
+
+A *unit* is a set of slots that PEFT creates with one rank.
+"""
 
 from __future__ import annotations
 
@@ -10,46 +13,38 @@ from torch import Tensor
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, OutputError, UnsupportedError, listed
 from devec.formats.peft.carried import replaced
-from devec.formats.peft.slots import EXPERTS, Slot
+from devec.formats.peft.slots import EXPERTS, PeftSlot
 from devec.formats.rank_patterns import Config
 
+SlotDeltas = Mapping[PeftSlot, Sequence[Delta]]
+Units = Mapping[PeftSlot, str]  # slot → name of its unit
 
-def units_of(slots: Sequence[Slot], *, dora: bool) -> dict[Slot, str]:
-    """Slot → the unit that PEFT makes it in; PEFT has no DoRA of any that is more than one slot."""
+
+def units_of(slots: Sequence[PeftSlot], *, dora: bool) -> dict[PeftSlot, str]:
+    """Slot → name of its unit; no unit of a DoRA has several slots."""
     return {slot: slot.path if dora else slot.unit for slot in slots}
 
 
-def held_by(units: Mapping[Slot, str], modules: Mapping[str, Delta]) -> dict[Slot, list[Delta]]:
-    """The deltas of each slot.
-
-    Args:
-        units: Slot → its unit.
-        modules: Name → delta of an adapter.
-
-    Returns:
-        Slot → its deltas: none where the adapter changes nothing, zeros where it changes another
-        slot of the same unit.
-    """
+def deltas_by_slot(units: Units, modules: Mapping[str, Delta]) -> dict[PeftSlot, list[Delta]]:
+    """Slot → its deltas: none if no slot of the unit is changed, zeros if only others are."""
     changed = {
         unit for slot, unit in units.items() if any(name in modules for name in slot.modules)
     }
-    return {slot: slot.held(modules, always=unit in changed) for slot, unit in units.items()}
+    return {slot: slot.deltas(modules, always=unit in changed) for slot, unit in units.items()}
 
 
-def require_apart(
-    config: Config, held: Mapping[Slot, Sequence[Delta]], carried: Iterable[str]
-) -> None:
-    """Refuse deltas of layers that are trained whole, which PEFT does not adapt.
+def require_apart(config: Config, deltas: SlotDeltas, carried: Iterable[str]) -> None:
+    """Refuse deltas of layers that are trained whole: PEFT does not adapt those.
 
     Args:
         config: The configuration to write.
-        held: Slot → its deltas.
-        carried: Keys of the whole trained tensors beside them, without PEFT's prefix.
+        deltas: Slot → its deltas.
+        carried: Keys of the whole trained tensors, without PEFT's prefix.
 
     Raises:
-        IncompatibleError: If there is one.
+        IncompatibleError: If there are such deltas.
     """
-    twice = replaced(config, carried, [slot.name for slot, deltas in held.items() if deltas])
+    twice = replaced(config, carried, [slot.name for slot, own in deltas.items() if own])
     if twice:
         raise IncompatibleError(
             f"the factors of {listed(twice)} cannot be written beside whole trained tensors of the "
@@ -58,48 +53,48 @@ def require_apart(
         )
 
 
-def ranks_of(units: Mapping[Slot, str], held: Mapping[Slot, Sequence[Delta]]) -> dict[Slot, int]:
-    """Slot → its rank: the largest in its unit, and 1 at least, since PEFT knows no rank 0."""
+def unit_ranks(units: Units, deltas: SlotDeltas) -> dict[PeftSlot, int]:
+    """Slot → its rank: the largest in its unit, at least 1, since PEFT has no rank 0."""
     ranks: dict[str, int] = {}
     for slot, unit in units.items():
-        ranks[unit] = max([1, ranks.get(unit, 0), *(delta.rank for delta in held[slot])])
+        ranks[unit] = max([1, ranks.get(unit, 0), *(delta.rank for delta in deltas[slot])])
     return {slot: ranks[unit] for slot, unit in units.items()}
 
 
-def named_ranks(held: Mapping[Slot, Sequence[Delta]]) -> tuple[dict[str, int], int | None]:
-    """The ranks as a configuration names them.
+def named_ranks(deltas: SlotDeltas) -> tuple[dict[str, int], int | None]:
+    """The ranks by the names that a configuration has for them.
 
     Args:
-        held: Slot → its deltas, of one rank.
+        deltas: Slot → its deltas, of one rank.
 
     Returns:
-        Name of a module or parameter → rank, and the rank that is to need no pattern, if there is
-        one.
+        Name of a module or parameter → rank, and the rank that must not need a pattern, if any.
 
     Raises:
         OutputError: If there are no slots.
     """
-    if not held:
+    if not deltas:
         raise OutputError("the adapter changes no module; there is nothing to write")
-    ranks = {n: d[0].rank for slot, d in held.items() for n in slot.parameters or (slot.target,)}
-    usual = next((d[0].rank for slot, d in held.items() if slot.unit == EXPERTS), None)
+    ranks = {n: d[0].rank for slot, d in deltas.items() for n in slot.parameters or (slot.target,)}
+    usual = next((d[0].rank for slot, d in deltas.items() if slot.unit == EXPERTS), None)
     return ranks, usual
 
 
-def merged_slots(groups: Iterable[Sequence[Slot]]) -> tuple[Slot, ...]:
-    """The slots of several adapters of one base model.
+def merged_slots(groups: Iterable[Sequence[PeftSlot]]) -> tuple[PeftSlot, ...]:
+    """The slots of several adapters of one base model, one for each path.
 
     Args:
-        groups: The slots of each.
+        groups: The slots of each adapter.
 
     Returns:
-        One slot for each path.
+        The slots.
 
     Raises:
-        IncompatibleError: If a layer is of another kind in one adapter than in another.
-        UnsupportedError: If it is adapted inside a wrapper in one and outside of it in another.
+        IncompatibleError: If a layer has different kinds in two adapters.
+        UnsupportedError: If a layer is adapted inside a wrapper in one adapter and outside in
+            another.
     """
-    slots: dict[str, Slot] = {}
+    slots: dict[str, PeftSlot] = {}
     for slot in (slot for group in groups for slot in group):
         known = slots.setdefault(slot.path, slot)
         if (known.kind, known.kernel, known.experts) != (slot.kind, slot.kernel, slot.experts):
@@ -107,13 +102,13 @@ def merged_slots(groups: Iterable[Sequence[Slot]]) -> tuple[Slot, ...]:
                 f"module {slot.name!r} is {known.kind} {known.kernel or ''} in one adapter and "
                 f"{slot.kind} {slot.kernel or ''} in another"
             )
-    _require_one_place(slots.values())
+    _require_one_path(slots.values())
     return tuple(slots.values())
 
 
-def _require_one_place(slots: Iterable[Slot]) -> None:
-    """Refuse a layer that has factors under two names: of its own, and as part of an attention."""
-    first: dict[str, Slot] = {}
+def _require_one_path(slots: Iterable[PeftSlot]) -> None:
+    """Refuse a layer with factors under two paths: its own, and that of an attention."""
+    first: dict[str, PeftSlot] = {}
     for slot in slots:
         known = first.setdefault(slot.base_name, slot)
         if known.path != slot.path and not (known.parameters or slot.parameters):
@@ -125,16 +120,16 @@ def _require_one_place(slots: Iterable[Slot]) -> None:
 
 
 def merged_copies(groups: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The base weights that several adapters of one base model store beside their factors.
+    """The base weights that several adapters store beside their factors, by key.
 
     Args:
-        groups: Those of each, by key.
+        groups: The base weights of each adapter.
 
     Returns:
         Key → tensor.
 
     Raises:
-        IncompatibleError: If two of them differ.
+        IncompatibleError: If two adapters have different weights under one key.
     """
     copies: dict[str, Tensor] = {}
     for key, tensor in (item for group in groups for item in group.items()):

@@ -1,4 +1,4 @@
-"""What an ``adapter_config.json`` of PEFT must say of what is written, and writing it."""
+"""The ``adapter_config.json`` of an output, and writing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from devec.formats import card
+from devec.formats.card import write_card
 from devec.formats.peft.config import (
     CARRIED_FIELDS,
     CONFIG_NAME,
@@ -19,13 +19,13 @@ from devec.formats.rank_patterns import Config, alternation, rank_pattern
 
 
 def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
-    """A configuration for modules that another format named.
+    """A configuration for an adapter of another format.
 
     Args:
-        modules: Their names in the base model.
-        rank: The rank of all of them.
-        alpha: The alpha of all of them.
-        base: The base model, if it is known.
+        modules: Names of the modules in the base model.
+        rank: The rank of all modules.
+        alpha: The alpha of all modules.
+        base: The base model, if it is on record.
 
     Returns:
         The configuration.
@@ -44,16 +44,17 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
     }
 
 
-def plain(config: Config, *, carried: bool) -> Config:
-    """A configuration without what no longer holds for a result.
+def result_config(config: Config, *, carried: bool) -> Config:
+    """The configuration of a result, without the fields that only hold for the input.
+
+    The initialisation is a plain one, since loading must not run any other.
 
     Args:
         config: The input's configuration.
-        carried: Whether the result keeps the input's whole trained tensors.
+        carried: Whether the result keeps the input's carried tensors.
 
     Returns:
-        The configuration with a plain initialisation, since loading must not run any other, and
-        without the fields of training methods.
+        The configuration.
     """
     changes: Config = {field: None for field in TRAINING_ONLY_FIELDS if config.get(field)}
     if config.get("init_lora_weights", True) is not True:
@@ -68,12 +69,12 @@ def plain(config: Config, *, carried: bool) -> Config:
 
 
 def with_ranks(config: Config, ranks: Mapping[str, int], usual: int | None) -> Config:
-    """A configuration for layers of these ranks, with alpha = r, so that the scaling is 1.
+    """A configuration with these ranks and alpha = r, so that all scalings are 1.
 
     Args:
         config: The input's configuration.
         ranks: Name (of a module or parameter) in the base model → rank.
-        usual: The rank that is to need no pattern; by default the most frequent.
+        usual: The rank that must not need a pattern; by default the most frequent.
 
     Returns:
         The configuration.
@@ -92,17 +93,17 @@ def with_ranks(config: Config, ranks: Mapping[str, int], usual: int | None) -> C
 def with_targets(
     config: Config, modules: Sequence[str], others: Sequence[str], *, listed: bool
 ) -> Config:
-    """A configuration that targets these modules and no other.
+    """A configuration that targets exactly these modules.
 
-    A list of names also matches the endings of names. That is exact where the inputs' own lists
-    were, since whatever ends like one of their modules was a module of theirs, and no module that
-    the result lacks ends like one that stays. Otherwise names that only end alike are excluded.
+    PEFT matches a list against the endings of names. A plain list is exact if the inputs had plain
+    lists, as every module that ends like one of theirs was a target, and if no missing module ends
+    like a target of the result. Otherwise, names that only end alike are excluded.
 
     Args:
         config: The input's configuration.
-        modules: Names of the modules to target by name, which excludes those of parameters.
-        others: Names of modules that the inputs' configurations target and the result lacks.
-        listed: Whether all inputs named their modules by lists, and by nothing else.
+        modules: Names of the modules to target, without parameters.
+        others: Names of modules that the inputs target and the result lacks.
+        listed: Whether all inputs name their modules by plain lists.
 
     Returns:
         The configuration.
@@ -122,22 +123,22 @@ def with_targets(
 
 
 def is_plain_list(config: Config) -> bool:
-    """Whether a configuration names its modules by a list, and by nothing else."""
+    """Whether a configuration names its modules by a list alone."""
     fields = ("exclude_modules", "layers_to_transform", "ensure_weight_tying")
     narrowed = any(config.get(field) for field in fields)
     return isinstance(config.get("target_modules"), list) and not narrowed
 
 
 def exact_targets(modules: Sequence[str]) -> Config:
-    """Fields that make PEFT adapt the modules of these names and no other.
+    """The fields that make PEFT adapt exactly the modules with these names in the base model.
 
-    PEFT widens a pattern to the last parts of the names that it matches in models whose experts
-    transformers 5 stores in another way, and leaves a list of full names as it is. A list also
-    matches modules whose names only end like one of these, so that they are excluded. The module
-    that contains the first is excluded with them: PEFT warns where nothing is.
+    They are a list of full names: in models whose experts transformers 5 stores differently, PEFT
+    widens a pattern to the last parts of the names that it matches, but no list. A list also
+    matches names that only end like one of these, so such names are excluded. The module that
+    contains the first one is excluded, too, because PEFT warns if nothing is.
 
     Args:
-        modules: Their names in the base model.
+        modules: The names.
 
     Returns:
         The fields.
@@ -154,27 +155,20 @@ def exact_targets(modules: Sequence[str]) -> Config:
 
 
 def _endings(modules: Sequence[str], others: Sequence[str]) -> set[str]:
-    """Those of other names that end like one of the modules' names, and are not that name."""
+    """The other names that end like the name of a module, and are longer."""
     names = set(modules)
-    found = set()
+    longer = set()
     for other in others:
         parts = other.split(".")
         if any(".".join(parts[start:]) in names for start in range(1, len(parts))):
-            found.add(other)
-    return found
+            longer.add(other)
+    return longer
 
 
 def write_beside(
     name: str, config: Config, provenance: Mapping[str, Any] | None, directory: Path
 ) -> None:
-    """Write the configuration and the card.
-
-    Args:
-        name: Name of the adapter.
-        config: The configuration.
-        provenance: The record of how the adapter was made, if there is one.
-        directory: Where to write.
-    """
+    """Write the configuration, the model card and the provenance record to a directory."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
-    card.write_card(directory, name, config, provenance)
+    write_card(directory, name, config, provenance)

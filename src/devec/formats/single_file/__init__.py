@@ -1,1 +1,1 @@
-"""Adapters in one safetensors file: kohya, diffusers, XLabs and others."""
+"""Adapters in a single safetensors file: kohya, diffusers, XLabs and others."""

@@ -1,4 +1,4 @@
-"""DoRAs as they go to a single file: every module with the magnitudes that its readers expect."""
+"""DoRAs in single files: which modules get magnitudes, as the readers of each key expect them."""
 
 from __future__ import annotations
 
@@ -7,40 +7,37 @@ from functools import partial
 
 from devec.deltas.base_weight import BaseWeight
 from devec.deltas.delta import Delta
-from devec.deltas.dora import as_magnitudes
+from devec.deltas.dora import axes_of
 from devec.deltas.gains import Axis
-from devec.errors import UnsupportedError, listed, located
-from devec.formats.magnitudes import axes_of
+from devec.errors import UnsupportedError, listed
+from devec.formats.rewrites import Rewrite, as_stored_dora
 from devec.formats.single_file.slot import FileSlot
 from devec.naming.module_id import parse_module_id
 
-Form = Callable[[Delta], Delta]
 
-
-def dora_forms(
+def file_dora_rewrites(
     deltas: Mapping[str, Delta],
     slots: Mapping[str, FileSlot],
     weight: Callable[[str], BaseWeight],
     *,
     unchanged: bool,
-) -> dict[str, Form]:
-    """How deltas get magnitudes for gains.
+) -> dict[str, Rewrite]:
+    """How to rewrite deltas with gains, and LoRAs among DoRAs, as DoRAs with magnitudes.
 
-    PEFT, and so diffusers, takes all modules of a model for DoRAs if one is; there a LoRA becomes
-    one, too, with magnitudes that do nothing.
+    PEFT, and so diffusers, treats all modules of a model as DoRAs if one is a DoRA. A LoRA is then
+    written as a DoRA with the same effect.
 
     Args:
-        deltas: Module → delta, or its outline.
-        slots: Module → where it is stored.
-        weight: Gives the base weight of a module, read for LoRAs that become DoRAs.
-        unchanged: Whether the deltas are those that a file was read with, which is written again.
+        deltas: Module → delta or its outline.
+        slots: Module → slot.
+        weight: Returns the base weight of a module, which is read for plain LoRAs.
+        unchanged: Whether the deltas are those that were read from a file.
 
     Returns:
-        Module → from its delta to that with magnitudes, exact to rounding; modules that are to be
-        plain LoRAs are not among them.
+        Module → rewrite that adds magnitudes, exact to rounding; plain LoRAs are left out.
 
     Raises:
-        UnsupportedError: If no DoRA of the format is such a delta.
+        UnsupportedError: If the format has no such DoRA.
     """
     doras = [m for m, d in deltas.items() if d.gain is not None and slots[m].magnitude.everywhere]
     everywhere = set() if unchanged else {parse_module_id(module).component for module in doras}
@@ -56,16 +53,12 @@ def dora_forms(
             "have none in DoRAs, and other modules are DoRAs"
         )
     return {
-        module: partial(_as_dora, slots[module], weight(module))
+        module: partial(_as_file_dora, slots[module], weight(module))
         for module in dict.fromkeys([*of_doras, *(m for m, d in deltas.items() if d.gain)])
     }
 
 
-def _as_dora(slot: FileSlot, base: BaseWeight, delta: Delta) -> Delta:
-    """A delta with magnitudes."""
+def _as_file_dora(slot: FileSlot, base: BaseWeight, delta: Delta) -> Delta:
+    """A delta with magnitudes on the axis of its gains; of outputs for a plain LoRA."""
     axis: Axis = next(iter(axes_of(delta)), "out")
-    what = f"module {slot.id!r}"
-    if delta.gain is None:
-        what += " (a LoRA that is to be written as a DoRA, as other modules are DoRAs)"
-    with located(what):
-        return as_magnitudes(delta, axis, base, slot.group(axis))
+    return as_stored_dora(slot.id, delta, axis, base, slot.group(axis))

@@ -1,7 +1,7 @@
-"""The strings in a file's header: what they say of the adapter, and what the output's shall say.
+"""The strings in the header of a file: reading them, and those of an output.
 
 `ss_*` are kohya's, read by A1111 and Forge; `sshs_*` are hashes; `modelspec.*` is Stability's
-ModelSpec; `lora_adapter_metadata` is diffusers' and decides ranks and alphas there.
+ModelSpec; `lora_adapter_metadata` is diffusers', which takes ranks and alphas from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from devec.formats.record import RECORD_KEY, parse_record
 
 ADAPTER_KEY = "lora_adapter_metadata"
 
-# What stays true of every part of an adapter: the base model it was made for, and its terms.
+# Strings that hold for every part of an adapter: about its base model, its author and licence.
 _OF_THE_BASE = (
     "ss_base_model_version",
     "ss_v2",
@@ -40,7 +40,7 @@ _SINGLE_SOURCE = ("compress", "convert", "combine", "as_lora")
 
 
 def base_hint(metadata: Mapping[str, str]) -> str:
-    """All that a header says of the base model, for telling its family."""
+    """The strings of a header that tell the family of the base model."""
     keys = (
         "base_model_name_or_path",
         "ss_base_model_version",
@@ -50,18 +50,8 @@ def base_hint(metadata: Mapping[str, str]) -> str:
     return " ".join(metadata[key] for key in keys if metadata.get(key))
 
 
-def read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The record of origin that devec left in a header.
-
-    Args:
-        metadata: The header's strings.
-
-    Returns:
-        The record, None if there is none.
-
-    Raises:
-        FormatError: If there is one that cannot be read.
-    """
+def record_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The provenance record in a header; None if there is none."""
     if RECORD_KEY not in metadata:
         return None
     return parse_record(metadata[RECORD_KEY], f"{RECORD_KEY!r} in the header")
@@ -71,7 +61,7 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Diffusers' ranks and alphas, ``{"unet.r": …, "unet.rank_pattern": {…}}``; empty if none.
 
     Args:
-        metadata: The header's strings.
+        metadata: The strings of the header.
 
     Returns:
         The configuration.
@@ -85,20 +75,20 @@ def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, value in config.items():
         field = key.rpartition(".")[2]
         if field == "r":
-            _require_rank(key, value)
+            _require_positive(key, value)
         elif field == "lora_alpha":
             _require_number(key, value)
         elif field in ("rank_pattern", "alpha_pattern"):
             if not isinstance(value, dict | None):
                 raise FormatError(f"{ADAPTER_KEY}: {key} should be an object, is {value!r}")
-            check = _require_rank if field == "rank_pattern" else _require_number
+            check = _require_positive if field == "rank_pattern" else _require_number
             for name, number in (value or {}).items():
                 require_pattern(name, f"a key of {key} in {ADAPTER_KEY}")
                 check(f"{key}[{name!r}]", number)
     return config
 
 
-def _require_rank(key: str, value: Any) -> None:  # noqa: ANN401
+def _require_positive(key: str, value: Any) -> None:  # noqa: ANN401
     """Check that a rank is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise FormatError(f"{ADAPTER_KEY}: {key} should be a positive integer, is {value!r}")
@@ -110,21 +100,21 @@ def _require_number(key: str, value: Any) -> None:  # noqa: ANN401
         raise FormatError(f"{ADAPTER_KEY}: {key} should be a finite number, is {value!r}")
 
 
-def unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
-    """The header of an adapter that is stored as it was read.
+def header_unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    """The header of an adapter that is written unchanged, with the hashes of the output.
 
     Args:
-        metadata: The header's strings, as read.
-        digest: SHA-256 of the data, whose order may be another.
+        metadata: The strings of the header that was read.
+        digest: SHA-256 of the data, whose order may differ.
 
     Returns:
-        The same, with hashes that hold for the file written.
+        The strings.
     """
     kept = {k: v for k, v in metadata.items() if k not in ("sshs_legacy_hash", ADAPTER_KEY)}
     return {**kept, "format": "pt", **_hashes(metadata, digest)}
 
 
-def of_result(
+def header_of_result(
     metadata: Mapping[str, str],
     name: str,
     record: Mapping[str, Any] | None,
@@ -132,14 +122,14 @@ def of_result(
     alphas: Sequence[float],
     digest: str,
 ) -> dict[str, str]:
-    """The header of what an operation made.
+    """The header of the result of an operation.
 
-    What was said of the training is kept where the result still is that adapter (its unique part,
-    or it alone scaled, compressed or converted) and left out of shared and combined ones.
+    Strings about training are kept if the result derives from one adapter (its unique part, or the
+    adapter alone scaled, compressed or converted), and dropped for shared and combined results.
 
     Args:
-        metadata: The header's strings of the adapter the result is stored like.
-        name: What the result is called.
+        metadata: The strings of the header of the adapter that gave the layout.
+        name: Name of the result.
         record: The record of the operation.
         ranks: Rank of every module written.
         alphas: Alpha of every module written.
@@ -155,7 +145,7 @@ def of_result(
     kept = {k: v for k, v in metadata.items() if (trained or k in _OF_THE_BASE)}
     kept = {k: v for k, v in kept.items() if k not in _NEVER_KEPT}
     if record.get("part") != "unique":
-        kept.pop("ss_network_args", None)  # may name ranks of convolutions
+        kept.pop("ss_network_args", None)  # it may contain ranks of convolutions
     if any(key.startswith("ss_") for key in metadata):
         kept["ss_output_name"] = name
     if any(key.startswith("modelspec.") for key in metadata):
@@ -178,25 +168,25 @@ def _settled(
     alphas: Sequence[float],
     digest: str,
 ) -> dict[str, str]:
-    """What must hold for the tensors written: kohya's ranks and alphas, and the hashes."""
+    """The strings, with kohya's ranks and alphas and the hashes of the tensors written."""
     kept["format"] = "pt"
     if any(key.startswith("ss_") for key in read):
         module = read.get("ss_network_module", "")
         plain = module.startswith("networks.lora")
         kept["ss_network_module"] = module if plain else "networks.lora"
         if not plain:
-            kept.pop("ss_network_args", None)  # those of LoHa or LoKr, which these no longer are
+            kept.pop("ss_network_args", None)  # arguments of LoHa or LoKr, now rewritten
         kept["ss_network_dim"] = _one_or_dynamic(ranks)
         kept["ss_network_alpha"] = _one_or_dynamic(alphas)
     return {**kept, **_hashes(read, digest)}
 
 
 def _hashes(read: Mapping[str, str], digest: str) -> dict[str, str]:
-    """The hashes that a header had, of the data that is written."""
+    """The hashes of the data written, for those that the input's header has."""
     values = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
     return {key: value for key, value in values.items() if key in read}
 
 
 def _one_or_dynamic(values: Sequence[float]) -> str:
-    """The value if all agree, else what kohya's tools write for mixed ones."""
+    """The value if all agree, else ``"Dynamic"`` as in kohya's tools."""
     return f"{values[0]:g}" if len(set(values)) == 1 else "Dynamic"

@@ -1,7 +1,7 @@
-"""The vocabulary of single-file adapters: what a key is, from its name alone.
+"""Classifying the keys of single-file adapters, by name.
 
-A key is the id of a module and a suffix. The id is opaque here: it is what is left when the longest
-known suffix is taken away.
+A key is the id of a module and a suffix. The id is opaque here: it is the key without the longest
+known suffix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from devec.errors import FormatError, UnsupportedError, listed
 
-# Suffix → part. The three spellings of a low-rank pair, and what may stand beside it.
+# Suffix → part: the three spellings of a pair of factors, and the tensors beside it.
 _PARTS = {
     **dict.fromkeys((".lora_up.weight", ".lora.up.weight", "_lora.up.weight"), "up"),
     **dict.fromkeys((".lora_down.weight", ".lora.down.weight", "_lora.down.weight"), "down"),
@@ -37,17 +37,17 @@ _PARTS = {
     **{f".{p}": p for p in ("diff", "diff_b", "w_norm", "b_norm")},
     **{f".{p}": p for p in ("set_weight", "reshape_weight")},
 }
-# XLabs numbers the streams of a block behind its suffix; the number is part of the module's id.
+# XLabs numbers the streams of a block after the suffix; the number is part of the module's id.
 _NUMBERED = r"(?<=_lora[12])\.(?P<numbered>up|down)\.weight"
-_KEY = re.compile(
+_PART_KEY = re.compile(
     rf"(?P<id>.+?)(?:(?P<suffix>{'|'.join(map(re.escape, _PARTS))})|{_NUMBERED})", re.DOTALL
 )
 
-# Parts that change the model, but not by a low-rank product.
+# Parts that change the model by something other than a low-rank product.
 _CARRIED = frozenset(["diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"])
 _CARRIED_PREFIXES = ("bundle_emb.",)
 
-# Methods whose change cannot be told without the base weights or the state training began with.
+# Methods whose change depends on the base weights or on the state at the start of training.
 _REFUSED = {
     "OFT": r"\.oft_(?:blocks|diag|R)(?:\.\w+)*",
     "BOFT": r"\.boft_(?:R|s)(?:\.\w+)*",
@@ -77,54 +77,54 @@ class ModuleKeys:
 
 @dataclass
 class FileKeys:
-    """All keys of a file, by what they are."""
+    """All keys of a file, classified."""
 
     modules: dict[str, ModuleKeys] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
 
-def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
-    """Account for every key of a file.
+def sort_file_keys(shapes: Mapping[str, tuple[int, ...]]) -> FileKeys:
+    """Classify every key of a file: as a part of a module, carried, or unknown.
 
     Args:
-        shapes: Key → shape of its tensor, by which a file that is no adapter is told from one.
+        shapes: Key → shape of its tensor.
 
     Returns:
-        Every key, once: as a part of a module, carried over, or unknown.
+        The keys.
 
     Raises:
-        UnsupportedError: If a module is of a kind that has no delta of its own.
-        FormatError: If two keys say the same, or the file is no adapter.
+        UnsupportedError: If a module belongs to a method without a delta of its own.
+        FormatError: If two keys have the same meaning, or the file is no adapter.
     """
     result = FileKeys()
     for key in shapes:
-        _place(result, key)
+        _sort_key(result, key)
     _refuse_other_methods(shapes)
-    _set_lone_scales_aside(result)
+    _move_scales_without_factors(result)
     if not _has_pair(result.modules.values()):
         if result.carried and not result.unknown:
             return result  # whole trained tensors alone
         raise FormatError(_no_adapter(shapes))
-    _settle_unknown(result)
+    _require_none_inside(result)
     return result
 
 
-def _place(keys: FileKeys, key: str) -> None:
-    """Put a key where it belongs."""
-    match = _KEY.fullmatch(key)
+def _sort_key(keys: FileKeys, key: str) -> None:
+    """Classify one key."""
+    match = _PART_KEY.fullmatch(key)
     part = (_PARTS[match["suffix"]] if match["suffix"] else match["numbered"]) if match else ""
     if key.endswith((".lora_embedding_A", ".lora_embedding_B")):
         raise UnsupportedError(
-            f"{key!r} is a LoRA of an embedding, for which only PEFT's directories have a form; "
-            "read it with its adapter_config.json"
+            f"{key!r} is a LoRA of an embedding, which only PEFT directories can store; read it "
+            "with its adapter_config.json"
         )
     if key.startswith(_CARRIED_PREFIXES) or part in _CARRIED:
         keys.carried.append(key)
     elif match is None:
         keys.unknown.append(key)
     else:
-        id = sys.intern(match["id"])  # adapters of a pool have the same ones
+        id = sys.intern(match["id"])  # adapters of a pool share their ids
         module = keys.modules.setdefault(id, ModuleKeys(id))
         if part in module.parts:
             raise FormatError(
@@ -134,24 +134,24 @@ def _place(keys: FileKeys, key: str) -> None:
         module.parts[part] = key
 
 
-def _set_lone_scales_aside(keys: FileKeys) -> None:
-    """An alpha without factors scales nothing; beside a whole tensor it goes with it."""
-    carried = {match["id"] for key in keys.carried if (match := _KEY.fullmatch(key))}
+def _move_scales_without_factors(keys: FileKeys) -> None:
+    """Move alphas without factors, which scale nothing, to the carried or the unknown keys."""
+    carried = {match["id"] for key in keys.carried if (match := _PART_KEY.fullmatch(key))}
     for module in list(keys.modules.values()):
         if module.parts.keys() <= {"alpha", "scale"}:
             del keys.modules[module.id]
-            home = keys.carried if module.id in carried else keys.unknown
-            home.extend(module.parts.values())
+            others = keys.carried if module.id in carried else keys.unknown
+            others.extend(module.parts.values())
 
 
 def _has_pair(modules: Iterable[ModuleKeys]) -> bool:
-    """Whether any module is of a kind that has a delta."""
+    """Whether any module has factors."""
     kinds = ("up", "down", "hada_", "lokr_")
     return any(part.startswith(kinds) for module in modules for part in module.parts)
 
 
 def _refuse_other_methods(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse by name the methods that are not sums of low-rank products."""
+    """Refuse methods that are no sums of low-rank products, by name."""
     for key, shape in shapes.items():
         match = _REFUSED_KEY.fullmatch(key)
         if match is None or match.lastgroup is None:
@@ -166,8 +166,8 @@ def _refuse_other_methods(shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def _settle_unknown(keys: FileKeys) -> None:
-    """Refuse unknown keys of adapted modules: what they do to the delta is not known."""
+def _require_none_inside(keys: FileKeys) -> None:
+    """Refuse unknown keys of adapted modules: they may affect the delta."""
     inside = [key for key in keys.unknown if _is_inside(key, keys.modules)]
     if inside:
         raise UnsupportedError(
@@ -187,7 +187,7 @@ def _is_inside(key: str, modules: Mapping[str, ModuleKeys]) -> bool:
 
 
 def _no_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What to say of a file without a single adapted module."""
+    """The message for a file without an adapted module."""
     names = list(shapes)
     weights = sum(key.endswith((".weight", ".bias", ".scale", ".modulation")) for key in names)
     if any(_CHECKPOINT.fullmatch(key) for key in names) or weights > len(names) / 2 > 0.5:

@@ -22,15 +22,20 @@ from devec.files.safetensors_reader import (
     require_factor,
     require_finite,
 )
-from devec.formats import magnitudes
-from devec.formats.magnitudes import MagnitudeSlot, warn_of_signs
+from devec.formats.magnitudes import MAGNITUDE_PARTS, MagnitudeSlot, warn_of_signs
 from devec.formats.rank_patterns import rank_and_scaling
-from devec.formats.single_file import header
-from devec.formats.single_file import warnings as remarks
-from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_keys
-from devec.formats.single_file.layout import SUFFIX, FileLayout
+from devec.formats.single_file.header import (
+    ADAPTER_KEY,
+    adapter_config,
+    base_hint,
+    record_in_header,
+)
+from devec.formats.single_file.keys import FileKeys, ModuleKeys, sort_file_keys
+from devec.formats.single_file.layout import FileLayout
 from devec.formats.single_file.slot import FileSlot
+from devec.formats.single_file.storage import SUFFIX
 from devec.formats.single_file.stored_module import StoredModule, read_module
+from devec.formats.single_file.warnings import warn_of_fused, warn_of_truncation, warn_of_unknown
 from devec.lazy import LazyMapping, mapped, outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
@@ -51,89 +56,89 @@ _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 
 class _Configured(NamedTuple):
-    """What the header says of a module."""
+    """The settings of a module in the header."""
 
     rank: int
     scaling: float
     is_dora: bool
 
 
-def read(path: Path, name: str, options: ReadOptions) -> Adapter | None:
+def read_file(path: Path, name: str, options: ReadOptions) -> Adapter | None:
     """Read a single-file adapter.
 
     Args:
         path: The file, or a directory that holds it alone.
-        name: What to call the adapter.
+        name: Name of the adapter.
         options: How to read it.
 
     Returns:
-        The adapter, or None if the path is no file of tensors.
+        The adapter; None if the path is no file of tensors.
 
     Raises:
         FormatError: If the file is not a readable adapter.
-        UnsupportedError: If it is of a kind that cannot be handled exactly.
+        UnsupportedError: If the adapter cannot be represented exactly.
     """
     path = _only_file(path)
     if not (path.is_file() and is_tensor_file(path)):
         return None
     with located(str(path)):
         file = read_tensors(path, allow_pickle=options.allow_pickle)
-    adapter = parsed(file, name, options, str(path))
+    adapter = parse_file(file, name, options, str(path))
     return dataclasses.replace(adapter, source=str(path), sha256=file.sha256)
 
 
-def parsed(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
-    """The adapter that the tensors and the header of a file are.
+def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) -> Adapter:
+    """The adapter from the tensors and the header of a file.
 
     Args:
-        file: Tensors and header, from a file or as they would stand in one.
-        name: What to call the adapter.
+        file: Tensors and header, from a file or as a file would have them.
+        name: Name of the adapter.
         options: How to read it.
-        where: Where they come from, for messages.
+        where: Their origin, for messages.
 
     Returns:
         The adapter.
 
     Raises:
         FormatError: If they are no adapter.
-        UnsupportedError: If it is of a kind that cannot be handled exactly.
+        UnsupportedError: If the adapter cannot be represented exactly.
     """
     tensors, strings = file.tensors, file.metadata
     with located(where):
-        keys = sort_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
+        keys = sort_file_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
         whole = dict.fromkeys((*keys.carried, *keys.unknown))
         carried = mapped(selected(tensors, whole), require_finite)
-        configured = _configured(header.adapter_config(strings), keys.modules)
-        stored = _Stored(keys.modules, tensors, configured, options.max_rank)
+        configured = _configured(adapter_config(strings), keys.modules)
+        stored = _FileModules(keys.modules, tensors, configured, options.max_rank)
         modules = {module: stored.outline(module) for module in keys.modules}
         base = base_model(options.base, strings.get("base_model_name_or_path", ""))
         layout = _layout(modules, keys, file, base, by_metadata=bool(configured))
-        known = {m: _delta(m, found, layout) for m, found in modules.items()}
-        provenance = header.read_record(strings)
+        deltas = {m: _delta(m, outlined, layout) for m, outlined in modules.items()}
+        provenance = record_in_header(strings)
 
     def read_delta(module: str) -> Delta:
         with located(where):
             return _delta(module, stored.read(module), layout)
 
-    deltas = LazyMapping(known, read_delta) if isinstance(tensors, LazyMapping) else known
-    remarks.of_unknown(where, keys.unknown)
+    read = LazyMapping(deltas, read_delta) if isinstance(tensors, LazyMapping) else deltas
+    warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         warn(
             f"{where} was written by PEFT, but its adapter_config.json, which has the alphas, is "
             "not beside it; the scaling is taken to be 1, as other readers do"
         )
-    remarks.of_truncation(where, layout, options)
-    remarks.of_fused(where, deltas)
+    warn_of_truncation(where, layout, options)
+    warn_of_fused(where, read)
     with located(where):
         warn_of_signs(where, stored.magnitudes())
-    return Adapter(name, deltas, layout, carried, provenance, source=where)
+    return Adapter(name, read, layout, carried, provenance, source=where)
 
 
-class _Stored:
-    """The modules of a file, as their tensors have them.
+class _FileModules:
+    """Reads the modules of a file.
 
-    LoRAs are known by the shapes of their factors. LoHas and LoKrs are rewritten when the file is
-    opened, since only then are their ranks known, and what they are rewritten to is held.
+    The outline of a LoRA follows from the shapes of its factors. LoHas and LoKrs are rewritten when
+    the file is opened, because their ranks depend on their values, and stay in memory.
     """
 
     def __init__(
@@ -148,25 +153,25 @@ class _Stored:
         self._rewritten: dict[str, StoredModule] = {}
 
     def outline(self, module: str) -> StoredModule:
-        """What is known of a module without its values."""
+        """The outline of a module."""
         if "up" in self._keys[module].parts or not isinstance(self._tensors, LazyMapping):
             return self._read(module, outlines(self._tensors))
         self._rewritten[module] = self._read(module, self._tensors)
         return self._rewritten[module]
 
     def read(self, module: str) -> StoredModule:
-        """A module, checked."""
+        """A module with its values, checked."""
         return self._rewritten.get(module) or self._read(module, self._tensors)
 
     def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
-        """The modules that have magnitudes, with them."""
+        """The modules with magnitudes, and the magnitudes."""
         for module, keys in self._keys.items():
-            for part in magnitudes.PARTS:
+            for part in MAGNITUDE_PARTS:
                 if part in keys.parts:
                     yield module, self._tensors[keys.parts[part]]
 
     def _read(self, module: str, tensors: Mapping[str, Tensor]) -> StoredModule:
-        """What tensors, or their outlines, say of a module; numbers are read in any case."""
+        """A module from tensors or their outlines; scalars are read in either case."""
         with located(f"module {module!r}"):
             parts = {
                 part: self._tensors[key]
@@ -174,30 +179,30 @@ class _Stored:
                 else require_factor(key, tensors[key])
                 for part, key in self._keys[module].parts.items()
             }
-            said = self._configured.get(module)
-            stored = read_module(parts, said.scaling if said else None, self._max_rank)
-            if said and said.rank != stored.delta.rank:
+            declared = self._configured.get(module)
+            stored = read_module(parts, declared.scaling if declared else None, self._max_rank)
+            if declared and declared.rank != stored.delta.rank:
                 raise FormatError(
-                    f"{header.ADAPTER_KEY} in the header says rank {said.rank}, the tensors have "
+                    f"{ADAPTER_KEY} in the header says rank {declared.rank}, the tensors have "
                     f"rank {stored.delta.rank}"
                 )
-            if said and said.is_dora != bool(stored.magnitudes):
+            if declared and declared.is_dora != bool(stored.magnitudes):
                 raise FormatError(
-                    f"{header.ADAPTER_KEY} in the header says use_dora {said.is_dora}, but there "
-                    f"are {'no' if said.is_dora else 'some'} magnitudes; which of the two is wrong "
-                    "cannot be told"
+                    f"{ADAPTER_KEY} in the header says use_dora {declared.is_dora}, but there "
+                    f"are {'no' if declared.is_dora else 'some'} magnitudes; which of the two is "
+                    "wrong cannot be told"
                 )
             return stored
 
 
-def _delta(module: str, found: StoredModule, layout: FileLayout) -> Delta:
-    """What a module does, a DoRA with its base weight, which is not read."""
+def _delta(module: str, stored: StoredModule, layout: FileLayout) -> Delta:
+    """The delta of a module, for a DoRA with its base weight, which is not read."""
     with located(f"module {module!r}"):
-        return found.on(layout.weight(module))
+        return stored.on(layout.weight(module))
 
 
 def _only_file(path: Path) -> Path:
-    """The one file of tensors in a directory, or the path itself."""
+    """The only file of tensors in a directory, or the path itself."""
     if not path.is_dir():
         return path
     files = sorted(file for file in path.iterdir() if file.suffix == SUFFIX)
@@ -212,7 +217,7 @@ def _only_file(path: Path) -> Path:
 def _configured(
     config: Mapping[str, Any], modules: Mapping[str, ModuleKeys]
 ) -> dict[str, _Configured]:
-    """What the header's ``lora_adapter_metadata`` says of modules; empty if it has none."""
+    """Module → settings in the header's ``lora_adapter_metadata``; empty if it has none."""
     components: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
         component, _, field_name = key.rpartition(".")
@@ -221,13 +226,13 @@ def _configured(
     for module in modules:
         name = parse_module_id(module)
         own, path = name.prefix.rstrip("."), name.current_path
-        if own not in components:  # of a model that has no part in the conventions
+        if own not in components:  # a model that the conventions do not name
             own = next((c for c in components if c and module.startswith(f"{c}.")), "")
             path = module.removeprefix(f"{own}.") if own else path
-        found = components.get(own)
-        if found:
-            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **found}, path)
-            result[module] = _Configured(rank, scaling, bool(found.get("use_dora")))
+        settings = components.get(own)
+        if settings:
+            rank, scaling = rank_and_scaling({**_PEFT_DEFAULTS, **settings}, path)
+            result[module] = _Configured(rank, scaling, bool(settings.get("use_dora")))
     return result
 
 
@@ -239,56 +244,56 @@ def _layout(
     *,
     by_metadata: bool,
 ) -> FileLayout:
-    """The layout of a file whose modules were read."""
-    shapes = {module: found.delta.shape for module, found in modules.items()}
-    family, table = detect_family(shapes, header.base_hint(file.metadata))
+    """The layout of a file, from its modules."""
+    shapes = {module: stored.delta.shape for module, stored in modules.items()}
+    family, table = detect_family(shapes, base_hint(file.metadata))
     ids = list(modules) or [key.rpartition(".")[0] for key in keys.carried]
     naming = naming_of(ids, table)
-    _require_distinct(modules)
+    _require_distinct_modules(modules)
     downs = {k.parts["down"].removeprefix(k.id) for k in keys.modules.values() if "down" in k.parts}
     convention = convention_name(map(parse_module_id, ids), min(downs, default=""))
-    # diffusers drops what is not spelled like the first key of a file
+    # diffusers ignores keys that are not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
     suffixes = _suffixes(keys.modules.values(), naming, one_style=one_style)
     slots = [
-        _slot(keys.modules[module], found, file, family, suffixes)
-        for module, found in modules.items()
+        _file_slot(keys.modules[module], stored, file, family, suffixes)
+        for module, stored in modules.items()
     ]
     return FileLayout(
         convention=DIFFUSERS if one_style else convention,
         naming=naming,
         suffixes=suffixes,
         family=family,
-        slots=tuple(map(_todays, slots) if one_style else slots),
+        slots=tuple(map(_current, slots) if one_style else slots),
         metadata=dict(file.metadata),
         base=base,
         by_metadata=by_metadata,
-        kinds={m: found.kind for m, found in modules.items() if found.kind != "LoRA"},
-        errors={m: found.error for m, found in modules.items() if found.error},
+        kinds={m: stored.kind for m, stored in modules.items() if stored.kind != "LoRA"},
+        errors={m: stored.error for m, stored in modules.items() if stored.error},
     )
 
 
-def _slot(
-    keys: ModuleKeys, found: StoredModule, file: TensorFile, family: str, usual: Suffixes
+def _file_slot(
+    keys: ModuleKeys, stored: StoredModule, file: TensorFile, family: str, usual: Suffixes
 ) -> FileSlot:
-    """Where a module that was read is written: its own keys, or those of a plain LoRA."""
-    parts, delta = keys.parts, found.delta
-    plain = found.kind.startswith("LoRA")
+    """The slot of a module: its own keys, or those of a plain LoRA."""
+    parts, delta = keys.parts, stored.delta
+    plain = stored.kind.startswith("LoRA")
     suffixes = PEFT_SUFFIXES if plain else KOHYA_SUFFIXES
     down, up, alpha, bias = suffixes.keys(keys.id)
-    kernel = found.kernel
+    kernel = stored.kernel
     if not kernel and not plain:
         name = parse_module_id(keys.id)
         own = name.component in DENOISERS
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
-    if "scale" in parts:  # which is A1111's alone
+    if "scale" in parts:  # only A1111 reads it
         alpha = keys.id + KOHYA_SUFFIXES.alpha
-    factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *magnitudes.PARTS)]
+    factors = [k for part, k in parts.items() if part not in ("alpha", "scale", *MAGNITUDE_PARTS)]
     known = outlines(file.tensors)
     types = [known[parts.get(part, factors[0])].dtype for part in ("down", "up")]
-    stored = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
-    alpha_type = stored if stored.is_floating_point else torch.float32
+    alpha_type = known[parts["alpha"]].dtype if "alpha" in parts else torch.float32
+    alpha_type = alpha_type if alpha_type.is_floating_point else torch.float32
     return FileSlot(
         id=keys.id,
         shape=delta.shape,
@@ -297,7 +302,7 @@ def _slot(
         up=parts.get("up", up),
         alpha=parts.get("alpha", alpha),
         bias=parts.get("bias", bias),
-        magnitude=_magnitude_slot(keys, found, file, usual.magnitude),
+        magnitude=_magnitude_slot(keys, stored, file, usual.magnitude),
         dtypes=(types[0], types[1], alpha_type),
         rank=0 if "scale" in parts else delta.rank,
         scaling=delta.scaling,
@@ -306,26 +311,26 @@ def _slot(
 
 
 def _magnitude_slot(
-    keys: ModuleKeys, found: StoredModule, file: TensorFile, suffix: str
+    keys: ModuleKeys, stored: StoredModule, file: TensorFile, suffix: str
 ) -> MagnitudeSlot:
-    """Where the magnitudes of a module are, or would be."""
-    key = next((keys.parts[part] for part in magnitudes.PARTS if part in keys.parts), "")
+    """The slot of a module's magnitudes."""
+    key = next((keys.parts[part] for part in MAGNITUDE_PARTS if part in keys.parts), "")
     if not key:
         return MagnitudeSlot(keys.id + suffix)
-    stored = outlines(file.tensors)[key]
-    return MagnitudeSlot(key, found.axis, tuple(stored.shape))
+    tensor = outlines(file.tensors)[key]
+    return MagnitudeSlot(key, stored.axis, tuple(tensor.shape))
 
 
 def _suffixes(keys: Iterable[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
-    """How the tensors of further modules are called, after those that are there."""
+    """The suffixes for keys of further modules, from the keys of the file."""
     keys = list(keys)
     usual = _usual_suffixes(keys, naming, one_style=one_style)
-    ends = (k.parts[p].removeprefix(k.id) for k in keys for p in magnitudes.PARTS if p in k.parts)
+    ends = (k.parts[p].removeprefix(k.id) for k in keys for p in MAGNITUDE_PARTS if p in k.parts)
     return dataclasses.replace(usual, magnitude=next(ends, usual.magnitude))
 
 
 def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bool) -> Suffixes:
-    """The suffixes of a file, where it has no magnitudes those of the programs that read it."""
+    """The suffixes of a file; for magnitudes, those of the programs that read it."""
     pairs = [k for k in keys if {"up", "down"} <= k.parts.keys()]
     has_alpha = any("alpha" in k.parts for k in pairs)
     if naming.scheme == "xlabs":
@@ -340,8 +345,8 @@ def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bo
     return Suffixes(down, up, alike.alpha, alike.bias, magnitude)
 
 
-def _todays(slot: FileSlot) -> FileSlot:
-    """A slot of diffusers with the keys it writes today."""
+def _current(slot: FileSlot) -> FileSlot:
+    """A slot of diffusers with the keys that it writes today."""
     name = parse_module_id(slot.id)
     module, magnitude = name.prefix + name.current_path, slot.magnitude
     down, up, _, bias = PEFT_SUFFIXES.keys(module)
@@ -350,8 +355,8 @@ def _todays(slot: FileSlot) -> FileSlot:
     return dataclasses.replace(slot, down=down, up=up, bias=bias, magnitude=magnitude)
 
 
-def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
-    """Refuse two ids for one module: readers apply one of them, and not all the same one."""
+def _require_distinct_modules(modules: Mapping[str, StoredModule]) -> None:
+    """Refuse two ids of one module: readers apply only one of them, and not all the same."""
     seen: dict[tuple[str, str], str] = {}
     for module in modules:
         name = parse_module_id(module)
@@ -361,5 +366,5 @@ def _require_distinct(modules: Mapping[str, StoredModule]) -> None:
         apart = not name.flat and name.prefix == known.prefix and name.bare_path != known.bare_path
         if other != module and not apart:
             raise FormatError(
-                f"{other!r} and {module!r} are two names of one module; take one of them out"
+                f"{other!r} and {module!r} are two names of one module; remove one of them"
             )

@@ -1,11 +1,11 @@
-"""Where and how the factors of one module are stored in a file."""
+"""Slots: where and how the factors of a module are stored in a single file."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from devec.deltas.delta import Delta
+from devec.deltas.dora import axes_of
 from devec.deltas.gains import Axis, Magnitude
 from devec.files.safetensors_reader import storable
-from devec.formats.magnitudes import MagnitudeSlot, axes_of
+from devec.formats.magnitudes import MagnitudeSlot
+from devec.formats.rewrites import Rewrite
 from devec.naming.conventions import WHOLE_BIAS
 
 
 @dataclass(frozen=True, slots=True)
 class FileSlot:
-    """Where the factors of one module are stored.
+    """Where and how the factors of a module are stored.
 
     Attributes:
         id: The module's id in the file.
@@ -29,13 +31,13 @@ class FileSlot:
         kernel: Shape of a convolution's kernel.
         down: Key of the factor on the input side.
         up: Key of the factor on the output side.
-        alpha: Key of alpha; empty where scalings are folded into B.
+        alpha: Key of alpha; empty if scalings are folded into B.
         bias: Key of the change of the bias.
-        magnitude: Where the magnitudes of a DoRA are.
+        magnitude: Slot of the magnitudes of a DoRA.
         dtypes: Storage types of down, up and alpha.
-        rank: The rank it was read with; 0 if it was not.
-        scaling: The scaling it was read with.
-        read_as: Type of the stored factors, where another one is written.
+        rank: The rank in the file that was read; 0 if it was in none.
+        scaling: The scaling in that file.
+        read_as: Type of the factors in that file, if another one is written.
     """
 
     id: str
@@ -52,7 +54,7 @@ class FileSlot:
     read_as: torch.dtype | None = None
 
     def group(self, axis: Axis) -> int:
-        """How many rows or columns of the weight share a magnitude: the columns of a kernel."""
+        """Number of rows or columns of the weight that share a magnitude, as in a kernel."""
         if axis == "out":
             return 1
         if self.magnitude.axis == axis and self.magnitude.shape:
@@ -60,17 +62,17 @@ class FileSlot:
         return math.prod(self.kernel)
 
     def as_read(self, delta: Delta) -> bool:
-        """Whether a delta has the rank, scaling and axis that the module was read with."""
+        """Whether a delta has the rank, scaling and axis of the file that was read."""
         axis = next(iter(axes_of(delta)), None)
         read = self.rank, self.scaling, self.magnitude.axis
         return (delta.rank, delta.scaling, axis) == read
 
     def write(self, delta: Delta, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Stored tensors of a delta.
+        """The stored tensors of a delta.
 
         Args:
-            delta: The delta of the module, its scaling one that the file can express, its gain
-                none or magnitudes.
+            delta: The delta of the module, with a scaling that the file can express, and with
+                magnitudes or without gains.
             dtype: Storage type of the factors; by default that of the input.
 
         Returns:
@@ -78,7 +80,7 @@ class FileSlot:
 
         Raises:
             OutputError: If a value is too large for the storage type.
-            UnsupportedError: If there is no form for magnitudes of the axis.
+            UnsupportedError: If magnitudes on their axis cannot be stored.
         """
         tensors: dict[str, Tensor] = {}
         if self.alpha:
@@ -101,29 +103,28 @@ class FileSlot:
         return tensors
 
 
-def anew(slot: FileSlot) -> FileSlot:
-    """A slot for what is not just the file that was read, under keys that all hosts load."""
-    magnitude = slot.magnitude.anew()
+def result_slot(slot: FileSlot) -> FileSlot:
+    """The slot for a result, with keys that all hosts load."""
+    magnitude = slot.magnitude.for_result()
     return slot if magnitude is slot.magnitude else dataclasses.replace(slot, magnitude=magnitude)
 
 
 def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
-    """Alpha = scaling · rank in a storage type, if a reader gets the same scaling from it."""
+    """Alpha = scaling · rank in a storage type; None if readers would get another scaling."""
     alpha = torch.tensor(delta.scaling * delta.rank, dtype=dtype)
     return alpha if float(alpha) / delta.rank == delta.scaling else None
 
 
-def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Callable[[Delta], Delta]]:
-    """How deltas get one alpha for all of them.
+def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Rewrite]:
+    """How to give all deltas the most frequent alpha; the remaining factor goes into B.
 
-    diffusers mixes up the alphas of attention layers in UNets.
+    diffusers mixes up different alphas of attention layers in UNets.
 
     Args:
-        deltas: Module → delta, or its outline.
+        deltas: Module → delta or its outline.
 
     Returns:
-        Module → from its delta to that with the most frequent alpha, what it lacks multiplied into
-        B; those that have it are not among them.
+        Module → rewrite; modules that have the alpha are left out.
     """
     alphas = Counter(delta.scaling * delta.rank for delta in deltas.values() if delta.scaling)
     if len(alphas) < 2:
@@ -137,8 +138,8 @@ def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Callable[[Delta], Delta]
 
 
 def _with_alpha(alpha: float, delta: Delta) -> Delta:
-    """The same delta with another alpha, what that lacks multiplied into B and the bias."""
-    # s·B stays what it is, and with it W0 + s·B·A, on which the magnitudes of a DoRA stand
+    """The same delta with another alpha; the remaining factor goes into B and the bias."""
+    # s·B does not change, and neither does W0 + s·B·A, which magnitudes of a DoRA refer to
     factor = delta.scaling * delta.rank / alpha
     bias = None if delta.bias is None else factor * delta.bias.to(delta.dtype)
     B = factor * delta.B.to(delta.dtype)

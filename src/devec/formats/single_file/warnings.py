@@ -1,4 +1,4 @@
-"""What is said of a file that was read, where it is not quite what it seems."""
+"""Warnings about single files that are read with a loss, or not as their authors expect."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from devec.adapters.layout import ReadOptions
 from devec.deltas.delta import Delta
 from devec.errors import listed, warn
-from devec.formats.single_file.layout import FileLayout
+from devec.formats.single_file.storage import FileStorage
 from devec.lazy import outlines
 
 
-def of_unknown(where: str, keys: Sequence[str]) -> None:
-    """Name the keys that are of no known kind."""
+def warn_of_unknown(where: str, keys: Sequence[str]) -> None:
+    """Warn of keys of no known kind."""
     if keys:
         warn(
             f"{where}: {len(keys)} keys are of no known kind and are carried over whole: "
@@ -22,21 +22,21 @@ def of_unknown(where: str, keys: Sequence[str]) -> None:
         )
 
 
-def of_truncation(where: str, layout: FileLayout, options: ReadOptions) -> None:
-    """State the error of factors that are not exact."""
+def warn_of_truncation(where: str, layout: FileStorage, options: ReadOptions) -> None:
+    """Warn of truncated factors, with their error."""
     if layout.errors:
         worst = max(layout.errors, key=lambda module: layout.errors[module])
         doras = any(slot.magnitude.axis for slot in layout.slots if slot.id in layout.errors)
-        of_factors = "; of the factors, DoRAs bring the sum with W0 to its norms" if doras else ""
+        of_factors = "; for DoRAs, that of the factors before normalisation" if doras else ""
         warn(
-            f"{where}: {len(layout.errors)} modules are of a rank above {options.max_rank} and "
-            f"were cut to it, with a relative error of up to {layout.errors[worst]:.3g} (in "
-            f"{worst!r}{of_factors}); a larger rank (--max-rank, max_rank=) makes it smaller"
+            f"{where}: {len(layout.errors)} modules have a rank above {options.max_rank} and were "
+            f"truncated to it, with a relative error of up to {layout.errors[worst]:.3g} (in "
+            f"{worst!r}{of_factors}); a larger rank (--max-rank, max_rank=) reduces it"
         )
 
 
-def of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
-    """Split qkv stored as one block-diagonal module is read too weakly by all readers."""
+def warn_of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
+    """Warn of block-diagonal fused modules with the alpha of one block, too weak in all readers."""
     weak = [
         module
         for module, known in outlines(deltas).items()
@@ -51,7 +51,7 @@ def of_fused(where: str, deltas: Mapping[str, Delta]) -> None:
 
 
 def _possible_blocks(module: str, delta: Delta) -> list[int]:
-    """Into how many blocks B of a fused module may be divided so that alpha is that of one."""
+    """Numbers of blocks in B of a fused module for which alpha may be that of one block."""
     if not module.endswith(("qkv", "linear1")):
         return []
     alpha = delta.scaling * delta.rank
@@ -59,7 +59,7 @@ def _possible_blocks(module: str, delta: Delta) -> list[int]:
 
 
 def _is_stacked(delta: Delta, possible: Sequence[int]) -> bool:
-    """Whether B is block-diagonal in one of the numbers of blocks."""
+    """Whether B is block-diagonal with one of these numbers of blocks."""
     for blocks in possible:
         support = torch.stack([(block != 0).any(dim=1) for block in delta.B.chunk(blocks, dim=1)])
         if int(support.sum(dim=0).max()) == 1:

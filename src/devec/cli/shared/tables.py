@@ -1,11 +1,11 @@
-"""What commands print: tables, progress, errors by type of module."""
+"""Printing: tables, progress, errors by type of module."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -20,35 +20,24 @@ if TYPE_CHECKING:
 
 
 def print_nearest(name: str, adapter: Adapter, result: Compression) -> None:
-    """Print how near a plain LoRA is to the DoRA it stands for.
-
-    Args:
-        name: What the result is called.
-        adapter: The DoRA.
-        result: The LoRA.
-    """
+    """Print the errors of the plain LoRA that approximates a DoRA, under the result's name."""
     print_errors(adapter, result)
     typer.echo(f"{name} as plain LoRA: relative error {result.error:.3g}\n")
 
 
 def print_errors(adapter: Adapter, result: Compression) -> None:
-    """Print ranks and errors by type of module.
-
-    Args:
-        adapter: The adapter before.
-        result: What became of it.
-    """
+    """Print the ranks of an adapter and of its approximation, and the errors, by type of module."""
     table = new_table("module", "modules", "rank", "now", "error")
     kinds: dict[str, list[str]] = {}
     for module in adapter.modules:
         kinds.setdefault(module_type(module), []).append(module)
-    before, kept = outlines(adapter.modules), outlines(result.adapter.modules)
+    before, after = outlines(adapter.modules), outlines(result.adapter.modules)
     for kind, modules in kinds.items():
         table.add_row(
             kind,
             str(len(modules)),
             ranged([before[m].rank for m in modules]),
-            ranged([kept[m].rank if m in kept else 0 for m in modules]),
+            ranged([after[m].rank if m in after else 0 for m in modules]),
             f"{max(result.errors[m] for m in modules):.3g}",
         )
     show("Ranks, by type of module", table)
@@ -57,7 +46,7 @@ def print_errors(adapter: Adapter, result: Compression) -> None:
 def module_type(module: str) -> str:
     """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``.
 
-    Where dots are written as underscores, a number behind a plural is an index.
+    In names with underscores for dots, a number after a plural is an index.
 
     Returns:
         The name.
@@ -78,7 +67,7 @@ def new_table(*columns: str) -> Table:
 
 
 def show(title: str, table: Table) -> None:
-    """Print a table under its title, as wide as it needs to be where the output is no terminal."""
+    """Print a table under its title, up to 160 characters wide if the output is no terminal."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
@@ -90,22 +79,22 @@ def show(title: str, table: Table) -> None:
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Any]:
+def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error.
 
     Args:
-        what: What is being done.
+        what: Name of the work.
         total: Number of steps.
 
     Yields:
-        A function to call after every step.
+        A function to call after every step, with any arguments.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    unseen = not (console.is_terminal and is_first())
-    with Progress(console=console, transient=True, disable=unseen) as progress:
+    hidden = not (console.is_terminal and is_first())
+    with Progress(console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(what, total=total)
         yield lambda *_: progress.advance(task)
 

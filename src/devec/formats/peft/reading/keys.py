@@ -1,4 +1,4 @@
-"""The keys of a file of PEFT, each by what its tensor is."""
+"""Classifying the keys of a PEFT file."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from devec.errors import UnsupportedError
-from devec.formats.peft import config as peft_config
-from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.layout import PREFIX
-from devec.formats.peft.names import attentions_in, plain, unused_projection
-from devec.formats.peft.parameters import owners
+from devec.formats.peft.config import TRAINING_ONLY_TENSORS
+from devec.formats.peft.dora import magnitude_owner
+from devec.formats.peft.names import PREFIX, attentions_in, unused_projection, unwrapped
+from devec.formats.peft.reading.parameters import owners
 from devec.formats.rank_patterns import Config
 
-_FACTOR = re.compile(
+_FACTOR_KEY = re.compile(
     r"(?P<path>.+)\.(?:(?P<embedding>lora_embedding_)|lora_)"
     r"(?P<factor>[AB](?!\.bias)|B)(?P<end>\.weight|\.bias)?"
 )
 
 
 @dataclass
-class SortedKeys:
-    """The keys of a file by what they are.
+class PeftKeys:
+    """The keys of a file, classified.
 
     Attributes:
         factors: Path of a module → part → key.
         embeddings: Paths of the modules that are embeddings.
-        repeated: Keys of magnitudes that stand in a file twice: path, first and further key.
-        base_copies: Keys of weights of the base model.
+        repeated: Keys of magnitudes that are stored twice: path, first and second key.
+        base_copies: Keys of base weights.
         carried: Keys of whole trained tensors.
-        training_only: Keys of what takes no part in the forward pass.
+        training_only: Keys of tensors that only training uses.
         attentions: Paths of the modules that are nn.MultiheadAttention.
         unused: Keys of adapters of their output projections that no forward pass uses.
     """
@@ -47,36 +46,36 @@ class SortedKeys:
     unused: list[str] = field(default_factory=list)
 
     def magnitudes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The modules that have magnitudes, with them."""
+        """The modules with magnitudes, and the magnitudes."""
         for path, factors in self.factors.items():
             if "magnitude" in factors:
                 yield path.removeprefix(PREFIX), tensors[factors["magnitude"]]
 
 
-def sort_keys(config: Config, keys: Iterable[str]) -> SortedKeys:
-    """Account for every key of a file, by its name alone.
+def sort_peft_keys(config: Config, keys: Iterable[str]) -> PeftKeys:
+    """Classify every key of a file, by its name alone.
 
     Args:
         config: The configuration of the adapter.
         keys: The keys.
 
     Returns:
-        The keys, sorted.
+        The keys, classified.
 
     Raises:
-        UnsupportedError: If one belongs to a layer of an unknown kind.
+        UnsupportedError: If a key belongs to an unknown kind of layer.
     """
-    result, beside = SortedKeys(), []
+    result, beside = PeftKeys(), []
     for key in keys:
-        match = _FACTOR.fullmatch(key)
+        match = _FACTOR_KEY.fullmatch(key)
         if match:
             part = "bias" if match["end"] == ".bias" else match["factor"]
             result.factors.setdefault(match["path"], {})[part] = key
             if match["embedding"]:
                 result.embeddings.add(match["path"])
-        elif any(mark in key for mark in peft_config.TRAINING_ONLY_TENSORS):
+        elif any(mark in key for mark in TRAINING_ONLY_TENSORS):
             result.training_only.append(key)
-        elif path := peft_dora.owner(key):
+        elif path := magnitude_owner(key):
             known = result.factors.setdefault(path, {}).setdefault("magnitude", key)
             if known != key:
                 result.repeated.append((path, known, key))
@@ -88,9 +87,9 @@ def sort_keys(config: Config, keys: Iterable[str]) -> SortedKeys:
     return result
 
 
-def _sort_others(config: Config, keys: Sequence[str], result: SortedKeys) -> None:
-    """Account for the keys of tensors that are no factors."""
-    parameters = {p for p in result.factors if owners(config, plain(p.removeprefix(PREFIX)))}
+def _sort_others(config: Config, keys: Sequence[str], result: PeftKeys) -> None:
+    """Classify the keys of tensors that are no factors."""
+    parameters = {p for p in result.factors if owners(config, unwrapped(p.removeprefix(PREFIX)))}
     result.attentions = attentions_in(result.factors, parameters)
     unused = tuple(f"{unused_projection(path)}." for path in result.attentions)
     for path in [path for path in result.factors if f"{path}.".startswith(unused)]:

@@ -1,4 +1,4 @@
-"""Sources on the command line: ``PATH`` or ``NAME=PATH``."""
+"""Reading the sources on the command line: ``PATH`` or ``NAME=PATH``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,15 @@ if TYPE_CHECKING:
 
 
 def begin_reading(sources: Sequence[str]) -> None:
-    """Begin to digest the files of sources while libraries are being loaded.
-
-    Args:
-        sources: As on the command line.
-    """
+    """Start to compute digests of the sources' files while libraries are being loaded."""
     from devec.files.digest import begin
 
     for source in sources:
         path = Path(name_and_path(source)[1])
-        with suppress(OSError, ValueError):  # what is wrong with a path is said when it is read
+        with suppress(OSError, ValueError):  # errors are reported when the path is read
             usual = path / "adapter_model.safetensors"
             files = [usual] if usual.is_file() else sorted(path.glob("*.safetensors"))
-            if len(files) == 1 or not path.is_dir():  # of several the user has to choose
+            if len(files) == 1 or not path.is_dir():  # of several, the user has to choose one
                 begin(files[0] if files else path)
 
 
@@ -37,17 +33,7 @@ def read_sources(
     *,
     allow_pickle: bool = False,
 ) -> list[Adapter]:
-    """Read several sources, as `read_source` does one.
-
-    Args:
-        sources: As on the command line.
-        base: As in `read_source`.
-        max_rank: As in `read_source`.
-        allow_pickle: As in `read_source`.
-
-    Returns:
-        The adapters, in order.
-    """
+    """Read several sources with `read_source`, in order."""
     return [read_source(source, base, max_rank, allow_pickle=allow_pickle) for source in sources]
 
 
@@ -58,14 +44,14 @@ def read_source(
     *,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """Read ``PATH`` or ``NAME=PATH``, whose tensors are read when they are asked for.
+    """Read a source lazily.
 
     Args:
-        source: As on the command line.
-        base: Base model to read weights from where they are needed, and to put on record unless it
-            is a path and there is another on record.
+        source: ``PATH`` or ``NAME=PATH``.
+        base: Base model to read weights from. It is recorded as the adapter's base model unless it
+            is a path and another one is on record.
         max_rank: Largest rank that a LoHa or LoKr is rewritten to.
-        allow_pickle: Whether pickled files are read.
+        allow_pickle: Whether pickled files may be read.
 
     Returns:
         The adapter, under its name.
@@ -88,15 +74,14 @@ def read_source(
         base=base,
         lazy=True,
     )
-    if base is None or adapter.layout is None:
-        return adapter
-    if exists(base) and adapter.layout.describe().get("base_model"):
-        return adapter  # where the weights lie is no better name than the one on record
-    return dataclasses.replace(adapter, layout=adapter.layout.rebased(base))
+    layout = adapter.require_layout()
+    if base is None or (exists(base) and layout.about.base_model):
+        return adapter  # a path is no better name than the one on record
+    return dataclasses.replace(adapter, layout=layout.rebased(base))
 
 
 def name_and_path(source: str) -> tuple[str | None, str]:
-    """Split ``NAME=PATH``, where that is not itself a path that exists."""
+    """Split ``NAME=PATH``, unless it is itself a path that exists."""
     name, equals, path = source.partition("=")
     if not equals or Path(source).exists():
         return None, source

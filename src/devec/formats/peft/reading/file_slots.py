@@ -1,4 +1,4 @@
-"""The layers that a file of PEFT has factors of, found from its keys, shapes and configuration."""
+"""The slots of a PEFT file, from its keys, shapes and configuration."""
 
 from __future__ import annotations
 
@@ -7,107 +7,110 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from devec.errors import FormatError, listed, located, warn
-from devec.formats.peft import config as peft_config
-from devec.formats.peft import dora as peft_dora
-from devec.formats.peft.config import CONFIG_NAME
-from devec.formats.peft.keys import SortedKeys
-from devec.formats.peft.layout import PREFIX
-from devec.formats.peft.names import attention_of, depth, lookup_name, plain, unused_projection
-from devec.formats.peft.parameters import owners, ranks_of
-from devec.formats.peft.slots import Slot, require_shapes
+from devec.formats.peft.config import CONFIG_NAME, targets
+from devec.formats.peft.dora import require_everywhere
+from devec.formats.peft.names import (
+    PREFIX,
+    attention_of,
+    depth,
+    lookup_name,
+    unused_projection,
+    unwrapped,
+)
+from devec.formats.peft.reading.keys import PeftKeys
+from devec.formats.peft.reading.parameters import owners, parameter_ranks
+from devec.formats.peft.slots import PeftSlot, require_shapes
 from devec.formats.rank_patterns import Config, rank_and_scaling
 
-Factors = Mapping[str, Mapping[str, Tensor]]  # path → part → tensor
+FactorTensors = Mapping[str, Mapping[str, Tensor]]  # path → part → tensor
 
 
-def slots_of(config: Config, keys: SortedKeys, known: Mapping[str, Tensor]) -> list[Slot]:
-    """The slots of a file, by the shapes of its tensors.
+def slots_of(config: Config, keys: PeftKeys, tensors: Mapping[str, Tensor]) -> list[PeftSlot]:
+    """The slots of a file, in its order.
 
     Args:
         config: The configuration.
         keys: The keys of the file.
-        known: Key → tensor, or its outline.
+        tensors: Key → tensor or its outline.
 
     Returns:
-        The slots, in the order of the file.
+        The slots.
 
     Raises:
         FormatError: If tensors and configuration contradict each other.
         UnsupportedError: If the factors of a layer are no plain delta.
     """
-    factors = {path: {p: known[k] for p, k in held.items()} for path, held in keys.factors.items()}
-    for path, tensors in factors.items():
+    factors = {
+        path: {part: tensors[key] for part, key in parts.items()}
+        for path, parts in keys.factors.items()
+    }
+    for path, parts in factors.items():
         name = path.removeprefix(PREFIX)
-        missing = {"A", "B"} - tensors.keys()
+        missing = {"A", "B"} - parts.keys()
         if missing:
             raise FormatError(f"module {name!r} has no factor {missing.pop()}")
         with located(f"module {name!r}"):
-            require_shapes(tensors["A"], tensors["B"])
+            require_shapes(parts["A"], parts["B"])
     if not factors:
         raise FormatError("the file holds no LoRA factors (lora_A, lora_B)")
     wrappers = _wrappers(factors)
     slots = []
     for path in factors:
         with located(f"module {path.removeprefix(PREFIX)!r}"):
-            slots.append(_slot(config, keys, path, factors, wrappers))
+            slots.append(_slot_of(config, keys, path, factors, wrappers))
         if slots[-1].attention and slots[-1].attention != slots[-1].name:
             _warn_of_attention(slots[-1].name)
-    _require_as_said(config, slots, factors)
+    _require_as_declared(config, slots, factors)
     return slots
 
 
-def unlisted_targets(config: Config, keys: SortedKeys, slots: Sequence[Slot]) -> tuple[str, ...]:
-    """Modules that ``target_modules`` names and that have no factors.
+def unlisted_targets(config: Config, keys: PeftKeys, slots: Sequence[PeftSlot]) -> tuple[str, ...]:
+    """Names of modules that ``target_modules`` names and that have no factors.
 
-    They are inside modules that are trained whole, which PEFT does not adapt, or output projections
-    of nn.MultiheadAttention, which are adapted with the attention.
-
-    Args:
-        config: The configuration.
-        keys: The keys of the file.
-        slots: The slots of the file.
+    Such modules are inside modules that are trained whole, which PEFT does not adapt, or output
+    projections of nn.MultiheadAttention, which are adapted with the attention.
 
     Returns:
-        Their names.
+        The names.
     """
     inside = [key.rpartition(".")[0] for key in keys.carried]
     inside += [unused_projection(path) for path in keys.attentions]
     adapted = {slot.target for slot in slots}
-    names = dict.fromkeys(plain(path.removeprefix(PREFIX)) for path in inside)
-    return tuple(n for n in names if n not in adapted and peft_config.targets(config, n))
+    names = dict.fromkeys(unwrapped(path.removeprefix(PREFIX)) for path in inside)
+    return tuple(n for n in names if n not in adapted and targets(config, n))
 
 
-def _wrappers(factors: Factors) -> dict[str, list[str]]:
-    """Name of a module → paths of its wrappers, the outermost first."""
+def _wrappers(factors: FactorTensors) -> dict[str, list[str]]:
+    """Name of a module → paths of its wrappers, outermost first."""
     wrappers: dict[str, list[str]] = {}
     for path in sorted(factors, key=depth):
-        wrappers.setdefault(plain(path.removeprefix(PREFIX)), []).append(path)
+        wrappers.setdefault(unwrapped(path.removeprefix(PREFIX)), []).append(path)
     return wrappers
 
 
-def _slot(
+def _slot_of(
     config: Config,
-    keys: SortedKeys,
+    keys: PeftKeys,
     path: str,
-    factors: Factors,
+    factors: FactorTensors,
     wrappers: Mapping[str, Sequence[str]],
-) -> Slot:
+) -> PeftSlot:
     """The slot of a pair of factors."""
     A, B = factors[path]["A"], factors[path]["B"]
     target = lookup_name(path, keys.attentions).removeprefix(PREFIX)
     attention = attention_of(path, keys.attentions) or (path if path in keys.attentions else "")
-    paths = wrappers[plain(path.removeprefix(PREFIX))]
+    paths = wrappers[unwrapped(path.removeprefix(PREFIX))]
     parameters = [] if attention else owners(config, target, len(paths))
     if parameters:
         rows = [len(factors[p]["A"]) for p in paths]
-        rank, scaling = ranks_of(config, parameters, rows)[paths.index(path)]
+        rank, scaling = parameter_ranks(config, parameters, rows)[paths.index(path)]
     else:
         rank, scaling = rank_and_scaling(config, target)
         if rank != len(A):
             raise FormatError(f"the config says rank {rank}, the tensors have rank {len(A)}")
     experts = len(A) // rank
     kind = "conv" if A.ndim > 2 else "embedding" if path in keys.embeddings else "linear"
-    return Slot(
+    return PeftSlot(
         path=path,
         name=path.removeprefix(PREFIX),
         kind="experts" if experts > 1 else kind,
@@ -123,12 +126,10 @@ def _slot(
     )
 
 
-def _require_as_said(config: Config, slots: Sequence[Slot], factors: Factors) -> None:
-    """Check that modules and their tensors are those that the configuration speaks of."""
+def _require_as_declared(config: Config, slots: Sequence[PeftSlot], factors: FactorTensors) -> None:
+    """Check that modules and their tensors are those that the configuration declares."""
     unexpected = [
-        slot.name
-        for slot in slots
-        if not slot.parameters and not peft_config.targets(config, slot.target)
+        slot.name for slot in slots if not slot.parameters and not targets(config, slot.target)
     ]
     if unexpected:
         raise FormatError(
@@ -139,13 +140,13 @@ def _require_as_said(config: Config, slots: Sequence[Slot], factors: Factors) ->
         raise FormatError(
             f"lora_bias is {config.get('lora_bias')} in {CONFIG_NAME}, which the tensors contradict"
         )
-    peft_dora.require_everywhere(
+    require_everywhere(
         config, {path.removeprefix(PREFIX): tensors for path, tensors in factors.items()}
     )
 
 
 def _warn_of_attention(name: str) -> None:
-    """PEFT's forward pass of nn.MultiheadAttention is not the one its factors say."""
+    """Warn that PEFT's forward pass of nn.MultiheadAttention differs from what its factors mean."""
     warn(
         f"module {name!r} is inside nn.MultiheadAttention, where PEFT applies the change of the "
         "output projection twice; parts add up all the same"

@@ -1,1 +1,0 @@
-"""Bringing adapters of different conventions to common modules."""

@@ -1,0 +1,1 @@
+"""From the keys and shapes of a PEFT file to its slots."""
