@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-from devec.adapters.algebra import adapter_norm, linear_combination, same_effect
+from devec.adapters.algebra import (
+    adapter_norm,
+    differing_modules,
+    linear_combination,
+    same_effect,
+)
 from devec.adapters.data import AdapterData
 from devec.adapters.layout import MAX_RANK, Plan, ReadOptions
 from devec.arguments import inverse, number, whole_number
@@ -363,6 +368,21 @@ class Adapter(AdapterData):
 
     def __eq__(self, other: object) -> bool:
         return same_effect(self, other) if isinstance(other, Adapter) else NotImplemented
+
+    def unlike(self, other: Adapter) -> Adapter:
+        """The adapter without the modules whose tensors are identical in another adapter.
+
+        Args:
+            other: The other adapter.
+
+        Example:
+            >>> import torch
+            >>> from devec import Adapter, Delta
+            >>> a = Adapter("a", {"layer": Delta(torch.ones(4, 1), torch.ones(1, 4))})
+            >>> list(a.unlike(a).modules), list(a.unlike(2 * a).modules)
+            ([], ['layer'])
+        """
+        return differing_modules(self, other)
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
 

@@ -166,7 +166,7 @@ def same_effect(a: AdapterData, b: AdapterData) -> bool:
         return False
     if not _same_tensors(one.carried, two.carried):
         return False
-    one, two = _differing(one, two), _differing(two, one)
+    one, two = differing_modules(one, two), differing_modules(two, one)
     if not _same_base_models(one, two):
         return False
     terms = [*one.modules.values(), *two.modules.values()]
@@ -176,7 +176,7 @@ def same_effect(a: AdapterData, b: AdapterData) -> bool:
     ) and biases <= EFFECT_RTOL * math.hypot(*(delta.bias_norm() for delta in terms))
 
 
-def _differing(adapter: AdapterT, other: AdapterData) -> AdapterT:
+def differing_modules(adapter: AdapterT, other: AdapterData) -> AdapterT:
     """An adapter without the modules whose tensors are identical to those of another adapter."""
     modules = {
         module: delta
