@@ -105,15 +105,23 @@ CALLS = {
 
 # What computes nothing, or is covered by the tests of files and hosts below.
 ELSEWHERE = {
-    "Adapter.from_pretrained", "Adapter.label", "Adapter.loaded", "Adapter.map", "Adapter.plan",
-    "Adapter.output_path", "Adapter.push_to_hub", "Adapter.save_pretrained", "Adapter.to",
-    "Adapter.unlike", "Adapter.writer", "Delta.dtype", "Delta.each", "Delta.on", "Delta.outline",
-    "Delta.rank", "Delta.same_as", "Delta.shape", "Delta.to", "Decomposition.each_output",
-    "Decomposition.nothing_shared", "Decomposition.spectrum", "add_adapter", "combine_adapters",
+    "Adapter.contents", "Adapter.from_pretrained", "Adapter.label", "Adapter.loaded",
+    "Adapter.map", "Adapter.output_path", "Adapter.plan", "Adapter.push_to_hub",
+    "Adapter.require_layout", "Adapter.save_pretrained", "Adapter.to", "Adapter.unlike",
+    "Adapter.writer", "Decomposition.each_output", "Decomposition.nothing_shared",
+    "Decomposition.spectrum", "Delta.dtype", "Delta.each", "Delta.on", "Delta.outline",
+    "Delta.rank", "Delta.same_as", "Delta.shape", "Delta.to", "add_adapter", "combine_adapters",
     "convert", "decompose_adapters", "decompose_to", "extract_adapter", "negate_adapter",
     "save_adapters",
 }  # fmt: skip
 _OPERATORS = ("__add__", "__sub__", "__mul__", "__rmul__", "__truediv__", "__neg__", "__eq__")
+
+
+def members(value):
+    """Members of a class, its own and inherited from devec."""
+    for home in value.__mro__:
+        if home.__module__.startswith("devec"):
+            yield from vars(home).items()
 
 
 def public_names():
@@ -123,7 +131,7 @@ def public_names():
         if inspect.isfunction(value):
             yield name
         if value in (Adapter, Delta, devec.Decomposition):
-            for own, member in vars(value).items():
+            for own, member in members(value):
                 public = own in _OPERATORS or not own.startswith("_")
                 if public and (callable(member) or isinstance(member, property | classmethod)):
                     yield f"{name}.{own}"
