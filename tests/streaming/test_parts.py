@@ -74,7 +74,7 @@ def test_gains_of_both_axes_come_back(tmp_path):
     assert held["q"].norm() == delta.norm()
 
 
-def test_changes_after_spooling_do_not_come_back(tmp_path):
+def test_later_changes_do_not_reach_the_spool(tmp_path):
     delta, want = lora(0), lora(0)
     path, held = spooled(tmp_path / "spool", {"q": delta})
     delta.B.zero_()
