@@ -16,7 +16,7 @@ help:
 	@echo "make format      format and fix what can be fixed"
 	@echo "make notebooks   execute the notebooks in place"
 	@echo "make benchmarks  run the benchmarks (an hour, 40 GB of disk)"
-	@echo "make pool        train the demo pool anew (minutes)"
+	@echo "make pool        train the demo pool again (minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/devec demo
@@ -44,7 +44,7 @@ benchmarks: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.dora_demo
 
 pool: $(VENV)/.installed-dev
-	$(BIN)/python -m devec.demo.train
+	$(BIN)/python -m experiments.train_demo_pool
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

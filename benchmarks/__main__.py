@@ -27,6 +27,7 @@ SECTIONS = {
     "decompose-gpu": "gpu",
     "decompose-dense": "dense",
     "profile": "profile",
+    "ablation": "ablation",
     "combine": "combine",
     "compress": "compress",
     "scaling": "scaling",

@@ -32,6 +32,7 @@ from typing import Any
 
 import peft
 import torch
+from experiments.train_demo_pool import ADAPTER_SCHEDULE, load_split, train_adapter
 from peft import PeftModel
 from torch import Tensor
 from transformers.utils import logging
@@ -46,7 +47,6 @@ from benchmarks.referee import (
 from devec import Adapter, Decomposition, __version__, combine, decompose, save_adapters
 from devec.demo.evaluate import POOL, accuracy, heldout_sets, load_base
 from devec.demo.run import COEFFICIENTS, loaded
-from devec.demo.train import ADAPTER_SCHEDULE, load_split, train_adapter
 
 DOMAINS = ("chalk", "sign", "emboss")
 SETTINGS: tuple[dict[str, Any], ...] = (

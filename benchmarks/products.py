@@ -17,7 +17,7 @@ import torch
 from benchmarks.results import Section, Table, render_section
 from benchmarks.settings import Settings
 from benchmarks.timing import seconds
-from devec.linalg.hadamard_kronecker import Factors, hadamard_product, kronecker_product
+from devec.linalg.hadamard_kronecker import FactorPair, hadamard_product, kronecker_product
 
 MAX_RANK = 256
 
@@ -95,7 +95,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     yield f"{name}, dense", n, 0.0, seconds(lambda: dense_kronecker(left, right), 1)
 
 
-def timed(name: str, call: Callable[[], Factors], repeats: int) -> Row:
+def timed(name: str, call: Callable[[], FactorPair], repeats: int) -> Row:
     """One product: rank and error of its result, and the median time."""
     result = call()
     return name, result.B.shape[1], result.error, seconds(call, repeats)

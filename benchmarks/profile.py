@@ -61,7 +61,7 @@ def stages(sources: list[Path], out: Path) -> dict[str, float]:
     with (
         patch.object(Job, "begin", timed(times, "plan outputs", Job.begin)),
         patch.object(Job, "share", timed(times, "read, split and write", Job.share)),
-        patch.object(Job, "complete", timed(times, "complete", Job.complete)),
+        patch.object(Job, "_complete", timed(times, "complete", Job._complete)),
         patch.object(Staging, "commit", timed(times, "flush and rename", Staging.commit)),
     ):
         decompose_to(out, pool)
@@ -73,7 +73,7 @@ def functions(sources: list[Path], out: Path) -> list[dict[str, Any]]:
     """The functions with the most time of their own, in a run with one thread."""
     pool = [Adapter.from_pretrained(source, lazy=True) for source in sources]
     profile = cProfile.Profile()
-    with patch("devec.streaming.job.in_parallel", lambda call, work: map(call, work)):
+    with patch("devec.decomposition.engine.in_parallel", lambda call, work: map(call, work)):
         profile.enable()
         decompose_to(out, pool)
         profile.disable()

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.train_demo_pool import ALPHA_PER_RANK
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from devec.demo.train import ALPHA_PER_RANK
 from devec.formats.card import adapter_name
 
 Row = dict[str, Any]

@@ -7,7 +7,8 @@ from pool_files import CONFIG, WEIGHTS, Read, read_adapter
 from random_pools import dense
 
 from devec import Adapter, DevecError, combine, compress, decompose
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 FILES = (WEIGHTS, CONFIG)
 
@@ -31,7 +32,7 @@ def drawn_question(rng, names):
     }
     if scope == "iterative":
         options["target"] = str(rng.choice(names))
-    return options, Form(compact=bool(rng.random() < 0.4))
+    return options, OutputOptions(compact=bool(rng.random() < 0.4))
 
 
 def refused(error):
@@ -48,7 +49,7 @@ def check_streamed(faults, truth, paths, base, rng, out):
         inside = decompose(open_pool(paths, base, lazy=False), **options)
         held = inside.outputs(compact=form.compact)
         try:
-            done = decompose_to(out, open_pool(paths, base, lazy=True), form=form, **options)
+            done = decompose_to(out, open_pool(paths, base, lazy=True), **vars(form), **options)
         except DevecError as error:
             faults.holds(f"refusal {at}: {error}", refused(error))
             return

@@ -3,12 +3,16 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
+# Not of `Delta`, which takes numbers of NumPy and torch where it declares floats, and checks the
+# shapes of its factors itself.
 MODULES = [
     "devec.linalg",
-    "devec.deltas",
+    "devec.deltas.base_weight",
+    "devec.deltas.gains",
+    "devec.deltas.matrix",
     "devec.decomposition.findings",
     "devec.decomposition.scopes",
-    "devec.decomposition.stack",
+    "devec.decomposition.stacks",
     "devec.operations.overlap",
 ]
 

@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 
 from devec import Adapter, as_lora, convert, decompose, save_adapters
-from devec.operations.as_lora import recorded
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.operations.as_lora import with_lora_record
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 WEIGHTS = ".safetensors"
 
@@ -21,13 +22,13 @@ def from_files(paths, *, lazy=True, base=None):
 
 def in_memory(out, paths, form=None, base=None, **options):
     """Decompose a pool in memory and write its parts; returns the names of the outputs."""
-    form = Form() if form is None else form
+    form = OutputOptions() if form is None else form
     parts = decompose(from_files(paths, lazy=False, base=base), **options)
     made = {}
     for label, adapter in parts.outputs(compact=form.compact).items():
         made[label] = adapter
         if form.as_lora is not None and any(d.gain is not None for d in adapter.modules.values()):
-            made[label] = recorded(adapter, as_lora(adapter, form.as_lora), form.as_lora)
+            made[label] = with_lora_record(adapter, as_lora(adapter, form.as_lora), form.as_lora)
         if form.format is not None:
             converted = convert(made[label], form.format)
             made[label] = dataclasses.replace(converted, provenance=made[label].provenance)
@@ -38,7 +39,8 @@ def in_memory(out, paths, form=None, base=None, **options):
 
 def from_files_to_files(out, paths, form=None, base=None, **options):
     """Decompose a pool from files to files; returns what was found and written."""
-    return decompose_to(out, from_files(paths, base=base), form=form, **options)
+    form = OutputOptions() if form is None else form
+    return decompose_to(out, from_files(paths, base=base), **vars(form), **options)
 
 
 def tree(directory):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, combine, cosine, distance, inner
-from devec.deltas.base_weight import HeldWeight
+from devec.deltas.base_weight import InMemoryWeight
 from devec.deltas.gains import Magnitude
 
 weights = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-2)
@@ -100,7 +100,7 @@ def dora(base, name="d"):
 
 
 def test_doras_of_different_base_models_are_not_equal():
-    one, two = (HeldWeight(torch.randn(8, 6), source) for source in ("one", "two"))
+    one, two = (InMemoryWeight(torch.randn(8, 6), source) for source in ("one", "two"))
     a, b = dora(one), dora(two)
     assert a == dora(one)
     assert a != b

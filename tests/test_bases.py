@@ -9,8 +9,8 @@ from cases import dense, relative_error
 from torch.testing import assert_close
 
 from devec import Adapter, Delta, decompose
-from devec.decomposition.stack import Stack
-from devec.decomposition.stacks import ExactStack, sound
+from devec.decomposition.stacks.build import sound_stacks
+from devec.decomposition.stacks.exact import ExactModule
 from devec.linalg.batched import column_bases
 from devec.linalg.dtypes import RANK_RTOL
 
@@ -278,7 +278,7 @@ def test_bases_that_all_pairs_need_are_computed_once(monkeypatch):
         computed.append(B)
         return column_bases(B, A, rtol)
 
-    monkeypatch.setattr("devec.decomposition.stack.column_bases", counted)
+    monkeypatch.setattr("devec.decomposition.stacks.lora.column_bases", counted)
     adapters = [ill(name, torch.float32, 10, "B", i, modules=2) for i, name in enumerate("abcd")]
     decompose(adapters, scope="pairwise")
     assert len(computed) == 4
@@ -291,12 +291,12 @@ def _of(adapter, module):
 
 def test_only_the_unsound_modules_are_looked_at_one_by_one():
     adapters = mixed_pool()
-    stack = Stack(list(adapters[0].modules), {a.name: a.modules for a in adapters}, None)
-    parts = sound(stack, {"m1", "m3"})
+    stack = LoraStack(list(adapters[0].modules), {a.name: a.modules for a in adapters}, None)
+    parts = sound_stacks(stack, {"m1", "m3"})
     assert [(type(s), s.modules) for s in parts] == [
-        (ExactStack, ("m1",)),
-        (ExactStack, ("m3",)),
-        (Stack, ("m0", "m2", "m4", "m5")),
+        (ExactModule, ("m1",)),
+        (ExactModule, ("m3",)),
+        (LoraStack, ("m0", "m2", "m4", "m5")),
     ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, DevecWarning, decompose
-from devec.decomposition.stacks import stacks
+from devec.decomposition.stacks.build import stacks_of
 
 NAMES = "abcde"
 
@@ -252,17 +252,17 @@ def test_nothing_is_held_of_modules_that_are_done(monkeypatch, scope):
     held = []
 
     def kept(*arguments, **options):
-        held.extend(stacks(*arguments, **options))
+        held.extend(stacks_of(*arguments, **options))
         return held
 
-    monkeypatch.setattr(module, "stacks", kept)
+    monkeypatch.setattr(module, "stacks_of", kept)
     adapters = [
         Adapter(n, {f"m{i}": Delta(torch.randn(9 + i, 2), torch.randn(2, 8)) for i in range(5)})
         for n in "abc"
     ]
     decompose(adapters, scope=scope)
     assert len(held) == 5
-    assert not any(stack._measured or stack._bases or stack._read for stack in held)
+    assert not any(stack._measured or stack._bases or stack._kept for stack in held)
 
 
 def test_parameters_are_split_and_results_are_not_tracked():

@@ -15,8 +15,8 @@ from reference import BASES, deflate, dora_truth
 import devec
 from devec import Adapter, Delta, DevecError
 from devec.base_model.model import base_model
-from devec.deltas.base_weight import HeldWeight, RowsOfWeight, StackedWeight
-from devec.deltas.dora import _largest, as_magnitudes, require_representable
+from devec.deltas.base_weight import ConcatenatedWeight, InMemoryWeight, WeightRows
+from devec.deltas.dora import _largest_coefficient, as_magnitudes, require_representable
 from devec.deltas.gains import Gain, Magnitude
 from devec.errors import IncompatibleError, UnsupportedError
 
@@ -35,7 +35,7 @@ class Module:
     def __init__(self, seed=0, out=OUT, columns=IN):
         self.rng = np.random.default_rng(seed)
         self.W = self.rng.standard_normal((out, columns))
-        self.base = HeldWeight(torch.from_numpy(self.W))
+        self.base = InMemoryWeight(torch.from_numpy(self.W))
         self.common = self.rng.standard_normal((out, 2))
 
     def factors(self, rank):
@@ -232,7 +232,7 @@ def test_a_row_that_vanishes_is_refused():
 def test_doras_of_different_base_models_do_not_add():
     module = Module()
     (a, _), (b, _) = module.dora(), module.dora()
-    other = b.on(HeldWeight(module.base.tensor, "another model"))
+    other = b.on(InMemoryWeight(module.base.tensor, "another model"))
     with pytest.raises(IncompatibleError, match=r"memory \d+ and another model"):
         a + other
     with pytest.raises(IncompatibleError, match=r"memory \d+ and another model"):
@@ -345,7 +345,7 @@ def test_the_largest_coefficient_holds_for_all_rows():
     rng = np.random.default_rng(0)
     for _ in range(300):
         gains = torch.from_numpy(-np.sort(rng.uniform(0.9, 1.4, 200)))
-        share = _largest(gains)
+        share = _largest_coefficient(gains)
         assert 0 < share <= 1
         assert float((1 + share * gains).abs().min()) >= 1e-3
 
@@ -375,8 +375,8 @@ def test_equal_tensors_need_no_base_weight():
 def test_magnitudes_far_from_the_norms_are_told_of():
     module = Module()
     delta, _ = module.dora()
-    other = delta.on(HeldWeight(100 * module.base.tensor))
-    with pytest.warns(devec.DevecWarning, match="hardly the base model"):
+    other = delta.on(InMemoryWeight(100 * module.base.tensor))
+    with pytest.warns(devec.DevecWarning, match="probably not the base model"):
         other.norm()
 
 
@@ -385,8 +385,8 @@ def test_magnitudes_far_from_the_norms_are_told_of():
 
 def test_weights_are_cut_and_put_together():
     module = Module()
-    parts = [RowsOfWeight(module.base, 0, 15), RowsOfWeight(module.base, 15, OUT)]
-    whole = StackedWeight(parts)
+    parts = [WeightRows(module.base, 0, 15), WeightRows(module.base, 15, OUT)]
+    whole = ConcatenatedWeight(parts)
     assert torch.equal(whole.read(torch.float64, torch.device("cpu")), module.base.tensor)
     assert whole.source == parts[0].source == module.base.source
 
@@ -594,7 +594,7 @@ def test_how_the_factors_are_written_does_not_matter(decades, axis):
     W = W.float()
     dim = 1 if axis == "out" else 0
     m = ((W.double() + B @ A).norm(dim=dim) * 1.1).float()
-    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
+    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, InMemoryWeight(W, "base")))
     truth = dora_truth(*(x.double().numpy() for x in (W, b, a)), 1.0, m.double().numpy(), axis)
     V = W + b @ a
     norms = V.norm(dim=dim)
@@ -629,7 +629,7 @@ def test_the_precision_is_that_of_the_wider_factor(dtypes, axis):
     W, B, A = W.float(), B.float().to(dtypes[0]), A.float().to(dtypes[1])
     V = W.double() + B.double() @ A.double()
     m = V.norm(dim=1 if axis == "out" else 0) * 1.1
-    delta = Delta(B, A, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
+    delta = Delta(B, A, 1.0, None, Magnitude(m, axis, InMemoryWeight(W, "base")))
     truth = dora_truth(*(x.double().numpy() for x in (W, B, A)), 1.0, m.numpy(), axis)
     assert delta.dtype == torch.float64
     assert relative_error(dense_change(delta), truth) < 1e-13

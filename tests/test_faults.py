@@ -24,9 +24,10 @@ from devec.files import random_access
 from devec.files.digest import sha256
 from devec.files.safetensors_writer import TensorWriter
 from devec.files.staging import Staging
-from devec.lazy import Lazy, outlines
-from devec.streaming import parts
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.lazy import LazyMapping, outlines
+from devec.streaming import sinks
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -34,6 +35,12 @@ pytestmark = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
+
+FORMS = {
+    "direct": OutputOptions(),
+    "spooled": OutputOptions(compact=True),
+    "converted": OutputOptions(dtype=torch.float64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +158,17 @@ def test_a_digest_is_not_that_of_another_file(pool, monkeypatch, change):
 
 
 @pytest.mark.parametrize("change", WRITTEN_TO)
-@pytest.mark.parametrize("form", [Form(), Form(compact=True)], ids=["direct", "put by"])
+@pytest.mark.parametrize("form", ["direct", "spooled"])
 def test_nothing_is_written_of_inputs_that_change(tmp_path, plain, change, form):
     original = weights(plain[1]).read_bytes()
     adapters = from_files(plain)
     change(weights(plain[1]))
     with pytest.raises(FormatError, match="was changed while it was being read") as error:
-        decompose_to(tmp_path / "out", adapters, form=form)
+        decompose_to(tmp_path / "out", adapters, **vars(FORMS[form]))
     assert str(weights(plain[1])) in str(error.value)
     assert_nothing_but(tmp_path, "in")
     weights(plain[1]).write_bytes(original)
-    assert from_files_to_files(tmp_path / "out", plain, form).written.keys() >= {"a-unique"}
+    assert from_files_to_files(tmp_path / "out", plain, FORMS[form]).written.keys() >= {"a-unique"}
 
 
 @pytest.mark.parametrize("change", MOVED)
@@ -181,7 +188,7 @@ def before_reading(adapter, module, act):
             act()
         return adapter.modules[name]
 
-    return dataclasses.replace(adapter, modules=Lazy(outlines(adapter.modules), read))
+    return dataclasses.replace(adapter, modules=LazyMapping(outlines(adapter.modules), read))
 
 
 def test_a_change_in_the_middle_of_the_work_is_seen(tmp_path, pool):
@@ -203,7 +210,7 @@ def test_a_carried_tensor_that_cannot_be_read_is_an_error_too(tmp_path, change):
     first, second = from_files(pool)
     assert second.carried
 
-    class Carried(Lazy):
+    class Carried(LazyMapping):
         def __getitem__(self, key):
             change(weights(pool[1]))
             return super().__getitem__(key)
@@ -249,8 +256,6 @@ def test_an_input_that_is_not_there_any_more_is_an_error_of_one_line(tmp_path, p
 
 
 # --- outputs ------------------------------------------------------------------------------------
-
-FORMS = {"direct": Form(), "put by": Form(compact=True), "converted": Form(dtype=torch.float64)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -305,7 +310,7 @@ def test_an_error_that_the_system_tells_once_is_not_lost(tmp_path, plain, monkey
         original(file)
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr(parts, "_PAUSE", 0)
+    monkeypatch.setattr(sinks, "_PAUSE", 0)
     first, second = from_files(plain)
     slow = before_reading(second, module_of(second), lambda: time.sleep(0.3))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error.*nothing was"):
@@ -343,7 +348,7 @@ def test_what_is_not_finite_is_not_written_in_any_type(tmp_path, plain):
 def test_where_files_have_one_place_only_the_same_is_written(tmp_path, pool, monkeypatch):
     """As on Windows, which has no calls that say where to read and write."""
     from_files_to_files(tmp_path / "want", pool)
-    monkeypatch.setattr(random_access, "_AT_ONCE", False)
+    monkeypatch.setattr(random_access, "_HAS_POSITIONED_CALLS", False)
     for name in ("preadv", "pwrite"):
         monkeypatch.delattr(os, name)
     from_files_to_files(tmp_path / "out", pool)
@@ -414,7 +419,7 @@ def test_in_the_place_of_a_file_it_is_said(tmp_path, plain):
     assert_nothing_but(tmp_path, "in", "out")
 
 
-@pytest.mark.parametrize("form", ["direct", "put by"])
+@pytest.mark.parametrize("form", ["direct", "spooled"])
 def test_if_the_place_of_the_work_is_taken_away_it_is_said(tmp_path, plain, form):
     first, second = from_files(plain)
 
@@ -426,7 +431,7 @@ def test_if_the_place_of_the_work_is_taken_away_it_is_said(tmp_path, plain, form
         decompose_to(
             tmp_path / "out",
             [first, before_reading(second, module_of(second), act)],
-            form=FORMS[form],
+            **vars(FORMS[form]),
         )
     assert_nothing_but(tmp_path, "in")
 
@@ -479,7 +484,7 @@ def test_too_little_memory_for_what_is_carried_is_said(tmp_path, plain, lacking)
     first, second = from_files(plain)
     known = {"head": torch.empty(3, device="meta")}
     spoiled = dataclasses.replace(
-        second, carried=Lazy(known, lambda _: _raise(NO_MEMORY[lacking]()))
+        second, carried=LazyMapping(known, lambda _: _raise(NO_MEMORY[lacking]()))
     )
     with pytest.raises(DevecError, match="too little memory"):
         decompose_to(tmp_path / "out", [first, spoiled])
@@ -561,7 +566,7 @@ def test_what_another_process_works_on_is_left_alone(tmp_path, plain):
     target = tmp_path / "other" / "a"
     target.parent.mkdir()
     with Staging([tmp_path / "mine"], overwrite=False) as staging:
-        staging.place(tmp_path / "mine").write_text("mine")
+        staging.staged_path(tmp_path / "mine").write_text("mine")
         from_files_to_files(tmp_path / "out", plain)
         assert len(list(tmp_path.glob(".devec-*"))) == 1
         staging.commit([tmp_path / "mine"])

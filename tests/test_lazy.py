@@ -2,7 +2,7 @@
 
 import pytest
 
-from devec.lazy import Lazy, joined, mapped, only, outlines, renamed
+from devec.lazy import LazyMapping, joined, mapped, outlines, renamed, selected
 
 
 class Source:
@@ -16,7 +16,7 @@ class Source:
             self.read.append(key)
             return self.values[key]
 
-        return Lazy({key: f"outline of {key}" for key in self.values}, read)
+        return LazyMapping({key: f"outline of {key}" for key in self.values}, read)
 
 
 def test_nothing_is_read_before_it_is_asked_for_and_then_each_time():
@@ -48,7 +48,7 @@ CHANGES = {
         lambda v: mapped(v, lambda key, value: f"{key}: {value}"),
         {"a": "a: 1", "b": "b: 2"},
     ),
-    "only": (lambda v: only(v, {"b", "c"}), {"b": "2"}),
+    "only": (lambda v: selected(v, {"b", "c"}), {"b": "2"}),
     "renamed": (lambda v: renamed(v, {"a": "x", "b": "y"}), {"x": "1", "y": "2"}),
     "joined": (lambda v: joined(v, {"b": "3", "c": "4"}), {"a": "1", "b": "3", "c": "4"}),
 }
@@ -59,12 +59,12 @@ def test_what_is_made_of_lazy_values_is_lazy_and_else_the_same(name):
     change, want = CHANGES[name]
     source = Source(a="1", b="2")
     made = change(source.lazy())
-    assert isinstance(made, Lazy)
+    assert isinstance(made, LazyMapping)
     assert source.read == []
     assert list(made) == list(want)
     assert dict(made) == want
     eager = change(dict(source.values))
-    assert not isinstance(eager, Lazy)
+    assert not isinstance(eager, LazyMapping)
     assert eager == want
 
 

@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 SLOW_WRITE = """
 import sys, time
 from pathlib import Path
-from devec.output import write_all
+from devec.files.staging import write_all
 
 def slow(path):
     path.mkdir()

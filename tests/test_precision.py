@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import devec
 from devec import Adapter, Delta
-from devec.deltas.base_weight import HeldWeight
+from devec.deltas.base_weight import InMemoryWeight
 from devec.deltas.dora import as_magnitudes
 from devec.deltas.gains import Magnitude
 from devec.linalg.hadamard_kronecker import hadamard_product, kronecker_product
@@ -27,7 +27,7 @@ def normal(*shape, seed):
 
 
 W0 = normal(*SHAPE, seed=0) / 12
-BASE = HeldWeight(W0, "base")
+BASE = InMemoryWeight(W0, "base")
 
 
 def lora(name, seed):
@@ -109,7 +109,8 @@ ELSEWHERE = {
     "Adapter.unlike", "Adapter.writer", "Delta.dtype", "Delta.each", "Delta.on", "Delta.outline",
     "Delta.rank", "Delta.same_as", "Delta.shape", "Delta.to", "Decomposition.each_output",
     "Decomposition.nothing_shared", "Decomposition.spectrum", "add_adapter", "combine_adapters",
-    "convert", "decompose_adapters", "extract_adapter", "negate_adapter", "save_adapters",
+    "convert", "decompose_adapters", "decompose_to", "extract_adapter", "negate_adapter",
+    "save_adapters",
 }  # fmt: skip
 _OPERATORS = ("__add__", "__sub__", "__mul__", "__rmul__", "__truediv__", "__neg__", "__eq__")
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from devec.linalg import buffers
-from devec.linalg.buffers import Blocks, empty, product, reused
+from devec.linalg.buffers import MemoryBlocks, empty, matmul, reuse_memory
 
-BLOCKS = Blocks()
+BLOCKS = MemoryBlocks()
 
 LARGE = (1 << 20,)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch):
-    monkeypatch.setattr(buffers, "_held", buffers._Held())
+    monkeypatch.setattr(buffers, "_memory", buffers._ThreadMemory())
     BLOCKS.clear()
 
 
@@ -26,23 +26,23 @@ def place(tensor):
 
 
 def test_a_tensor_takes_the_memory_that_one_of_its_size_has_left():
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         first = empty(LARGE, torch.float32)
         before = place(first)
         del first
         assert place(empty((1 << 10, 1 << 10), torch.float32)) == before
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         assert place(empty((1 << 21,), torch.bfloat16)) == before
 
 
 def test_what_lives_keeps_its_memory_and_so_do_views_of_it():
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         whole = empty(LARGE, torch.float32).fill_(1)
         part = whole[1000:2000]
         del whole
         others = [empty(LARGE, torch.float32).fill_(2) for _ in range(3)]
         assert len({place(part), *map(place, others)}) == 4
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         empty(LARGE, torch.float32).fill_(3)
     assert (part == 1).all()
     assert all((other == 2).all() for other in others)
@@ -52,7 +52,7 @@ def test_each_thread_has_memory_of_its_own():
     places = []
 
     def work():
-        with reused(BLOCKS):
+        with reuse_memory(BLOCKS):
             places.append(place(empty(LARGE, torch.float32)))
             barrier.wait()  # nothing is unmapped before both have looked
 
@@ -66,10 +66,10 @@ def test_each_thread_has_memory_of_its_own():
 
 
 def test_memory_of_sizes_that_are_not_asked_for_any_more_is_let_go():
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         empty((1 << 20,), torch.float32)
         empty((1 << 19,), torch.float32)
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         empty((1 << 19,), torch.float32)
         assert sum(map(len, BLOCKS.of_this_thread().values())) == 2  # nothing was missing yet
         empty((1 << 21,), torch.float32)
@@ -80,14 +80,14 @@ def test_memory_of_sizes_that_are_not_asked_for_any_more_is_let_go():
 
 
 def test_small_tensors_and_those_made_outside_have_memory_of_the_allocator():
-    with reused(BLOCKS):
+    with reuse_memory(BLOCKS):
         empty((1000,), torch.float32)
     empty(LARGE, torch.float32)
     assert not any(BLOCKS.of_this_thread().values())
 
 
 def test_a_failure_ends_it():
-    with pytest.raises(KeyError), reused(BLOCKS):
+    with pytest.raises(KeyError), reuse_memory(BLOCKS):
         raise KeyError
     empty(LARGE, torch.float32)
     assert not BLOCKS.of_this_thread()
@@ -97,9 +97,9 @@ def test_a_failure_ends_it():
 def test_products_are_those_of_torch(shape):
     X, Y = torch.randn(*shape[:-1], 700), torch.randn(*shape[:-2], 700, shape[-1])
     want = X @ Y
-    assert torch.equal(product(X, Y), want)
-    with reused(BLOCKS):
-        assert torch.equal(product(X, Y), want)
+    assert torch.equal(matmul(X, Y), want)
+    with reuse_memory(BLOCKS):
+        assert torch.equal(matmul(X, Y), want)
 
 
 def test_too_little_memory_is_torchs_and_pythons_error(monkeypatch):
@@ -107,5 +107,5 @@ def test_too_little_memory_is_torchs_and_pythons_error(monkeypatch):
         raise OSError(errno.EINVAL, "The paging file is too small")
 
     monkeypatch.setattr(mmap, "mmap", lacking)
-    with reused(BLOCKS), pytest.raises(MemoryError, match="4194304"):
+    with reuse_memory(BLOCKS), pytest.raises(MemoryError, match="4194304"):
         empty(LARGE, torch.float32)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from devec import Delta, DevecError
-from devec.deltas.base_weight import HeldWeight
+from devec.deltas.base_weight import InMemoryWeight
 from devec.deltas.gains import Magnitude
 from devec.lazy import outlines
-from devec.streaming.parts import Spool, from_spools
+from devec.streaming.spool import Spool, read_spools
 
 OUT, IN = 7, 5
 
@@ -20,7 +20,7 @@ def lora(seed, rank=3, dtype=torch.float32, bias=False):
     return Delta(B, A, 0.5, torch.randn(OUT, generator=generator) if bias else None)
 
 
-BASE = HeldWeight(torch.arange(1, 36.0).reshape(OUT, IN) / 9)
+BASE = InMemoryWeight(torch.arange(1, 36.0).reshape(OUT, IN) / 9)
 KINDS = {
     "plain": lora(0),
     "bias": lora(1, bias=True),
@@ -47,13 +47,13 @@ def tensors_of(delta):
 def spooled(path, deltas):
     spool = Spool(path)
     for name, delta in deltas.items():
-        spool.put(name, delta)
+        spool.append(name, delta)
     spool.close()
-    return path, spool.held
+    return path, spool.contents
 
 
 def test_every_kind_comes_back_bit_by_bit(tmp_path):
-    held = from_spools([spooled(tmp_path / "spool", KINDS)], dict.fromkeys(KINDS, BASE))
+    held = read_spools([spooled(tmp_path / "spool", KINDS)], dict.fromkeys(KINDS, BASE))
     assert list(held) == list(KINDS)
     for name, delta in KINDS.items():
         known = outlines(held)[name]
@@ -68,7 +68,7 @@ def test_every_kind_comes_back_bit_by_bit(tmp_path):
 def test_gains_of_both_axes_come_back(tmp_path):
     delta = KINDS["magnitudes"].resolved() + KINDS["magnitudes of inputs"].resolved()
     assert set(delta.gain.axes) == {"out", "in"}
-    held = from_spools([spooled(tmp_path / "spool", {"q": delta})], {"q": BASE})
+    held = read_spools([spooled(tmp_path / "spool", {"q": delta})], {"q": BASE})
     for got, want in zip(tensors_of(held["q"]), tensors_of(delta), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert held["q"].norm() == delta.norm()
@@ -78,16 +78,16 @@ def test_what_was_changed_after_it_was_put_by_comes_back_unchanged(tmp_path):
     delta, want = lora(0), lora(0)
     path, held = spooled(tmp_path / "spool", {"q": delta})
     delta.B.zero_()
-    assert from_spools([(path, held)], {})["q"].same_as(want)
+    assert read_spools([(path, held)], {})["q"].same_as(want)
 
 
 def test_threads_may_put_by_at_the_same_time(tmp_path):
     deltas = {f"m{i}": lora(i, rank=1 + i % 4) for i in range(60)}
     spool = Spool(tmp_path / "spool")
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda item: spool.put(*item), deltas.items()))
+        list(threads.map(lambda item: spool.append(*item), deltas.items()))
     spool.close()
-    held = from_spools([(spool.path, spool.held)], {})
+    held = read_spools([(spool.path, spool.contents)], {})
     assert held.keys() == deltas.keys()
     assert all(held[name].same_as(delta) for name, delta in deltas.items())
 
@@ -95,14 +95,14 @@ def test_threads_may_put_by_at_the_same_time(tmp_path):
 def test_several_spools_are_one_mapping(tmp_path):
     spools = [spooled(tmp_path / f"{i}", {f"m{i}": lora(i)}) for i in range(3)]
     empty = spooled(tmp_path / "empty", {})
-    held = from_spools([*spools, empty], {})
+    held = read_spools([*spools, empty], {})
     assert set(held) == {"m0", "m1", "m2"}
     assert all(held[f"m{i}"].same_as(lora(i)) for i in range(3))
 
 
 def test_a_spool_that_was_cut_short_is_an_error(tmp_path):
     path, known = spooled(tmp_path / "spool", {"q": lora(0)})
-    held = from_spools([(path, known)], {})
+    held = read_spools([(path, known)], {})
     with path.open("r+b") as file:
         file.truncate(40)
     with pytest.raises(DevecError, match="was changed while it was being read"):

@@ -21,8 +21,9 @@ from streamed import (
 )
 
 from devec import Adapter, Delta, DevecError, decompose
-from devec.lazy import Lazy, outlines
-from devec.streaming.decompose_to import Form, decompose_to
+from devec.lazy import LazyMapping, outlines
+from devec.streaming.decompose_to import decompose_to
+from devec.streaming.output_options import OutputOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
@@ -169,7 +170,11 @@ def test_pools_of_several_conventions(tmp_path, a, b):
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [(Form(compact=True), {}), (Form(), {"scope": "pairwise"}), (Form(format="kohya"), {})],
+    [
+        (OutputOptions(compact=True), {}),
+        (OutputOptions(), {"scope": "pairwise"}),
+        (OutputOptions(format="kohya"), {}),
+    ],
     ids=["compact", "pairwise", "kohya"],
 )
 def test_forms_and_scopes_of_several_conventions(tmp_path, form, options):
@@ -184,10 +189,10 @@ def test_of_a_pool_with_no_module_in_common_no_pair_is_written(tmp_path):
 
 
 FORMS = {
-    "compact": Form(compact=True),
-    "dtype": Form(dtype=torch.bfloat16),
-    "kohya": Form(format="kohya"),
-    "diffusers": Form(format="diffusers", dtype=torch.float16),
+    "compact": OutputOptions(compact=True),
+    "dtype": OutputOptions(dtype=torch.bfloat16),
+    "kohya": OutputOptions(format="kohya"),
+    "diffusers": OutputOptions(format="diffusers", dtype=torch.float16),
 }
 
 
@@ -199,11 +204,13 @@ def test_forms(tmp_path, golden_pool, name, form):
 
 def test_a_directory_as_a_file_and_a_file_as_a_directory(tmp_path, golden_pool):
     files, directories = tmp_path / "to-file", tmp_path / "to-directory"
-    form = Form(format="diffusers")
+    form = OutputOptions(format="diffusers")
     written = assert_streams_as_in_memory(files, golden_pool("peft"), form)
     assert {path.suffix for path in written.written.values()} == {".safetensors"}
     pool = {"a": golden("diffusers_flux"), "b": golden("aitoolkit_flux")}
-    written = assert_streams_as_in_memory(directories, pool, Form(format="peft"), threshold=1e-4)
+    written = assert_streams_as_in_memory(
+        directories, pool, OutputOptions(format="peft"), threshold=1e-4
+    )
     assert all(path.is_dir() for path in written.written.values())
 
 
@@ -216,11 +223,11 @@ def test_doras_of_peft(tmp_path, dora_pool, kind):
 @pytest.mark.parametrize(
     ("form", "options"),
     [
-        (Form(compact=True), {}),
-        (Form(as_lora=2), {}),
-        (Form(as_lora=3, compact=True, dtype=torch.float16), {}),
-        (Form(), {"scope": "iterative", "target": "a"}),
-        (Form(), {"scope": "pairwise", "method": "mean"}),
+        (OutputOptions(compact=True), {}),
+        (OutputOptions(as_lora=2), {}),
+        (OutputOptions(as_lora=3, compact=True, dtype=torch.float16), {}),
+        (OutputOptions(), {"scope": "iterative", "target": "a"}),
+        (OutputOptions(), {"scope": "pairwise", "method": "mean"}),
     ],
     ids=str,
 )
@@ -233,7 +240,9 @@ def test_forms_and_scopes_of_doras_and_a_lora(tmp_path, dora_pool, form, options
 
 
 @pytest.mark.parametrize("axes", [("out", "out"), ("in", "out"), ("out", None)], ids=str)
-@pytest.mark.parametrize("form", [Form(), Form(as_lora=2)], ids=["whole", "as LoRA"])
+@pytest.mark.parametrize(
+    "form", [OutputOptions(), OutputOptions(as_lora=2)], ids=["whole", "as LoRA"]
+)
 def test_doras_in_single_files(tmp_path, axes, form):
     """Of two modules, and of an adapter that has only one of them."""
     axes = dict(zip((LINEAR, CONV), axes, strict=True))
@@ -401,8 +410,8 @@ def test_the_number_of_threads_changes_no_byte(tmp_path, peft_pool, threads):
 def test_what_is_read_lazily_is_what_is_read_at_once(tmp_path, peft_pool, name):
     path = golden(name) if "_" in name else peft_pool(name)[0]
     lazy, eager = Adapter.from_pretrained(path, lazy=True), Adapter.from_pretrained(path)
-    assert isinstance(lazy.modules, Lazy)
-    assert not isinstance(eager.modules, Lazy)
+    assert isinstance(lazy.modules, LazyMapping)
+    assert not isinstance(eager.modules, LazyMapping)
     assert list(lazy.modules) == list(eager.modules)
     for module, delta in eager.modules.items():
         known = outlines(lazy.modules)[module]
@@ -484,8 +493,8 @@ def test_a_report_in_the_place_of_an_output_is_refused(tmp_path, peft_pool):
         ({"threshold": 0}, r"threshold must be in \(0, 1\]"),
         ({"method": "median"}, r"method must be one of"),
         ({"device": "cuda:99"}, r"device 'cuda:99' cannot be used"),
-        ({"form": Form(format="zip")}, r"zip"),
-        ({"form": Form(as_lora=0)}, r"rank must be at least 1"),
+        ({"form": OutputOptions(format="zip")}, r"zip"),
+        ({"form": OutputOptions(as_lora=0)}, r"rank must be at least 1"),
     ],
     ids=str,
 )

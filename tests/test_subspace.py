@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from devec.errors import IncompatibleError
-from devec.linalg.chance import chance_level, pool_level, random_edge
+from devec.linalg.chance import chance_level, random_edge
 from devec.linalg.subspaces import METHODS, chain, deflate, mean, principal, principal_vectors
 
 
@@ -185,10 +185,12 @@ def test_the_edge_grows_to_one_where_subspaces_must_meet():
 def test_random_pools_stay_below_the_level_of_a_pool(k, method):
     for seed in range(30):
         bases = [orthonormal(120, 6, 100 * seed + i) for i in range(k)]
-        level = pool_level(120, [6] * k, method, chance_level)
+        level = METHODS[method].bound(120, [6] * k, chance_level)
         assert METHODS[method](bases, level).rank == 0
 
 
 def test_the_level_of_a_pool_of_two_is_that_of_the_pair():
     for method in METHODS:
-        assert pool_level(100, [7, 5], method, random_edge) == pytest.approx(random_edge(100, 7, 5))
+        assert METHODS[method].bound(100, [7, 5], random_edge) == pytest.approx(
+            random_edge(100, 7, 5)
+        )

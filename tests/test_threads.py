@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from devec import Adapter, Delta, decompose
-from devec.linalg.threads import crew, use_threads
+from devec.linalg.threads import shared_executor, use_threads
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def test_threads_that_begin_during_a_call_are_as_they_would_be():
 
 
 def test_crews_are_shared_and_have_their_number():
-    executor = crew("test", 2, 1)
-    assert crew("test", 2, 1) is executor
+    executor = shared_executor("test", 2, 1)
+    assert shared_executor("test", 2, 1) is executor
     assert executor.submit(torch.get_num_threads).result() == 1
     assert (torch.get_num_threads(), of_a_new_thread()) == (2, 2)
 
@@ -60,10 +60,10 @@ def test_crews_are_shared_and_have_their_number():
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own():
     """Its parent's are not there, and work that waited for them would wait for ever."""
-    crew("test", 1, 1).submit(torch.get_num_threads).result()
+    shared_executor("test", 1, 1).submit(torch.get_num_threads).result()
     child = os.fork()
     if child == 0:
-        os._exit(crew("test", 1, 1).submit(torch.get_num_threads).result(60))
+        os._exit(shared_executor("test", 1, 1).submit(torch.get_num_threads).result(60))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 

@@ -1,4 +1,6 @@
-"""devec: adapter algebra for LoRA and DoRA, on the low-rank factors.
+"""devec: adapter algebra for LoRA and DoRA, computed on the low-rank factors.
+
+Split a pool of adapters into shared, unique and common parts:
 
     import devec
 
@@ -7,7 +9,7 @@
     parts = devec.decompose([a, b])
     parts.unique["anime"].save_pretrained("out/anime-unique")
 
-The public names are loaded on first use, so that the command line answers without loading torch.
+Public names are imported on first use, so the command line can answer without loading torch.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ if TYPE_CHECKING:
     from devec.operations.overlap import ModuleOverlap, Overlap, overlap
     from devec.streaming.decompose_to import decompose_to
 
-_HOME = {
+_MODULES = {
     "Adapter": "adapters.adapter",
     "Compression": "operations.compress",
-    "Decomposition": "decomposition.in_memory",
+    "Decomposition": "decomposition.result",
     "Delta": "deltas.delta",
     "DevecError": "errors",
     "DevecWarning": "errors",
@@ -99,10 +101,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name on its first use."""
-    if name not in _HOME:
+    """Import a public name on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'devec' has no attribute {name!r}")
-    return getattr(import_module(f"devec.{_HOME[name]}"), name)
+    return getattr(import_module(f"devec.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m devec``."""
+"""Entry point of ``python -m devec``."""
 
 from devec.cli import main
 

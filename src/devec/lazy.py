@@ -1,4 +1,4 @@
-"""Values that are read when they are asked for, of which the outlines are known beforehand."""
+"""Mappings whose values are read on access, while their outlines are known beforehand."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Lazy(Mapping[str, T]):
-    """A mapping whose values are made anew whenever they are asked for, and never held.
+class LazyMapping(Mapping[str, T]):
+    """A mapping that reads a value on every access and never stores it.
 
     Args:
-        outlines: Key → what is known of the value without reading it: the same, with tensors on
-            the device ``"meta"``, which have shapes and types and no values.
-        read: Makes the value of a key.
+        outlines: Key → outline: the value with meta tensors, which have shapes and dtypes only.
+        read: From a key to its value.
     """
 
     def __init__(self, outlines: Mapping[str, T], read: Callable[[str], T]) -> None:
-        """Remember how values are read."""
+        """Store the outlines and the reader."""
         self.outlines = outlines
         self._read = read
 
@@ -38,44 +37,36 @@ class Lazy(Mapping[str, T]):
 
 
 def outlines(values: Mapping[str, T]) -> Mapping[str, T]:
-    """What is known of values without reading them; values in memory are their own outlines."""
-    return values.outlines if isinstance(values, Lazy) else values
+    """The outlines of lazy values; values in memory are their own outlines."""
+    return values.outlines if isinstance(values, LazyMapping) else values
 
 
 def mapped(values: Mapping[str, T], change: Callable[[str, T], T]) -> Mapping[str, T]:
-    """The values changed, now if they are in memory and else when they are read.
-
-    Args:
-        values: The values.
-        change: From key and value to the new value; of an outline it gives the new outline.
-
-    Returns:
-        The new values under the same keys.
-    """
+    """Values changed by a function of key and value (or outline), lazily if they are lazy."""
     changed = {key: change(key, value) for key, value in outlines(values).items()}
-    if not isinstance(values, Lazy):
+    if not isinstance(values, LazyMapping):
         return changed
-    return Lazy(changed, lambda key: change(key, values[key]))
+    return LazyMapping(changed, lambda key: change(key, values[key]))
 
 
-def only(values: Mapping[str, T], keys: Mapping[str, object] | set[str]) -> Mapping[str, T]:
-    """The values of some of the keys, in their order, read when those are."""
-    held = {key: value for key, value in outlines(values).items() if key in keys}
-    return Lazy(held, values.__getitem__) if isinstance(values, Lazy) else held
+def selected(values: Mapping[str, T], keys: Mapping[str, object] | set[str]) -> Mapping[str, T]:
+    """The values whose key is among `keys`, in their own order, lazily if they are lazy."""
+    kept = {key: value for key, value in outlines(values).items() if key in keys}
+    return LazyMapping(kept, values.__getitem__) if isinstance(values, LazyMapping) else kept
 
 
 def joined(first: Mapping[str, T], second: Mapping[str, T]) -> Mapping[str, T]:
-    """The values of two mappings, read when they are asked for if any of them is."""
-    if not isinstance(first, Lazy) and not isinstance(second, Lazy):
+    """The values of two mappings, lazily if one is lazy; the second takes precedence."""
+    if not isinstance(first, LazyMapping) and not isinstance(second, LazyMapping):
         return {**first, **second}
-    known = {**outlines(first), **outlines(second)}
-    return Lazy(known, lambda key: (second if key in second else first)[key])
+    both = {**outlines(first), **outlines(second)}
+    return LazyMapping(both, lambda key: (second if key in second else first)[key])
 
 
 def renamed(values: Mapping[str, T], names: Mapping[str, str]) -> Mapping[str, T]:
-    """The values under other keys."""
-    known = {names[key]: value for key, value in outlines(values).items()}
-    if not isinstance(values, Lazy):
-        return known
-    before = {names[key]: key for key in values}
-    return Lazy(known, lambda key: values[before[key]])
+    """The values under new keys, lazily if they are lazy; `names` maps old keys to new ones."""
+    new = {names[key]: value for key, value in outlines(values).items()}
+    if not isinstance(values, LazyMapping):
+        return new
+    old_keys = {names[key]: key for key in values}
+    return LazyMapping(new, lambda key: values[old_keys[key]])

@@ -1,4 +1,4 @@
-"""Pictures of overlaps and spectra. Needs the extra ``devec[plot]``."""
+"""Plots of overlaps and spectra; they need the extra ``devec[plot]``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ if TYPE_CHECKING:
 
 
 def plot_overlap(found: Overlap, axes: Axes | None = None) -> Axes:
-    """Matrix of the largest squared cosine between the column spaces of every pair.
+    """Plot the largest squared cosine between the column spaces of every pair of adapters.
 
-    Every cell shows the mean over modules of the largest squared cosine, and below it, in
-    brackets, the mean of where chance alone would put it.
+    A cell shows the mean over modules of the largest squared cosine, and in brackets the mean of
+    the random edge.
 
     Args:
-        found: The overlaps, as `devec.overlap` returns them.
-        axes: Where to draw; new axes by default.
+        found: Result of `devec.overlap`.
+        axes: Axes to draw into; by default new ones.
 
     Returns:
         The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch, devec
+        >>> from devec.plots import plot_overlap
+        >>> delta = devec.Delta(torch.ones(8, 1), torch.ones(1, 6))
+        >>> pool = [devec.Adapter(name, {"q_proj": delta}) for name in ("a", "b")]
+        >>> axes = plot_overlap(devec.overlap(pool))
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['a', 'b']
     """
     from matplotlib import pyplot as plt
 
@@ -48,14 +60,26 @@ def plot_overlap(found: Overlap, axes: Axes | None = None) -> Axes:
 
 
 def plot_spectra(splits: Sequence[ModuleSplit], axes: Axes | None = None) -> Axes:
-    """Spectra of the shared subspaces, module by module, beside the threshold and chance.
+    """Plot the spectrum of the shared subspace of every module, with threshold and random edge.
 
     Args:
-        splits: Rows of a decomposition, as `Decomposition.splits` holds them.
-        axes: Where to draw; new axes by default.
+        splits: Modules of a decomposition: `Decomposition.splits`.
+        axes: Axes to draw into; by default new ones.
 
     Returns:
         The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch, devec
+        >>> from devec.plots import plot_spectra
+        >>> delta = devec.Delta(torch.ones(8, 1), torch.ones(1, 6))
+        >>> pool = [devec.Adapter(name, {"q_proj": delta}) for name in ("a", "b")]
+        >>> axes = plot_spectra(devec.decompose(pool).splits)
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['q_proj']
     """
     from matplotlib import pyplot as plt
 
@@ -66,9 +90,9 @@ def plot_spectra(splits: Sequence[ModuleSplit], axes: Axes | None = None) -> Axe
         axes.scatter([position] * shared, spectrum[:shared], color="tab:red", s=18, zorder=3)
         rest = spectrum[shared:]
         axes.scatter([position] * len(rest), rest, color="tab:gray", s=8, zorder=2)
-        for level, style in ((split.threshold, "-"), (split.edge, ":")):
-            if level <= 1:
-                axes.hlines(level, position - 0.4, position + 0.4, color="black", linestyle=style)
+        for height, style in ((split.threshold, "-"), (split.edge, ":")):
+            if height <= 1:
+                axes.hlines(height, position - 0.4, position + 0.4, color="black", linestyle=style)
     axes.scatter([], [], color="tab:red", s=18, label="shared")
     axes.scatter([], [], color="tab:gray", s=8, label="not shared")
     axes.plot([], [], color="black", label="threshold")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import train_demo_pool as train
 from safetensors.torch import load_file
 
 from devec import Adapter, combine
-from devec.demo import train
 from devec.demo.domains import DOMAINS, SIZE
 from devec.demo.evaluate import POOL, TASKS, accuracy, heldout_sets, load_base
 from devec.demo.run import loaded, run

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from devec.base_model.model import base_model
-from devec.deltas.gains import no_gain
+from devec.deltas.gains import zero_gain
 from devec.errors import DevecError, FormatError, IncompatibleError, UnsupportedError
 from devec.naming.families import flat
 from devec.naming.tables import TABLES
@@ -719,7 +719,7 @@ def test_weights_that_are_not_finite(value, live, tmp_path):
         base = path
     weight = base_model(base).weight("first", (4, 6))
     with pytest.raises(FormatError, match="NaN or infinity in 1 of its rows"):
-        no_gain(torch.ones(2, 6), weight)
+        zero_gain(torch.ones(2, 6), weight)
 
 
 def test_open_clip_has_other_names(checkpoint):
@@ -956,7 +956,7 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     assert wrong(base, ["lm_head"], weights.__getitem__) == []
     # whatever else is needed is in the files of weights
     path.unlink()
-    monkeypatch.setattr("devec.base_model.files._stored", None)
+    monkeypatch.setattr("devec.base_model.files._header_entries", None)
     assert wrong(base, list(weights), weights.__getitem__) == []
 
 

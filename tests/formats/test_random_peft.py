@@ -155,7 +155,7 @@ def save(faults, adapter, path, **options):
     except DevecError as error:
         faults.holds(f"writing {path.name} is refused: {error}", refused(error))
         return None
-    again = Adapter.from_pretrained(path, "again", base=adapter.layout.base.given)
+    again = Adapter.from_pretrained(path, "again", base=adapter.layout.base.reference)
     second = again.save_pretrained(path.with_name(f"{path.name} again"))
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         same = (path / file).read_bytes() == (second / file).read_bytes()

@@ -18,9 +18,9 @@ TABLES = {**tables.TABLES, "text encoder": tables.text_encoders}
 @pytest.mark.parametrize("name", TABLES)
 def test_no_two_names_of_a_table_have_one_flat_form(name):
     table = TABLES[name]()
-    for names in (list(table.native), list(table.own)):
+    for names in (list(table.native), list(table.diffusers_names)):
         assert len(names) == len({flat(n) for n in names})
-    both = {flat(n) for n in table.native} & {flat(n) for n in table.own}
+    both = {flat(n) for n in table.native} & {flat(n) for n in table.diffusers_names}
     same = {flat(n) for n in table.native if [p.name for p in table.native[n]] == [n]}
     assert both <= same, "a flat name means one module by the authors and another in diffusers"
 

@@ -150,7 +150,7 @@ def test_several_writers_of_one_file(tmp_path):
     second.close()
     with pytest.raises(OutputError, match="were not written"):
         first.finish(STRINGS)
-    first.take(set(keys[1::2]))
+    first.mark_written(set(keys[1::2]))
     first.finish(STRINGS)
     assert (tmp_path / "file").read_bytes() == written(tmp_path / "one", TENSORS).read_bytes()
 

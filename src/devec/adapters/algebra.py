@@ -17,11 +17,11 @@ from torch import Tensor
 from devec.adapters.alignment.align import aligned
 from devec.adapters.data import AdapterData, AdapterT
 from devec.adapters.layout import Layout
-from devec.arguments import listed_numbers
+from devec.arguments import numbers
 from devec.deltas.delta import Delta
-from devec.deltas.sums import resolved_together, weighted_sum
+from devec.deltas.sums import resolve_together, weighted_sum
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.linalg.precision import full_precision
 
 # Adapters have the same effect if they differ by less than this fraction of the norm of their
@@ -60,7 +60,7 @@ def inner(a: AdapterData, b: AdapterData) -> float:
     products: list[float] = []
     for module in a.modules.keys() & b.modules.keys():
         with located(f"module {module!r}"):
-            pair = resolved_together({"a": a.modules[module], "b": b.modules[module]})
+            pair = resolve_together({"a": a.modules[module], "b": b.modules[module]})
             products.append(pair["a"].inner(pair["b"]))
     return math.fsum(products)
 
@@ -221,7 +221,7 @@ def linear_combination(
         IncompatibleError: If the adapters do not fit together or carry tensors.
     """
     adapters = on_common_modules(adapters)
-    weights = listed_numbers(weights, "weights")
+    weights = numbers(weights, "weights")
     sums = _weighted_sums([adapter.modules for adapter in adapters], tuple(map(float, weights)))
     carrier = _carrier(adapters, weights, carried_from)
     layout = merged_layout(adapters)
@@ -248,7 +248,7 @@ def _weighted_sums(
     known = [outlines(modules) for modules in pool]
     order = dict.fromkeys(module for modules in known for module in modules)
     gained = any(delta.gain is not None for modules in known for delta in modules.values())
-    lazy = any(isinstance(modules, Lazy) for modules in pool)
+    lazy = any(isinstance(modules, LazyMapping) for modules in pool)
 
     def total(module: str, *, outlined: bool = False) -> Delta:
         terms = [
@@ -260,7 +260,7 @@ def _weighted_sums(
             return weighted_sum(*zip(*terms, strict=True))
 
     if lazy and not gained:  # the outline of a sum with a DoRA depends on its base weight
-        return Lazy({module: total(module, outlined=True) for module in order}, total)
+        return LazyMapping({module: total(module, outlined=True) for module in order}, total)
     return {module: total(module) for module in order}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from devec.adapters.layout import Contents, Layout
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError
-from devec.lazy import Lazy
+from devec.lazy import LazyMapping
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +28,9 @@ class AdapterData:
 
     def __post_init__(self) -> None:
         for name in ("modules", "carried"):
-            if not isinstance(value := getattr(self, name), Lazy):  # the caller may change it
+            if not isinstance(
+                value := getattr(self, name), LazyMapping
+            ):  # the caller may change it
                 object.__setattr__(self, name, dict(value))
 
     @property

@@ -175,14 +175,14 @@ class ModuleNames:
         """Whether the same module has the same name in both adapters."""
         if self.verbatim or other.verbatim:
             return self.verbatim and other.verbatim
-        return self.naming.agrees(other.naming) or (
-            self.naming.alike(other.naming)
+        return self.naming.same_ids_as(other.naming) or (
+            self.naming.same_style_as(other.naming)
             and all(self.ids.get(key, id) == id for key, id in other.ids.items())
         )
 
     def spelled(self, naming: Naming) -> bool:
         """Whether the names are already those of another naming."""
-        return naming.one_model if self.verbatim else self.naming.agrees(naming)
+        return naming.one_model if self.verbatim else self.naming.same_ids_as(naming)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The weights of the base model, in files or in memory."""
+"""The weights of base models, from files or from loaded models."""

@@ -1,7 +1,7 @@
-"""Base models in files: safetensors alone, sharded, or in the folders of a pipeline.
+"""Base models in safetensors files: single, sharded, or in the folders of a pipeline.
 
-Headers are read once, when the first weight is asked for; each weight is then mapped into memory
-from its file. No model is ever held as a whole.
+Headers are read once, on the first access to a weight. Each weight is then mapped into memory from
+its file; a model is never loaded whole.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from devec.base_model.layers import LOAD_IT, Layer, Model, Models, models_of_pipeline
+from devec.base_model.layers import LOAD_ADVICE, Layer, Model, ModelOpeners, models_of_pipeline
 from devec.base_model.loaded import as_loaded
 from devec.errors import FormatError, UnsupportedError, listed
 from devec.files.json_text import json_object
+from devec.files.safetensors_reader import PICKLE_ENDINGS
 from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, T5
 
-# What stands before the names of each model in files that hold several.
+# Prefixes of the layer names of each model, in files of several models.
 _PREFIXES = {
     "model.diffusion_model.": DENOISER,
     "cond_stage_model.transformer.": CLIP_L,
@@ -32,72 +33,74 @@ _PREFIXES = {
     "text_encoders.clip_g.transformer.": CLIP_G,
     "text_encoders.t5xxl.transformer.": T5,
 }
-_OPEN_CLIP = {
+_OPEN_CLIP_PREFIXES = {
     "cond_stage_model.model.": CLIP_L,
     "conditioner.embedders.0.model.": CLIP_G,
     "conditioner.embedders.1.model.": CLIP_G,
 }
 
 _ENDINGS = (".safetensors", ".sft")
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _INDEX = re.compile(r".+\.safetensors\.index(?:\.\w+)?\.json")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
-# Of several, what a library opens unless told otherwise.
-_USUAL = ("model", "diffusion_pytorch_model")
+# The stems that libraries open by default if a directory contains several files.
+_STANDARD_STEMS = ("model", "diffusion_pytorch_model")
 
-_PLAIN = ("F64", "F32", "F16", "BF16")
-_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
-# Tensors that stand in the place of a weight: GPTQ and AWQ, compressed-tensors.
-_PACKED = ("qweight", "weight_packed")
+_PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+_FLOAT8_TYPES = ("F8_E4M3", "F8_E5M2")
+# Names of packed tensors that replace a weight: GPTQ and AWQ, compressed-tensors.
+_PACKED_WEIGHTS = ("qweight", "weight_packed")
 
-_RENAMED = "name layers otherwise than the model does"
+_RENAMES_LAYERS = "name layers otherwise than the model does"
 
-# Models of transformers whose layers of these names are of the class Conv1D.
+# Models of transformers in which layers of these names are of class Conv1D.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(?:.+\.)?(?:c_attn|q_attn|c_proj|c_fc)")
 
 
-def models_in(path: Path) -> Models:
-    """The models in a file or directory.
+def models_in(path: Path) -> ModelOpeners:
+    """The models in a safetensors file, a sharded index, or the directory of a model or pipeline.
+
+    A single model is listed as a denoiser, whatever it is.
 
     Args:
-        path: A safetensors file, the index of several, a model's directory, or a pipeline's.
+        path: The file or directory.
 
     Returns:
-        Component → what opens it. The only model of a file or directory is listed as a denoiser,
-        whatever it is.
+        Component → function that opens its model.
 
     Raises:
-        FormatError: If there are no models, or not in safetensors.
+        FormatError: If there is no model in safetensors.
     """
     if (path / "model_index.json").is_file():
         return _pipeline(path)
-    files = _files_in(path) if path.is_dir() else _shards(path)
+    files = _model_files(path) if path.is_dir() else _shards(path)
     return _models(path, files)
 
 
 def model_folder(path: Path) -> Path:
-    """The directory of a model for the file or index in it that libraries open; else the path."""
-    usual = {f"{stem}.safetensors{end}" for stem in _USUAL for end in ("", ".index.json")}
-    return path.parent if path.name in usual else path
+    """The directory of the file or index that libraries open by default; else the path itself."""
+    standard = {
+        f"{stem}.safetensors{end}" for stem in _STANDARD_STEMS for end in ("", ".index.json")
+    }
+    return path.parent if path.name in standard else path
 
 
-def _pipeline(path: Path) -> Models:
-    """The models of a directory of diffusers."""
-    held = _json(path / "model_index.json")
+def _pipeline(path: Path) -> ModelOpeners:
+    """The models in the directory of a pipeline of diffusers."""
+    entries = _json(path / "model_index.json")
     classes = {
         slot: entry[1]
-        for slot, entry in held.items()
+        for slot, entry in entries.items()
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
     }
 
-    def opened(slot: str) -> Callable[[], Model]:
-        return cache(lambda: _model(path / slot, _stored_in(_files_in(path / slot))))
+    def opener(slot: str) -> Callable[[], Model]:
+        return cache(lambda: _model(path / slot, _all_entries(_model_files(path / slot))))
 
-    return models_of_pipeline(classes, str(path), opened)
+    return models_of_pipeline(classes, str(path), opener)
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _model_files(folder: Path) -> list[Path]:
     """The files of the model in a directory."""
     try:
         names = sorted(file.name for file in folder.iterdir())
@@ -107,13 +110,13 @@ def _files_in(folder: Path) -> list[Path]:
         ) from error
     weights = [n for n in names if n.endswith(_ENDINGS) and not n.startswith("adapter_model.")]
     indices = [n for n in names if _INDEX.fullmatch(n)]
-    for stem in _USUAL:
-        for usual in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if usual in names:
-                return _shards(folder / usual)
+    for stem in _STANDARD_STEMS:
+        for standard in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if standard in names:
+                return _shards(folder / standard)
     if len(indices) == 1:
         return _shards(folder / indices[0])
-    stems = {found[1] if (found := _SHARD.fullmatch(n)) else n for n in weights}
+    stems = {match[1] if (match := _SHARD.fullmatch(n)) else n for n in weights}
     if len(stems) == 1:
         return [folder / name for name in weights]
     if weights:
@@ -125,8 +128,8 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path, names: Iterable[str]) -> str:
-    """What to say of a directory without safetensors."""
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    """The message for a directory without safetensors files."""
+    pickles = [name for name in names if name.endswith(PICKLE_ENDINGS)]
     return f"{str(folder)!r} holds no .safetensors file of a base model" + (
         f", only {listed(pickles)}: {_PICKLE_ADVICE}"
         if pickles
@@ -136,12 +139,12 @@ def _no_weights(folder: Path, names: Iterable[str]) -> str:
 
 _PICKLE_ADVICE = (
     "pickles are not read for base models. Save the model with save_pretrained, which writes "
-    "safetensors, or load it and give it as it is (base=model)"
+    "safetensors, or load it and give the loaded model (base=model)"
 )
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files behind the path of one, or of an index."""
+    """The files of a model, from the path of its file or index."""
     if path.name.endswith(_ENDINGS):
         return [path]
     if not _INDEX.fullmatch(path.name):
@@ -149,7 +152,7 @@ def _shards(path: Path) -> list[Path]:
             f"{str(path)!r} is no base model: "
             + (
                 _PICKLE_ADVICE
-                if path.suffix in _PICKLES
+                if path.suffix in PICKLE_ENDINGS
                 else "expected a .safetensors file, the "
                 "index of several (.safetensors.index.json), or a directory"
             )
@@ -167,8 +170,8 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-class _Stored(NamedTuple):
-    """What a header says of a tensor."""
+class _HeaderEntry(NamedTuple):
+    """The entry of a tensor in the header of a file."""
 
     file: Path
     key: str
@@ -176,22 +179,22 @@ class _Stored(NamedTuple):
     type: str
 
 
-def _stored(path: Path) -> dict[str, _Stored]:
-    """Key → what the header of a file says."""
+def _header_entries(path: Path) -> dict[str, _HeaderEntry]:
+    """Key → entry in the header of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {
-                key: _Stored(path, key, tuple(tensor.get_shape()), tensor.get_dtype())
+                key: _HeaderEntry(path, key, tuple(tensor.get_shape()), tensor.get_dtype())
                 for key, tensor in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise FormatError(_unreadable(path, error)) from error
 
 
-def _stored_in(files: Iterable[Path]) -> dict[str, _Stored]:
-    """Key → what the headers of files say."""
-    return {key: known for path in files for key, known in _stored(path).items()}
+def _all_entries(files: Iterable[Path]) -> dict[str, _HeaderEntry]:
+    """Key → entry in the headers of files."""
+    return {key: entry for path in files for key, entry in _header_entries(path).items()}
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -201,67 +204,73 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def _models(path: Path, files: Iterable[Path]) -> Models:
-    """The models in files: one, or several told apart by prefixes."""
-    stored = _stored_in(files)
-    held: dict[str, dict[str, _Stored]] = defaultdict(dict)
-    models: Models = {}
-    for key in stored:
+def _models(path: Path, files: Iterable[Path]) -> ModelOpeners:
+    """The models in files: one, or several distinguished by prefixes."""
+    entries = _all_entries(files)
+    by_component: dict[str, dict[str, _HeaderEntry]] = defaultdict(dict)
+    openers: ModelOpeners = {}
+    for key in entries:
         for prefix, component in _PREFIXES.items():
             if key.startswith(prefix):
-                held[component][key.removeprefix(prefix)] = stored[key]
-        for prefix, component in _OPEN_CLIP.items():
+                by_component[component][key.removeprefix(prefix)] = entries[key]
+        for prefix, component in _OPEN_CLIP_PREFIXES.items():
             if key.startswith(prefix):
-                models[component] = partial(_refuse_open_clip, path)
-    if not held:
-        return {DENOISER: cache(partial(_model, path, stored))}
-    return models | {c: cache(partial(_model, path, own)) for c, own in held.items()}
+                openers[component] = partial(_refuse_open_clip, path)
+    if not by_component:
+        return {DENOISER: cache(partial(_model, path, entries))}
+    return openers | {c: cache(partial(_model, path, own)) for c, own in by_component.items()}
 
 
 def _refuse_open_clip(path: Path) -> Model:
     raise UnsupportedError(
         f"{str(path)!r} holds this text encoder under the names of OpenCLIP, which are not those "
-        "of adapters; give the model in the form of diffusers (a directory with model_index.json), "
-        "or the loaded pipeline (base=pipe)"
+        "of adapters; give the model in the format of diffusers (a directory with "
+        "model_index.json), or the loaded pipeline (base=pipe)"
     )
 
 
-def _model(path: Path, stored: Mapping[str, _Stored]) -> Model:
-    """A model from what the headers say, and the configuration beside it."""
+def _model(path: Path, entries: Mapping[str, _HeaderEntry]) -> Model:
+    """A model from the entries of headers and the configuration beside the files."""
     config = _config(path)
     architecture = next(iter(config.get("architectures") or []), "") if path.is_dir() else ""
     if config.get("quantization_config"):
         if architecture:
             return as_loaded(path, architecture, "are quantised")
-        raise UnsupportedError(f"{str(path)!r} is quantised (quantization_config); {LOAD_IT}")
-    ends: dict[str, set[str]] = defaultdict(set)
-    for key in stored:
-        layer, _, end = key.rpartition(".")
-        ends[layer].add(end)
-    types = set(_model_types(config))
-    conv1d = types & set(_CONV1D_MODELS)
-    layers = {}
-    for name, known in ends.items():
-        weight = next((end for end in ("weight", *_PACKED) if end in known), "")
-        if not weight or not name or len(stored[f"{name}.{weight}"].shape) < 2:
-            continue
-        found = stored[f"{name}.{weight}"]
-        load = partial(_load, found, quantised=_is_quantised(found, weight, known))
-        shape = (found.shape[0], math.prod(found.shape[1:]))
-        # a kernel is never stored transposed, even if its matrix would fit the other way round
-        certain = len(found.shape) > 2 or (bool(types) and shape[0] == shape[1])
-        turned = bool(conv1d and _CONV1D.fullmatch(name)) or (False if certain else None)
-        layers[name] = Layer(shape, load, turned)
+        raise UnsupportedError(f"{str(path)!r} is quantised (quantization_config); {LOAD_ADVICE}")
     return Model(
         str(path),
-        layers,
+        _layers(entries, set(_model_types(config))),
         untied=config.get("tie_word_embeddings") is False,
-        in_memory=cache(partial(as_loaded, path, architecture, _RENAMED)) if architecture else None,
+        in_memory=(
+            cache(partial(as_loaded, path, architecture, _RENAMES_LAYERS)) if architecture else None
+        ),
     )
 
 
+def _layers(entries: Mapping[str, _HeaderEntry], types: Collection[str]) -> dict[str, Layer]:
+    """Name → layer with a weight, in a model of given types (empty if unknown)."""
+    ends: dict[str, set[str]] = defaultdict(set)
+    for key in entries:
+        layer, _, end = key.rpartition(".")
+        ends[layer].add(end)
+    has_conv1d = not set(_CONV1D_MODELS).isdisjoint(types)
+    layers = {}
+    for name, own in ends.items():
+        weight = next((end for end in ("weight", *_PACKED_WEIGHTS) if end in own), "")
+        if not weight or not name or len(entries[f"{name}.{weight}"].shape) < 2:
+            continue
+        entry = entries[f"{name}.{weight}"]
+        load = partial(_load, entry, quantised=_is_quantised_entry(entry, weight, own))
+        shape = (entry.shape[0], math.prod(entry.shape[1:]))
+        # a kernel is never stored transposed, even if its matrix would fit the other way round
+        is_plain = len(entry.shape) > 2 or (bool(types) and shape[0] == shape[1])
+        transposed = (has_conv1d and bool(_CONV1D.fullmatch(name))) or (False if is_plain else None)
+        layers[name] = Layer(shape, load, transposed)
+    return layers
+
+
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """The types of a model and of those it is made of, as its configuration has them."""
+    """The types of a model and of its submodels in its configuration."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]
     for value in config.values():
@@ -269,29 +278,29 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _model_types(value)
 
 
-def _is_quantised(stored: _Stored, end: str, ends: Collection[str]) -> bool:
-    """Whether a weight needs more than its own tensor to be known."""
-    if stored.type in _EIGHT_BITS:
+def _is_quantised_entry(entry: _HeaderEntry, end: str, ends: Collection[str]) -> bool:
+    """Whether the values of a weight depend on more than its own tensor."""
+    if entry.type in _FLOAT8_TYPES:
         return any("scale" in other for other in ends)
-    return end in _PACKED or stored.type not in _PLAIN
+    return end in _PACKED_WEIGHTS or entry.type not in _PLAIN_TYPES
 
 
-def _load(stored: _Stored, *, quantised: bool) -> Tensor:
-    """A weight, mapped from its file."""
+def _load(entry: _HeaderEntry, *, quantised: bool) -> Tensor:
+    """Load a weight, mapped from its file."""
     if quantised:
         raise UnsupportedError(
-            f"{stored.key!r} of {str(stored.file)!r} is quantised ({stored.type}); {LOAD_IT}"
+            f"{entry.key!r} of {str(entry.file)!r} is quantised ({entry.type}); {LOAD_ADVICE}"
         )
     try:
-        with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored.key)
+        with safe_open(entry.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(entry.key)
             return tensor
     except (SafetensorError, OSError) as error:
-        raise FormatError(_unreadable(stored.file, error)) from error
+        raise FormatError(_unreadable(entry.file, error)) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The configuration beside a model's weights, empty if there is none."""
+    """The configuration beside the weights of a model, empty if there is none."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     return _json(config) if config.is_file() else {}
 

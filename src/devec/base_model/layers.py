@@ -1,7 +1,7 @@
-"""The layers of a base model by name, and which of them a module of an adapter stands for.
+"""The layers of a base model, and finding the layers that a module of an adapter changes.
 
-The model may be named otherwise than the adapter, fused or split otherwise, and stand on its own
-where the adapter was trained on a part of something larger, or the other way round.
+Model and adapter may name, fuse and split layers differently, and either may be of a part of what
+the other is of.
 """
 
 from __future__ import annotations
@@ -18,18 +18,26 @@ import torch
 from torch import Tensor
 
 from devec.errors import IncompatibleError, UnsupportedError, listed
-from devec.files.safetensors_reader import STORAGE_DTYPES
-from devec.naming.detection import family_of
+from devec.files.safetensors_reader import FLOAT8_DTYPES, STORAGE_DTYPES
+from devec.naming.detection import detect_family
 from devec.naming.families import Family, flat
-from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
-from devec.naming.tables import parts_of
+from devec.naming.module_id import (
+    CLIP_G,
+    CLIP_L,
+    DENOISER,
+    DENOISER_2,
+    DENOISERS,
+    T5,
+    ModuleId,
+    parse_module_id,
+)
+from devec.naming.tables import segments_of
 
-# Layers that share the weights of the input embedding, which files then hold once.
+# Layers that may share the weight of the input embedding, which files then contain once.
 _TIED_INPUTS = re.compile(r"(?:.+\.)?(?:en|de)coder\.embed_tokens")
 _TIED_OUTPUTS = re.compile(r"(?:.+\.)?(?:lm_head(?:\.decoder)?|cls\.predictions\.decoder)")
 _EMBEDDING = re.compile(r"(?:.+\.)?(?:shared|embed_tokens|wte|tokens_embed|word_embeddings)")
 _PEFT_PREFIX = "base_model.model."
-_WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)  # bfloat16 holds each of their values
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +45,9 @@ class Layer:
     """A layer of a base model that has a weight.
 
     Attributes:
-        shape: Shape of the weight, that of a convolution flattened.
-        load: Gives the weight as it is stored.
-        transposed: Whether it is stored as (in, out); None if that is not known.
+        shape: Shape of the weight, flattened to two dimensions.
+        load: Loads the weight as it is stored.
+        transposed: Whether the weight is stored as (in, out); None if unknown.
     """
 
     shape: tuple[int, int]
@@ -48,7 +56,7 @@ class Layer:
 
 
 class Rows(NamedTuple):
-    """Some rows of a layer: `size` of `total` equal shares, from share `first` on."""
+    """Some rows of a layer: `size` of `total` equal shares, beginning with share `first`."""
 
     name: str
     first: int = 0
@@ -58,13 +66,13 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One model, by the names of its layers.
+    """One model of a base model: its layers by name.
 
     Attributes:
-        where: The file, folder or object it is in, for messages.
+        where: The file, folder or object of the model, for messages.
         layers: Dotted name → layer.
-        untied: Whether its output layer is known to have a weight of its own.
-        in_memory: Gives the same model by the names it has in memory, where those may differ.
+        untied: Whether the output layer is known not to share the weight of the input embedding.
+        in_memory: Opens the same model with its layer names in memory, if those may differ.
     """
 
     where: str
@@ -82,14 +90,14 @@ class Model:
         *,
         hint: bool,
     ) -> Tensor:
-        """The weight of a module, as it is stored but as the map from inputs to outputs.
+        """Read the weight of a module in its stored dtype, as (out, in).
 
         Args:
             module: Id of the module in an adapter.
-            shape: Shape (out, in) that the adapter wants.
-            family: The tables of the model's family, if the adapter knows it.
-            transposed: Whether the layer stores its weight as (in, out), None if not known.
-            hint: Whether square weights do, of which nothing is known.
+            shape: Shape (out, in) of the module in the adapter.
+            family: The tables of the model's family, if known from the adapter.
+            transposed: Whether the layer stores its weight as (in, out), None if unknown.
+            hint: Value of `transposed` for square weights if nothing else tells.
 
         Returns:
             The weight.
@@ -104,9 +112,9 @@ class Model:
                 raise
             return self.in_memory().read(module, shape, family, transposed, hint=hint)
         if len(rows) > 1 or rows[0].size < rows[0].total:
-            weight = torch.cat([self._share(part) for part in rows])
+            weight = torch.cat([self._load_rows(part) for part in rows])
         else:
-            weight = self._whole(rows[0].name, shape, transposed, hint=hint)
+            weight = self._load_oriented(rows[0].name, shape, transposed, hint=hint)
         if weight.shape != shape:
             names = listed([part.name for part in rows])
             raise IncompatibleError(
@@ -116,20 +124,21 @@ class Model:
             )
         return weight
 
-    def _whole(
+    def _load_oriented(
         self, name: str, shape: tuple[int, int], transposed: bool | None, *, hint: bool
     ) -> Tensor:
-        """The weight of a layer, turned around if it is stored that way."""
-        layer, weight = self.layers[name], self._loaded(name)
-        turned = layer.transposed if transposed is None else transposed
-        if turned is None:
+        """Load the weight of a layer as (out, in)."""
+        layer, weight = self.layers[name], self._load(name)
+        if transposed is None:
+            transposed = layer.transposed
+        if transposed is None:
             square = shape[0] == shape[1]
-            turned = hint if square else weight.shape == shape[::-1]
-        return weight.mT if turned else weight
+            transposed = hint if square else weight.shape == shape[::-1]
+        return weight.mT if transposed else weight
 
-    def _share(self, rows: Rows) -> Tensor:
-        """Some rows of a layer."""
-        weight = self._loaded(rows.name)
+    def _load_rows(self, rows: Rows) -> Tensor:
+        """Load some rows of a layer."""
+        weight = self._load(rows.name)
         unit, rest = divmod(len(weight), rows.total)
         if rest:
             raise IncompatibleError(
@@ -139,10 +148,10 @@ class Model:
             )
         return weight[unit * rows.first : unit * (rows.first + rows.size)]
 
-    def _loaded(self, name: str) -> Tensor:
-        """The weight of a layer as stored, as a matrix."""
+    def _load(self, name: str) -> Tensor:
+        """Load the weight of a layer as a matrix, with 8-bit floats converted to bfloat16."""
         weight = self.layers[name].load()
-        if weight.dtype in _WIDENED:
+        if weight.dtype in FLOAT8_DTYPES:
             weight = weight.to(torch.bfloat16)
         if weight.dtype not in STORAGE_DTYPES.values():
             raise UnsupportedError(
@@ -152,32 +161,32 @@ class Model:
         return weight.flatten(1)
 
     def _find(self, module: str, shape: tuple[int, int], family: Family | None) -> Sequence[Rows]:
-        """The rows that a module of an adapter stands for."""
-        name = parse(module)
+        """The rows that a module of an adapter changes."""
+        name = parse_module_id(module)
         for exact in (module, module.removeprefix(_PEFT_PREFIX), name.path):
             if exact in self.layers:
                 return [Rows(exact)]
         index = self._index(name.component, family or self._family)
-        found = [index.get(p.name, []) for p in parts_of(name, shape, family or self._family)]
+        found = [index.get(p.name, []) for p in segments_of(name, shape, family or self._family)]
         if not all(found) and (family is None or name.component not in DENOISERS):
-            found = [self._tails(name) or self._tied(name)]
-        several = [rows.name for candidates in found for rows in candidates[1:]]
-        if not all(found) or several:
-            raise IncompatibleError(self._not_found(name, [f[0].name for f in found if f], several))
-        return _together([candidates[0] for candidates in found])
+            found = [self._by_suffix(name) or self._tied(name)]
+        others = [rows.name for candidates in found for rows in candidates[1:]]
+        if not all(found) or others:
+            raise IncompatibleError(self._not_found(name, [f[0].name for f in found if f], others))
+        return _merge_adjacent([candidates[0] for candidates in found])
 
     @cached_property
     def _family(self) -> Family | None:
-        """The family that the model's own names and shapes tell, if there are tables of it."""
-        return family_of({name: layer.shape for name, layer in self.layers.items()}, "")[1]
+        """The family that the names and shapes of the layers show, None if there are no tables."""
+        return detect_family({name: layer.shape for name, layer in self.layers.items()}, "")[1]
 
     def _index(self, component: str, family: Family | None) -> dict[str, list[Rows]]:
-        """Part → the rows that hold it, the model taken for a component."""
+        """Name of a part → the rows that contain it, if the model is a given component."""
         key = (component, family.name if family else "")
         if key not in self._indices:
             index: dict[str, list[Rows]] = defaultdict(list)
             for name, layer in self.layers.items():
-                parts = parts_of(Name("", component, name, flat=False), layer.shape, family)
+                parts = segments_of(ModuleId("", component, name, flat=False), layer.shape, family)
                 first, total = 0, sum(part.size for part in parts)
                 for part in parts:
                     index[part.name].append(Rows(name, first, part.size, total))
@@ -185,52 +194,52 @@ class Model:
             self._indices[key] = index
         return self._indices[key]
 
-    def _tails(self, name: Name) -> list[Rows]:
-        """The layers whose names end with that of a module, or the other way round."""
+    def _by_suffix(self, name: ModuleId) -> list[Rows]:
+        """The layers whose names are a suffix of the module's, or end with the module's name."""
         wanted = flat(name.path)
-        inside = set() if name.flat else set(_shorter(name.path))
+        suffixes = set() if name.flat else set(_flat_suffixes(name.path))
         return [
             Rows(layer)
             for layer in self.layers
-            if flat(layer) in inside or wanted in _shorter(layer)
+            if flat(layer) in suffixes or wanted in _flat_suffixes(layer)
         ]
 
-    def _tied(self, name: Name) -> list[Rows]:
+    def _tied(self, name: ModuleId) -> list[Rows]:
         """The input embedding, for a layer that shares its weight."""
         shares = bool(_TIED_INPUTS.fullmatch(name.path))
         shares |= not self.untied and bool(_TIED_OUTPUTS.fullmatch(name.path))
         return [Rows(n) for n in self.layers if _EMBEDDING.fullmatch(n)] if shares else []
 
-    def _not_found(self, name: Name, found: list[str], several: list[str]) -> str:
-        """Why a module cannot be found."""
-        if several:
-            return f"{self.where} has several layers that this could be: {listed(found + several)}"
+    def _not_found(self, name: ModuleId, found: list[str], others: list[str]) -> str:
+        """The message for a module that matches no layer, or several."""
+        if others:
+            return f"{self.where} has several layers that this could be: {listed(found + others)}"
         dotted = {flat(n): n for n in self.layers}
         near = get_close_matches(flat(name.path), dotted, 3, 0.5)
         return (
             f"{self.where} has no such layer"
             + (f"; the nearest are {listed([dotted[n] for n in near])}" if near else "")
             + ". Give the base model that the adapter was trained on; if this is it under other "
-            "names, give it in the form of diffusers or transformers"
+            "names, give it in the format of diffusers or transformers"
         )
 
 
-LOAD_IT = (
-    "load the model as it is used and give that (base=model), PEFT dequantises the weights of a "
-    "loaded model"
+LOAD_ADVICE = (
+    "load the model as you use it and give it as the base model (base=model); PEFT dequantises the "
+    "weights of a loaded model"
 )
 
 
-def _shorter(name: str) -> Iterator[str]:
-    """The flat name of a dotted one, and of what is behind its dots up to the first number."""
-    head = ""  # without its number, one layer would stand for those of all blocks
+def _flat_suffixes(name: str) -> Iterator[str]:
+    """The flat names of a dotted name and of its suffixes, up to the first number."""
+    head = ""  # without its number, a layer would match the layers of all blocks
     while name and not head.isdigit():
         yield flat(name)
         head, _, name = name.partition(".")
 
 
-def _together(rows: Sequence[Rows]) -> list[Rows]:
-    """Rows with those put together that follow each other in one layer."""
+def _merge_adjacent(rows: Sequence[Rows]) -> list[Rows]:
+    """Rows, with those merged that follow each other in one layer."""
     result: list[Rows] = []
     for part in rows:
         last = result[-1] if result else None
@@ -241,9 +250,9 @@ def _together(rows: Sequence[Rows]) -> list[Rows]:
     return result
 
 
-Models = dict[str, Callable[[], Model]]  # component → opens the model
+ModelOpeners = dict[str, Callable[[], Model]]  # component → function that opens the model
 
-_SLOTS = {
+_COMPONENTS = {
     "unet": DENOISER,
     "transformer": DENOISER,
     "text_encoder": CLIP_L,
@@ -253,36 +262,36 @@ _SLOTS = {
 
 
 def models_of_pipeline(
-    classes: Mapping[str, str], where: str, opened: Callable[[str], Callable[[], Model]]
-) -> Models:
+    classes: Mapping[str, str], where: str, opener: Callable[[str], Callable[[], Model]]
+) -> ModelOpeners:
     """The models of a pipeline that adapters change.
 
     Args:
         classes: Name of a model in the pipeline → name of its class.
         where: The pipeline, for messages.
-        opened: Gives the function that opens a model.
+        opener: Name of a model in the pipeline → function that opens it.
 
     Returns:
-        Component → what opens it.
+        Component → function that opens its model.
     """
-    models: Models = {}
-    for slot, component in _SLOTS.items():
+    openers: ModelOpeners = {}
+    for slot, component in _COMPONENTS.items():
         if slot in classes:
             is_t5 = component != DENOISER and "T5" in classes[slot]
-            models[T5 if is_t5 else component] = opened(slot)
+            openers[T5 if is_t5 else component] = opener(slot)
     if "transformer_2" in classes:
-        models[DENOISER] = _two_denoisers(where)
-        models[DENOISER_2] = opened("transformer_2")
-    return models
+        openers[DENOISER] = _refuse_two_denoisers(where)
+        openers[DENOISER_2] = opener("transformer_2")
+    return openers
 
 
-def _two_denoisers(where: str) -> Callable[[], Model]:
-    """What stands for the denoiser where there are two, of which an adapter names none."""
+def _refuse_two_denoisers(where: str) -> Callable[[], Model]:
+    """The opener of the denoiser in a pipeline of two, for adapters that do not say which."""
 
     def refuse() -> Model:
         raise IncompatibleError(
-            f"{where} has two denoisers, and which of them the adapter is for cannot be told; "
-            "give the one (its folder, or the model itself)"
+            f"{where} has two denoisers, and the adapter does not tell which of them it is for; "
+            "give that one (its folder, or the model itself)"
         )
 
     return refuse

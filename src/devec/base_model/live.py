@@ -1,4 +1,4 @@
-"""Base models in memory: of transformers, of diffusers, with adapters in them or without."""
+"""Base models in memory: of transformers or diffusers, with or without adapters."""
 
 from __future__ import annotations
 
@@ -10,51 +10,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from devec.base_model.layers import Layer, Model, Models, models_of_pipeline
+from devec.base_model.layers import Layer, Model, ModelOpeners, models_of_pipeline
 from devec.errors import IncompatibleError, UnsupportedError
+from devec.files.safetensors_reader import FLOAT8_DTYPES
 from devec.naming.module_id import DENOISER
 
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-_loading = Lock()
+# Held while a weight is read, as dequantising and loading may replace it for a moment.
+_reading = Lock()
 
 
 def is_live(base: object) -> bool:
-    """Whether an object is a model, or a pipeline of models."""
+    """Whether an object is a model or a pipeline of models."""
     return isinstance(base, nn.Module) or isinstance(getattr(base, "components", None), Mapping)
 
 
-def label(base: object) -> str:
-    """A name for a live model that no other has while it lives, the same with adapters on it."""
+def live_source(base: object) -> str:
+    """The identity of a live model, the same with and without adapters: class and address."""
     base = _without_adapters(base)
     return f"{type(base).__name__} in memory at {id(base):#x}"
 
 
-def live_models(base: object) -> Models:
-    """The models in a live object.
-
-    Args:
-        base: A model or a pipeline.
-
-    Returns:
-        Component → what opens it; a single model is listed as a denoiser, whatever it is.
-    """
+def live_models(base: object) -> ModelOpeners:
+    """Component → function that opens its model; a single model is listed as a denoiser."""
     if isinstance(base, nn.Module):
         return {DENOISER: cache(partial(live_model, base))}
-    held = {
+    models = {
         slot: model
         for slot, model in getattr(base, "components", {}).items()
         if isinstance(model, nn.Module)
     }
-    classes = {slot: type(_without_adapters(model)).__name__ for slot, model in held.items()}
+    classes = {slot: type(_without_adapters(model)).__name__ for slot, model in models.items()}
     return models_of_pipeline(
-        classes, type(base).__name__, lambda slot: cache(partial(live_model, held[slot]))
+        classes, type(base).__name__, lambda slot: cache(partial(live_model, models[slot]))
     )
 
 
 def _without_adapters(base: Any) -> Any:  # noqa: ANN401
-    """The model inside of PEFT's wrappers."""
+    """The model inside of a PEFT model, or the model itself."""
     from peft import PeftMixedModel, PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -65,49 +57,44 @@ def _without_adapters(base: Any) -> Any:  # noqa: ANN401
 
 
 def live_model(base: nn.Module) -> Model:
-    """A live model by the names of its layers, those of adapters left out.
-
-    Args:
-        base: The model.
-
-    Returns:
-        The model; weights are taken from it when they are read.
-    """
-    changed_by = _changed_by(base)
+    """The layers of a live model, without those of adapters; weights are read on access."""
+    changed_by = _weight_changing_adapter(base)
     layers = {
-        found.name: Layer(
-            _shape(found.module), partial(_load, found, changed_by), _is_transposed(found.module)
+        layer.name: Layer(
+            _weight_shape(layer.module),
+            partial(_read_weight, layer, changed_by),
+            _is_transposed(layer.module),
         )
-        for found in _layers("", _without_adapters(base), ())
-        if found.name and _has_weight(found.module)
+        for layer in _live_layers("", _without_adapters(base), ())
+        if layer.name and _has_weight(layer.module)
     }
-    return Model(label(base), layers)
+    return Model(live_source(base), layers)
 
 
-class _Found(NamedTuple):
-    """A layer of a live model, and what PEFT has put around it."""
+class _LiveLayer(NamedTuple):
+    """A layer of a live model, and PEFT's wrappers around it."""
 
     name: str
     module: nn.Module
     wrappers: tuple[Any, ...]
 
 
-def _layers(name: str, module: Any, wrappers: tuple[Any, ...]) -> Iterator[_Found]:  # noqa: ANN401
-    """All layers, by the names they have without adapters."""
+def _live_layers(name: str, module: Any, wrappers: tuple[Any, ...]) -> Iterator[_LiveLayer]:  # noqa: ANN401
+    """All layers, with their names without adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         wrappers = (*wrappers, module)
-        whole = isinstance(module, AuxiliaryTrainingWrapper)
-        module = module.original_module if whole else module.base_layer
-    yield _Found(name, module, wrappers)
+        has_copies = isinstance(module, AuxiliaryTrainingWrapper)
+        module = module.original_module if has_copies else module.base_layer
+    yield _LiveLayer(name, module, wrappers)
     for child, inner in module.named_children():
-        yield from _layers(f"{name}.{child}" if name else child, inner, wrappers)
+        yield from _live_layers(f"{name}.{child}" if name else child, inner, wrappers)
 
 
 def _is_quantised(module: Any) -> bool:  # noqa: ANN401
-    """Whether the weight of a layer is kept in a form of which PEFT makes a tensor."""
+    """Whether the weight of a layer is quantised in a way that PEFT can dequantise."""
     weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -118,14 +105,14 @@ def _is_quantised(module: Any) -> bool:  # noqa: ANN401
 
 
 def _has_weight(module: Any) -> bool:  # noqa: ANN401
-    """Whether a layer has a weight that an adapter can change, in whatever form."""
+    """Whether a layer has a weight that an adapter can change, quantised or not."""
     weight = getattr(module, "weight", None)
     packed = _is_quantised(module) or hasattr(module, "qweight")
     return packed or (isinstance(weight, Tensor) and weight.ndim > 1)
 
 
-def _shape(module: Any) -> tuple[int, int]:  # noqa: ANN401
-    """The shape of a layer's weight; a quantised one is stored in another."""
+def _weight_shape(module: Any) -> tuple[int, int]:  # noqa: ANN401
+    """The shape (out, in) of the weight of a layer, also if it is quantised."""
     if _is_quantised(module) or hasattr(module, "qweight"):
         return module.out_features, module.in_features
     return module.weight.shape[0], module.weight.shape[1:].numel()
@@ -140,37 +127,37 @@ def _is_transposed(module: nn.Module) -> bool | None:
     return False if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
 
 
-def _changed_by(base: nn.Module) -> str:
-    """The adapter whose initialisation has changed the base weights, empty if there is none."""
+def _weight_changing_adapter(base: nn.Module) -> str:
+    """An adapter whose initialisation changed the base weights, for messages; or empty."""
     configs: dict[str, Any] = {}
     for holder in (base, _without_adapters(base)):
-        held = getattr(holder, "peft_config", None)
-        configs |= held if isinstance(held, dict) else {}
+        own = getattr(holder, "peft_config", None)
+        configs |= own if isinstance(own, dict) else {}
     inits = {name: str(getattr(c, "init_lora_weights", True)) for name, c in configs.items()}
     return next((f"{n!r} ({init})" for n, init in inits.items() if not is_plain_init(init)), "")
 
 
-def _load(found: _Found, changed_by: str) -> Tensor:
-    """The weight of a layer; one at a time, as some are changed and put back meanwhile."""
-    with _loading:
-        return _weight(found, changed_by)
+def _read_weight(layer: _LiveLayer, changed_by: str) -> Tensor:
+    """The base weight of a layer; threads wait for each other."""
+    with _reading:
+        return _base_weight(layer, changed_by)
 
 
-def _weight(found: _Found, changed_by: str) -> Tensor:
-    """The weight of a layer as the model computes with it now."""
+def _base_weight(layer: _LiveLayer, changed_by: str) -> Tensor:
+    """The base weight of a layer, loaded and dequantised if needed; refused if it was changed."""
     from peft.utils.integrations import dequantize_module_weight
 
-    name, module = found.name, found.module
-    if found.wrappers and changed_by:
+    name, module = layer.name, layer.module
+    if layer.wrappers and changed_by:
         raise IncompatibleError(
-            f"the adapter {changed_by} changed the weight of layer {name!r} when it was made, so "
-            "that it is not that of the base model; load the base model without the adapter"
+            f"the adapter {changed_by} changed the weight of layer {name!r} when it was created, "
+            "so it is not that of the base model; load the base model without the adapter"
         )
-    merged = [name for wrapper in found.wrappers for name in wrapper.merged_adapters]
+    merged = [adapter for wrapper in layer.wrappers for adapter in wrapper.merged_adapters]
     if merged:
         raise IncompatibleError(
             f"the adapter {merged[0]!r} is merged into layer {name!r} of the loaded model, so its "
-            "weight is not that of the base model; take it out first (unmerge_adapter(), "
+            "weight is not that of the base model; unmerge it first (unmerge_adapter(), "
             "unfuse_lora())"
         )
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -179,11 +166,11 @@ def _weight(found: _Found, changed_by: str) -> Tensor:
         weight: Any = module.weight
         with torch.no_grad():
             dequantised: Tensor = dequantize_module_weight(module)
-        module.weight = weight  # PEFT may leave a copy, which on a CPU no longer computes
+        module.weight = weight  # PEFT may replace it by a copy that cannot compute on a CPU
         return dequantised.detach()
     weight = getattr(module, "weight", None)
-    eight_bits = isinstance(weight, Tensor) and weight.dtype in _EIGHT_BITS
-    scaled = eight_bits and any("scale" in key for key in module.state_dict())
+    is_float8 = isinstance(weight, Tensor) and weight.dtype in FLOAT8_DTYPES
+    scaled = is_float8 and any("scale" in key for key in module.state_dict())
     if not isinstance(weight, Tensor) or scaled:
         raise UnsupportedError(
             f"layer {name!r} of the loaded model ({type(module).__name__}) is quantised in a way "
@@ -193,7 +180,7 @@ def _weight(found: _Found, changed_by: str) -> Tensor:
 
 
 def _offloaded(name: str, module: nn.Module) -> Tensor:
-    """The weight of a layer that accelerate has put elsewhere."""
+    """The weight of a layer that accelerate has offloaded."""
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
@@ -207,9 +194,9 @@ def _offloaded(name: str, module: nn.Module) -> Tensor:
 
 
 def is_plain_init(init: str) -> bool:
-    """Whether an initialisation leaves the base weight what it was."""
+    """Whether an initialisation of LoRA leaves the base weight unchanged."""
     return init.lower() in _PLAIN_INITS
 
 
-# Initialisations under which the base weight stays what it was, so that B·A is the whole change.
+# Initialisations that do not change the base weight, so that the delta is B·A alone.
 _PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica", "none")

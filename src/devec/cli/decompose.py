@@ -28,7 +28,7 @@ from devec.cli.shared.sources import begin_reading, read_sources
 from devec.cli.shared.tables import print_nearest, progress_bar
 
 if TYPE_CHECKING:
-    from devec.streaming.decompose_to import Written
+    from devec.streaming.written import WrittenDecomposition
 
 
 def decompose_command(
@@ -73,13 +73,12 @@ def decompose_command(
     """
     require_report(json, sources, overwrite=overwrite)
     begin_reading(sources)
-    from devec.streaming.decompose_to import Form, decompose_to
+    from devec.streaming.decompose_to import decompose_to
     from devec.streaming.processes import Team, launched
 
     gc.freeze()  # objects that libraries have created so far are never garbage
 
-    form = Form(storage_dtype(dtype), compact, as_lora, format)
-    level = parse_threshold(threshold)
+    storage_type, level = storage_dtype(dtype), parse_threshold(threshold)
     adapters = read_sources(sources, base, max_rank, allow_pickle=allow_pickle)
     modules = {m for a in adapters for m in a.modules}
     bar = progress_bar("decomposing", -(-len(modules) // launched()))
@@ -91,7 +90,10 @@ def decompose_command(
             method=method,
             scope=scope,
             target=target,
-            form=form,
+            dtype=storage_type,
+            compact=compact,
+            as_lora=as_lora,
+            format=format,
             device=device,
             overwrite=overwrite,
             report=(json, lambda written: json_writer(_decomposition_report(written)))
@@ -112,7 +114,7 @@ def decompose_command(
         typer.echo("Activate unique parts first: a DoRA rescales what is listed before it.")
 
 
-def _print_outputs(written: Written, json: Path | None) -> None:
+def _print_outputs(written: WrittenDecomposition, json: Path | None) -> None:
     """Print which outputs were written, removed or left."""
     paths = [*written.written.values(), *([json] if json else [])]
     if not paths:
@@ -129,7 +131,7 @@ def _print_outputs(written: Written, json: Path | None) -> None:
             typer.echo(f"{fate}: {', '.join(map(str, outputs))}")
 
 
-def _decomposition_report(parts: Written) -> dict[str, Any]:
+def _decomposition_report(parts: WrittenDecomposition) -> dict[str, Any]:
     """The full report: the record of the operation, and a row for each module and group."""
     records = parts.provenance
     return {

@@ -1,4 +1,4 @@
-"""What is asked of the modules of a pool, and what is found: the words that the split uses."""
+"""Results of a split, module by module: spectra, shared bases, parts and norms."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.decomposition.question import Kind, Threshold
-from devec.decomposition.stack import Stack
+from devec.decomposition.question import PartName, Threshold
+from devec.decomposition.stacks.stack import Stack
 from devec.deltas.delta import Delta
 
 # A part below this fraction of its original is rounding: nothing is left of it.
@@ -21,20 +21,20 @@ EMPTY_RTOL = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class ModuleSplit:
-    """What was found in one module for one group of adapters.
+    """The shared subspace of one group of adapters in one module.
 
     Attributes:
         module: Name of the module.
-        group: Names of the adapters whose subspaces were compared, in order.
-        ranks: Dimension of each adapter's column space (for scope ``"iterative"``, of what was
-            left of the target's).
-        threshold: The squared cosine that counted as shared; infinity where no overlap can be
-            beyond chance (``threshold="auto"`` and ranks that fill the space).
-        edge: The value that random subspaces of these dimensions reach.
-        spectrum: What the threshold was compared with, descending.
-        quantity: What that is: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
+        group: Names of the adapters whose column spaces were compared, in order.
+        ranks: Dimension of each adapter's column space (for scope ``"iterative"``, of the part of
+            the target's that earlier steps have left).
+        threshold: Smallest squared cosine that counted as shared; infinity where no overlap can
+            exceed chance (``threshold="auto"`` and ranks that fill the space).
+        edge: Asymptotic upper edge of the spectrum for random subspaces of these dimensions.
+        spectrum: The values that were compared with the threshold, descending.
+        quantity: Their name: ``"cos²"``, or ``"eigenvalue"`` for a chain of three or more.
         basis: Z, orthonormal basis of the shared subspace, shape (out, shared rank); without
-            values (on the device ``"meta"``) where results went to files.
+            values (on the device ``"meta"``) where results were written to files.
         norms: For each adapter of the group, ‖ΔW‖_F.
         shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
     """
@@ -57,29 +57,26 @@ class ModuleSplit:
 
     @property
     def largest(self) -> float:
-        """The largest overlap found, on the scale of squared cosines; 0 without any."""
+        """The largest value of the spectrum; 0 if the spectrum is empty."""
         return float(self.spectrum[0]) if self.spectrum.numel() else 0.0
 
 
 class Part(NamedTuple):
-    """A part of some modules.
+    """Some modules of a part.
 
     Attributes:
-        kind: What part it is.
-        name: The adapter, or of scope ``"pairwise"`` the pair, that it belongs to; empty for the
-            common vector.
+        name: Which part it is.
         deltas: Module → delta; None where the part is zero.
-        norms: ‖ΔW‖_F of each, of parts of an adapter.
+        norms: ‖ΔW‖_F of each module, for unique and shared parts of one adapter.
     """
 
-    kind: Kind
-    name: str
+    name: PartName
     deltas: Mapping[str, Delta | None]
     norms: Sequence[float] = ()
 
 
 class Norms(NamedTuple):
-    """Norms over all modules, of weights and of biases apart: either may be all that there is.
+    """Norms over all modules, of weights and of biases apart, since a part may have either alone.
 
     Attributes:
         weights: Frobenius norm of ΔW.
@@ -90,7 +87,7 @@ class Norms(NamedTuple):
     biases: float = 0.0
 
     def are_rounding_beside(self, original: Norms) -> bool:
-        """Whether nothing is left of an original; NaN is something, which must not go unseen."""
+        """Whether both are zero to rounding beside an original; NaN is not."""
         return (
             self.weights <= EMPTY_RTOL * original.weights
             and self.biases <= EMPTY_RTOL * original.biases
@@ -98,7 +95,7 @@ class Norms(NamedTuple):
 
 
 def is_rounding(modules: Mapping[str, Delta], original: Norms) -> bool:
-    """Whether a part is rounding beside the original; measured no further than it must be."""
+    """Whether a part is zero to rounding beside the original; stops at the first that is not."""
     norms = Norms()
     for delta in modules.values():
         delta = delta.resolved()
@@ -113,39 +110,39 @@ def is_rounding(modules: Mapping[str, Delta], original: Norms) -> bool:
 
 @dataclass
 class Findings:
-    """What was found so far.
+    """What a split has measured so far.
 
     Attributes:
         rows: A row for every module and group.
         norms: Adapter → module → ‖ΔW‖_F of the originals that were split.
         bias_norms: Adapter → module → ‖Δb‖ of originals that change the bias.
-        parts: Kind and adapter → norms of the part, as far as it was measured.
+        parts: Norms of the parts, over the modules that were measured.
     """
 
     rows: list[ModuleSplit] = field(default_factory=list)
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     bias_norms: dict[str, dict[str, float]] = field(default_factory=dict)
-    parts: dict[tuple[Kind, str], Norms] = field(default_factory=dict)
+    parts: dict[PartName, Norms] = field(default_factory=dict)
 
     def add(self, other: Findings) -> None:
-        """Take up what was found elsewhere."""
+        """Add the findings of other modules."""
         self.rows += other.rows
         for mine, others in ((self.norms, other.norms), (self.bias_norms, other.bias_norms)):
             for name, norms in others.items():
                 mine.setdefault(name, {}).update(norms)
-        for key, of_part in other.parts.items():
-            self._add_to(key, of_part)
+        for part, of_part in other.parts.items():
+            self._add_to(part, of_part)
 
     def add_part(self, part: Part) -> None:
         """Add the norms of some modules of a part."""
         biases = (delta.bias_norm() for delta in part.deltas.values() if delta is not None)
         norms = Norms(math.hypot(*part.norms), math.hypot(*biases))
-        self._add_to((part.kind, part.name), norms)
+        self._add_to(part.name, norms)
 
-    def _add_to(self, key: tuple[Kind, str], norms: Norms) -> None:
+    def _add_to(self, name: PartName, norms: Norms) -> None:
         """Add the norms of other modules of a part."""
-        before = self.parts.get(key, Norms())
-        self.parts[key] = Norms(*map(math.hypot, before, norms))
+        before = self.parts.get(name, Norms())
+        self.parts[name] = Norms(*map(math.hypot, before, norms))
 
     def of_original(self, name: str) -> Norms:
         """The norms of an adapter that was split."""
@@ -153,7 +150,7 @@ class Findings:
         return Norms(*(math.hypot(*norms.get(name, {}).values()) for norms in both))
 
     def outlined(self) -> Findings:
-        """The same with the shapes alone of the shared bases."""
+        """The same findings, with shapes in the place of the shared bases."""
         rows = [dataclasses.replace(row, basis=row.basis.to("meta")) for row in self.rows]
         return dataclasses.replace(self, rows=rows)
 
@@ -168,16 +165,8 @@ class Findings:
             self.bias_norms.setdefault(name, {}).update(stack.named(stack.bias_norms(name)))
 
 
-def nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
-    """A sentence on the largest overlap found and what to try, where nothing is shared.
-
-    Args:
-        splits: What was found, a row per module and group.
-        asked: The threshold that was asked for.
-
-    Returns:
-        The sentence.
-    """
+def nothing_shared(splits: Sequence[ModuleSplit], threshold: Threshold) -> str:
+    """The message for a pool that shares nothing: its largest overlap, and what to try."""
     compared = [split for split in splits if split.spectrum.numel()]
     if not splits:
         return "Nothing is shared: no module is in all of the adapters."
@@ -202,6 +191,6 @@ def nothing_shared(splits: Sequence[ModuleSplit], asked: Threshold) -> str:
         return f"{found} But not every adapter holds that direction beyond chance."
     unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
     lower = f"{math.floor(best.largest / unit) * unit:.2g}"
-    if asked == "auto":
+    if threshold == "auto":
         return f"{found} A threshold of {lower} would take it, though chance may give as much."
     return f"{found} Try a threshold of {lower}, or auto."

@@ -1,31 +1,21 @@
-"""The main job: split a pool of adapters into what they share and what is unique to each."""
+"""`decompose`: split a pool of adapters into what they share and what is unique to each."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 
 import torch
+from torch import Tensor
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.algebra import merged_layout
-from devec.adapters.layout import Layout
-from devec.decomposition.findings import Findings, Part
-from devec.decomposition.question import Kind, Question, Threshold, names_of_split
-from devec.decomposition.request import asked
-from devec.decomposition.result import (
-    Decomposition,
-    common_part,
-    names_of,
-    not_zero,
-    part_of,
-    record_of,
-)
-from devec.decomposition.scopes import nothing_of, split
-from devec.decomposition.stack import Stack
-from devec.decomposition.stacks import stacks
-from devec.decomposition.workers import in_parallel
+from devec.decomposition.engine import run
+from devec.decomposition.findings import Findings
+from devec.decomposition.question import Threshold
+from devec.decomposition.request import validated
+from devec.decomposition.result import Decomposition, assemble, module_order, zero_part
+from devec.decomposition.scopes import SCOPES
+from devec.decomposition.stacks.build import stacks_of
 from devec.deltas.delta import Delta
 from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
@@ -44,129 +34,105 @@ def decompose(
 ) -> Decomposition:
     """Split a pool of adapters into shared and unique parts.
 
-    In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``, where the columns
-    of Z are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. Only B
-    (and a bias change) differs between an adapter and its parts: they keep its rank, alpha and
-    layout. Of a DoRA the low-rank part decides what is shared, and all of ΔW is split: the shared
-    part is a plain LoRA, the unique part a DoRA, whose rank grows by that of the shared part.
-    A module that an adapter of the pool lacks has nothing common to all: all of it is unique.
+    In every module ``shared_i = Z·Zᵀ·ΔW_i`` and ``unique_i = ΔW_i - shared_i``. The columns of Z
+    are an orthonormal basis of the subspace that the column spaces of all ΔW_i share. An adapter
+    and its parts differ in B (and in the change of the bias) only: parts keep its rank, alpha and
+    layout. The low-rank part of a DoRA decides what is shared, and all of its ΔW is split: the
+    shared part is a plain LoRA, the unique part a DoRA whose rank is that of the original plus that
+    of the shared part. A module that an adapter of the pool lacks is unique as a whole.
 
     Args:
         adapters: Two or more adapters of one base model, with different names.
-        threshold: Squared cosine above which directions count as shared, in (0, 1], or ``"auto"``:
-            the value that two random subspaces of the same ranks exceed once in a hundred cases,
-            for more than two a bound of it; then every adapter must hold the direction, too.
-        method: ``"chain"`` (the paper), ``"mean"`` (independent of order, does not shrink with the
-            number of adapters) or ``"principal"`` (two adapters).
+        threshold: Smallest squared cosine at which directions count as shared, in (0, 1], or
+            ``"auto"``: in each module the 99th percentile of the largest squared cosine between
+            random subspaces of the same ranks, for three or more adapters an upper bound of it;
+            then every adapter must also contain the direction beyond chance.
+        method: ``"chain"`` (the paper), ``"mean"`` (does not depend on the order of the adapters,
+            nor shrink with their number) or ``"principal"`` (two adapters).
         scope: ``"all"``: one shared subspace for the pool. ``"pairwise"``: one for every pair.
-            ``"iterative"``: the target loses what it shares with each of the others in turn. There
-            a step compares two subspaces, on which all methods select the same pairs, and the
-            target's member of each pair is removed.
+            ``"iterative"``: the target loses what it shares with each of the others in turn. Each
+            step compares two subspaces, for which all methods select the same pairs of directions;
+            the target's direction of each pair is removed.
         target: Name of the adapter to split, for scope ``"iterative"``.
-        device: Where to compute; by default where the tensors are. Results return to where the
-            first adapter's tensors are.
+        device: Where to compute; by default where the tensors are. Results return to the device of
+            the first adapter's tensors.
         progress: Called with the name of each module when it is done.
 
     Returns:
-        The parts; shared + unique = original to rounding of the working precision.
+        The parts. shared + unique = original, exact to rounding of the working precision.
 
     Raises:
         IncompatibleError: If the adapters do not fit together or an argument is out of range.
 
     Cost: O(Σ_i (out + in)·r_i²) per module; linear in the number of adapters for ``"chain"``. With
-    DoRAs O(out·in·Σ_i r_i) and the base weights of the modules that are worked on at a time.
+    DoRAs O(out·in·Σ_i r_i), and the base weights of the modules that are computed at a time.
 
     Reference: Damirchi et al. 2025, arXiv 2512.22511, Eq. 5-14 and §4.3.
+
+    Example:
+        >>> import devec
+        >>> from devec.demo.evaluate import POOL
+        >>> pool = [devec.Adapter.from_pretrained(POOL / name) for name in ("ink", "chalk")]
+        >>> parts = devec.decompose(pool, threshold=0.5)
+        >>> devec.distance(parts.unique["ink"] + parts.shared["ink"], pool[0]) < 1e-5
+        True
     """
-    question, adapters, layout = asked(adapters, threshold, method, scope, target)
+    question, adapters = validated(adapters, threshold, method, scope, target)
     if device is not None:
         require_device(device)
-    found = Findings()
-    parts: dict[tuple[str, str], dict[str, Delta | None]] = {}
-    pool = {a.name: a.modules for a in adapters}
-
-    def parts_of(stack: Stack) -> tuple[Findings, list[Part], Sequence[str]]:
-        one, staged = Findings(), stack.device.type == "cuda"
-        try:
-            made = [_owned(part, staged=staged) for part in split(question, stack, one)]
-        finally:
-            stack.release()  # what stays is found, and the parts
-        return one, made, stack.modules
-
-    work = list(stacks(pool, device, together=scope != "iterative"))
-    for one, made, modules in in_parallel(parts_of, work):
-        found.add(one)
-        for part in made:
-            _use_here(part)
-            parts.setdefault((part.kind, part.name), {}).update(part.deltas)
-        for module in modules if progress is not None else ():
-            progress(module)  # type: ignore[misc]
-    return _decomposition(question, adapters, layout, parts, found)
+    pool = {adapter.name: adapter.modules for adapter in adapters}
+    work = list(stacks_of(pool, device, batched=SCOPES[scope].batched))
+    sinks = {name: MemorySink() for name in question.parts}
+    findings = Findings()
+    for of_stack in run(question, work, sinks, progress=progress):
+        findings.add(of_stack)
+    order = module_order(adapters)
+    parts = {
+        name: sink.modules(pool[name.owner] if len(name.of) == 1 else {}, order)
+        for name, sink in sinks.items()
+    }
+    return assemble(question, adapters, parts, findings)
 
 
-def _use_here(part: Part) -> None:
-    """Keep memory of a part on a GPU from its stream for as long as the caller's stream uses it."""
-    for delta in part.deltas.values():
-        for tensor in () if delta is None else (delta.B, delta.A, delta.bias):
-            if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+class MemorySink:
+    """A part in memory."""
+
+    def __init__(self) -> None:
+        """Start without modules."""
+        self._deltas: dict[str, Delta | None] = {}
+
+    def accept(self, deltas: Mapping[str, Delta | None]) -> None:
+        """Store some modules, in memory that no other part shares."""
+        self._deltas.update({m: None if d is None else _owned(d) for m, d in deltas.items()})
+
+    def modules(self, originals: Mapping[str, Delta], order: Sequence[str]) -> dict[str, Delta]:
+        """The modules in order; zeros are made from originals, or left out where there is none."""
+        result: dict[str, Delta] = {}
+        for module in order:
+            delta = self._deltas.get(module)
+            if delta is not None:
+                _use_here(delta)
+                result[module] = delta
+            elif module in self._deltas and module in originals:
+                result[module] = zero_part(originals[module])
+        return result
 
 
-def _owned(part: Part, *, staged: bool) -> Part:
-    """A part whose B do not keep those of a whole stack in memory, nor memory that is pinned.
-
-    Args:
-        part: The part.
-        staged: Whether it may lie in pinned memory, as what comes from a GPU.
-
-    Returns:
-        The part.
-    """
-
-    def owned(delta: Delta) -> Delta:
-        B = delta.B
-        kept = B.untyped_storage().nbytes() == B.nbytes and not (staged and B.is_pinned())
-        return delta if kept else dataclasses.replace(delta, B=B.clone())
-
-    return part._replace(
-        deltas={m: None if delta is None else owned(delta) for m, delta in part.deltas.items()}
-    )
+def _owned(delta: Delta) -> Delta:
+    """A delta whose B neither keeps those of a whole stack in memory, nor pinned memory."""
+    B = delta.B
+    owned = B.untyped_storage().nbytes() == B.nbytes and not _is_pinned(B)
+    return delta if owned else dataclasses.replace(delta, B=B.clone())
 
 
-def _decomposition(
-    question: Question,
-    adapters: Sequence[Adapter],
-    layout: Layout | None,
-    parts: Mapping[tuple[str, str], Mapping[str, Delta | None]],
-    found: Findings,
-) -> Decomposition:
-    """The parts of a pool as adapters, in the order of its modules."""
-    record = record_of(question, adapters)
-    order = {m: i for i, m in enumerate(dict.fromkeys(m for a in adapters for m in a.modules))}
+def _is_pinned(tensor: Tensor) -> bool:
+    """Whether a tensor lies in pinned memory; asks the driver only where there can be any."""
+    made = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return made and tensor.device.type == "cpu" and tensor.is_pinned()
 
-    def held(kind: Kind, name: str) -> dict[str, Delta | None]:
-        return dict(sorted(parts.get((kind, name), {}).items(), key=lambda item: order[item[0]]))
 
-    def part(original: Adapter, kind: Kind) -> Adapter:
-        deltas = {
-            module: nothing_of(original.modules[module]) if delta is None else delta
-            for module, delta in held(kind, original.name).items()
-        }
-        return part_of(original, deltas, record, kind)
-
-    split_up = [a for a in adapters if a.name in names_of_split(question)]
-    shared = {a.name: part(a, "shared") for a in split_up}
-    for pair in combinations(adapters, 2) if question.scope == "pairwise" else ():
-        name = "+".join(names_of(pair))
-        if deltas := not_zero(held("shared", name)):
-            shared[name] = common_part(pair, merged_layout(pair), deltas, record, name)
-    common = common_part(adapters, layout, not_zero(held("common", "")), record)
-    return Decomposition(
-        unique={a.name: part(a, "unique") for a in split_up},
-        shared=shared,
-        common=common if question.scope == "all" else None,
-        splits=sorted(found.rows, key=lambda row: order[row.module]),
-        record=record,
-        norms=found.norms,
-        bias_norms=found.bias_norms,
-    )
+def _use_here(delta: Delta) -> None:
+    """Keep the memory of a delta on a GPU for as long as the caller's stream uses it."""
+    for tensor in (delta.B, delta.A, delta.bias):
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,70 +1,69 @@
-"""What is asked of a pool: which directions count as shared, and among which adapters."""
+"""What a decomposition computes: which directions count as shared, and which parts follow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from devec.linalg.chance import chance_level, pool_level
+from devec.linalg.chance import chance_level
+from devec.linalg.subspaces import Method
 
 Threshold = float | Literal["auto"]
 
 Kind = Literal["unique", "shared", "common"]
 
 
+class PartName(NamedTuple):
+    """Which part of a pool: unique or shared part of an adapter, common vector of several.
+
+    Attributes:
+        kind: ``"unique"``, ``"shared"`` or ``"common"``.
+        of: Names of the adapters that it is part of: one, a pair, or all.
+    """
+
+    kind: Kind
+    of: tuple[str, ...]
+
+    @property
+    def owner(self) -> str:
+        """The adapter, or ``"A+B"`` for a pair."""
+        return "+".join(self.of)
+
+    @property
+    def label(self) -> str:
+        """Name of the output: ``"NAME-unique"``, ``"A+B-shared"``, ``"common"``."""
+        return "common" if self.kind == "common" else f"{self.owner}-{self.kind}"
+
+
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every module: which directions count as shared, and among whom.
+    """Which directions count as shared in a module, and which parts are made of a pool.
 
     Attributes:
         names: Names of the adapters of the pool, in order.
         threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
-        method: A key of `METHODS`.
-        scope: A key of `SCOPES`.
-        target: Name of the adapter to split, for scope ``"iterative"``.
+        method: The method that finds shared subspaces.
+        scope: A key of `devec.decomposition.scopes.SCOPES`.
+        target: Name of the adapter to split; empty for scopes that split no single adapter.
+        parts: The parts that may result. Which of them are not zero is known in the end only.
     """
 
     names: tuple[str, ...]
     threshold: Threshold
-    method: str
+    method: Method
     scope: str
-    target: str = ""
+    target: str
+    parts: tuple[PartName, ...]
 
-    def level(self, n: int, ranks: Sequence[int]) -> float:
-        """The threshold for subspaces of these dimensions."""
+    def threshold_for(self, n: int, ranks: Sequence[int]) -> float:
+        """The threshold for subspaces of R^n of these dimensions."""
         if self.threshold != "auto":
             return self.threshold
-        return pool_level(n, ranks, self.method, chance_level) if all(ranks) else math.inf
+        return self.method.bound(n, ranks, chance_level) if all(ranks) else math.inf
 
-
-def planned_outputs(
-    names: Sequence[str], scope: str, target: str | None
-) -> dict[tuple[Kind, str], str]:
-    """Names of all the outputs that a decomposition can have.
-
-    Args:
-        names: Names of the adapters.
-        scope: The scope.
-        target: The adapter to split, for scope ``"iterative"``.
-
-    Returns:
-        Kind of part, and the adapter or pair that it is of → name; which of them hold anything
-        shows when it is done.
-    """
-    if scope == "pairwise":
-        pairs = ["+".join(pair) for pair in combinations(names, 2)]
-        return {("shared", pair): f"{pair}-shared" for pair in pairs}
-    kinds: tuple[Kind, Kind] = ("unique", "shared")
-    split = names if scope == "all" else [str(target)]
-    parts: dict[tuple[Kind, str], str] = {(k, n): f"{n}-{k}" for n in split for k in kinds}
-    return parts | ({("common", ""): "common"} if scope == "all" else {})
-
-
-def names_of_split(question: Question) -> list[str]:
-    """The adapters that have unique and shared parts."""
-    if question.scope == "pairwise":
-        return []
-    return [question.target] if question.scope == "iterative" else list(question.names)
+    @property
+    def split_adapters(self) -> list[str]:
+        """Names of the adapters that have a unique and a shared part."""
+        return [part.owner for part in self.parts if part.kind == "unique"]

@@ -1,4 +1,4 @@
-"""The parts of a pool of adapters."""
+"""The result of a decomposition: parts that are adapters, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.algebra import provenance
-from devec.adapters.layout import Layout
-from devec.decomposition.findings import EMPTY_RTOL, ModuleSplit, Norms, is_rounding
-from devec.decomposition.question import Question
+from devec.adapters.algebra import merged_layout, provenance
+from devec.decomposition.findings import EMPTY_RTOL, Findings, ModuleSplit, Norms, is_rounding
+from devec.decomposition.question import Kind, PartName, Question
 from devec.deltas.delta import Delta
-from devec.operations.compress import truncate
+from devec.operations.compress import truncate_adapter
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,14 +24,14 @@ class Decomposition:
     """The parts of a pool of adapters.
 
     Attributes:
-        unique: Adapter name → what is unique to it (Eq. 13). Empty for scope ``"pairwise"``.
+        unique: Adapter name → its unique part (Eq. 13). Empty for scope ``"pairwise"``.
         shared: Adapter name → its part in the shared subspace (Eq. 12); for scope ``"pairwise"``,
             ``"A+B"`` → the common vector of the pair (Eq. 14).
-        common: The common vector of the pool (Eq. 14) for scope ``"all"``, else None. Modules in
-            which nothing is shared are left out.
-        splits: What was found, a row per module and group.
-        record: Inputs, operation and parameters, as the outputs keep them.
-        norms: Adapter name → module → ‖ΔW‖_F of the original, of the adapters that were split.
+        common: The common vector of the pool (Eq. 14) for scope ``"all"``, else None. It has the
+            modules in which something is shared.
+        splits: Spectra, thresholds, shared bases and norms, a row for each module and group.
+        record: Inputs, operation and parameters, as outputs keep them.
+        norms: Adapter name → module → ‖ΔW‖_F of the original, for adapters that were split.
         bias_norms: Adapter name → module → ‖Δb‖ of the original, where it changes biases.
     """
 
@@ -63,29 +63,37 @@ class Decomposition:
         return not any(split.shared_rank for split in self.splits)
 
     def outputs(self, *, compact: bool = False) -> dict[str, Adapter]:
-        """The parts that hold anything, by the names they are written under.
+        """The parts that are not zero, by the names that their files have.
 
         Args:
-            compact: Cut every module of the shared and unique parts to its true rank and leave
-                out those of rank 0, where what is cut is below 1e-6 of the original module.
+            compact: Whether to cut every module of the shared and unique parts to its numerical
+                rank, and to leave out modules of rank 0. What is cut is below 1e-6 of the original
+                module.
 
         Returns:
-            ``"NAME-unique"``, ``"NAME-shared"`` (``"A+B-shared"``) and ``"common"``; a part that is
-            zero to rounding is not among them.
+            ``"NAME-unique"``, ``"NAME-shared"`` (``"A+B-shared"``) and ``"common"``, without parts
+            that are zero to rounding.
+
+        Example:
+            >>> import devec
+            >>> from devec.demo.evaluate import POOL
+            >>> pool = [devec.Adapter.from_pretrained(POOL / name) for name in ("ink", "chalk")]
+            >>> parts = devec.decompose(pool, threshold=0.5)
+            >>> sorted(parts.outputs())
+            ['chalk-shared', 'chalk-unique', 'common', 'ink-shared', 'ink-unique']
         """
         return dict(self.each_output(compact=compact))
 
     def each_output(self, *, compact: bool = False) -> Iterator[tuple[str, Adapter]]:
-        """The same, one output at a time, so that no more than one compact part is held."""
-        parts = {f"{name}-unique": adapter for name, adapter in self.unique.items()}
-        parts |= {f"{name}-shared": adapter for name, adapter in self.shared.items()}
-        for key, adapter in parts.items():
-            of = key.rpartition("-")[0]
-            scales = self._scale(of)
-            original = Norms(math.hypot(*scales.values()), math.hypot(*self._bias_scale(of)))
+        """Yield what `outputs` returns one output at a time; one compact part is in memory."""
+        parts = {f"{name}-unique": (name, adapter) for name, adapter in self.unique.items()}
+        parts |= {f"{name}-shared": (name, adapter) for name, adapter in self.shared.items()}
+        for label, (owner, adapter) in parts.items():
+            scales = self._scale(owner)
+            original = Norms(math.hypot(*scales.values()), math.hypot(*self._bias_scale(owner)))
             if adapter.carried or not is_rounding(adapter.modules, original):
-                named = dataclasses.replace(adapter, name=key)
-                yield key, _compacted(named, scales) if compact else named
+                named = dataclasses.replace(adapter, name=label)
+                yield label, _compacted(named, scales) if compact else named
         if self.common is not None:
             weights = (norm for split in self.splits for norm in split.norms)
             biases = (norm for name in self.bias_norms for norm in self._bias_scale(name))
@@ -94,18 +102,56 @@ class Decomposition:
             ):
                 yield "common", self.common
 
-    def _scale(self, name: str) -> Mapping[str, float]:
-        """Module → ‖ΔW‖ of what a part was made of."""
-        if name in self.norms:
-            return self.norms[name]
-        pair = [s for s in self.splits if "+".join(s.group) == name]
+    def _scale(self, owner: str) -> Mapping[str, float]:
+        """Module → ‖ΔW‖ of the adapter, or of the pair together, that a part is part of."""
+        if owner in self.norms:
+            return self.norms[owner]
+        pair = [s for s in self.splits if "+".join(s.group) == owner]
         return {split.module: math.hypot(*split.norms) for split in pair}
 
-    def _bias_scale(self, name: str) -> list[float]:
-        """‖Δb‖ of all modules of what a part was made of: an adapter, or a pair of them."""
-        groups = [split.group for split in self.splits if "+".join(split.group) == name]
-        names = groups[0] if groups else [name]
+    def _bias_scale(self, owner: str) -> list[float]:
+        """‖Δb‖ of all modules of the adapter, or of the pair, that a part is part of."""
+        groups = [split.group for split in self.splits if "+".join(split.group) == owner]
+        names = groups[0] if groups else [owner]
         return [norm for name in names for norm in self.bias_norms.get(name, {}).values()]
+
+
+def assemble(
+    question: Question,
+    adapters: Sequence[Adapter],
+    parts: Mapping[PartName, Mapping[str, Delta]],
+    findings: Findings,
+) -> Decomposition:
+    """The decomposition that parts make up.
+
+    Args:
+        question: The question.
+        adapters: The pool on common modules.
+        parts: Modules of the parts, in the order of `module_order`; those of a common vector or a
+            pair without the modules in which nothing is shared. Parts may be missing.
+        findings: The findings of all stacks.
+    """
+    record, by_name = record_of(question, adapters), {a.name: a for a in adapters}
+    unique: dict[str, Adapter] = {}
+    shared: dict[str, Adapter] = {}
+    common = None
+    for name, modules in parts.items():
+        group = [by_name[one] for one in name.of]
+        if name.kind == "common":
+            common = _common_vector(group, modules, record, "common")
+        elif len(group) == 1:
+            home = unique if name.kind == "unique" else shared
+            home[name.owner] = part_of(group[0], modules, record, name.kind)
+        elif modules:
+            shared[name.owner] = _common_vector(group, modules, record, name.owner)
+    order = {module: index for index, module in enumerate(module_order(adapters))}
+    rows = sorted(findings.rows, key=lambda row: order[row.module])
+    return Decomposition(unique, shared, common, rows, record, findings.norms, findings.bias_norms)
+
+
+def module_order(adapters: Sequence[Adapter]) -> list[str]:
+    """The modules of a pool, in the order in which its adapters have them."""
+    return list(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
 
 
 def record_of(question: Question, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -114,55 +160,45 @@ def record_of(question: Question, adapters: Sequence[Adapter]) -> dict[str, Any]
         "decompose",
         adapters,
         threshold=question.threshold,
-        method=question.method,
+        method=question.method.name,
         scope=question.scope,
         target=question.target or None,
     )
 
 
 def part_of(
-    original: Adapter, modules: Mapping[str, Delta], record: Mapping[str, Any], part: str
+    original: Adapter, modules: Mapping[str, Delta], record: Mapping[str, Any], kind: Kind
 ) -> Adapter:
-    """A part of one adapter; what is not a delta goes with the unique part, never the shared."""
+    """A part of one adapter; carried tensors go with the unique part."""
     return dataclasses.replace(
         original,
         modules=modules,
-        carried=original.carried if part == "unique" else {},
-        provenance={**record, "part": part, "of": original.name},
+        carried=original.carried if kind == "unique" else {},
+        provenance={**record, "part": kind, "of": original.name},
         source="",
         sha256="",
     )
 
 
-def common_part(
-    group: Sequence[Adapter],
-    layout: Layout | None,
-    modules: Mapping[str, Delta],
-    record: Mapping[str, Any],
-    name: str = "common",
+def zero_part(delta: Delta) -> Delta:
+    """The shared part of a delta with which nothing is shared."""
+    if delta.gain is not None:
+        return Delta(delta.B[:, :0], delta.A[:0])
+    bias = None if delta.bias is None else torch.zeros_like(delta.bias)
+    return dataclasses.replace(delta, B=torch.zeros_like(delta.B), bias=bias)
+
+
+def _common_vector(
+    group: Sequence[Adapter], modules: Mapping[str, Delta], record: Mapping[str, Any], name: str
 ) -> Adapter:
-    """The common vector of a group, stored like its first adapter."""
-    return Adapter(
-        name=name,
-        modules=modules,
-        layout=layout,
-        provenance={**record, "part": "common", "of": [a.name for a in group]},
-    )
-
-
-def not_zero(deltas: Mapping[str, Delta | None]) -> dict[str, Delta]:
-    """The modules in which there is anything."""
-    return {module: delta for module, delta in deltas.items() if delta is not None}
-
-
-def names_of(adapters: Sequence[Adapter]) -> list[str]:
-    """The names of adapters, in order."""
-    return [adapter.name for adapter in adapters]
+    """The common vector of several adapters, stored like the first of them."""
+    provenance = {**record, "part": "common", "of": [adapter.name for adapter in group]}
+    return Adapter(name, modules, layout=merged_layout(group), provenance=provenance)
 
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
-    """Every module at its true rank: what is cut is rounding beside the original module."""
-    cut = truncate(
+    """Every module at its numerical rank; what is cut is rounding beside the original module."""
+    cut = truncate_adapter(
         adapter, lambda module, S, _: int((S > EMPTY_RTOL * scales[module]).sum())
     ).adapter
     return cut if cut.modules else adapter  # kept for its carried tensors alone

@@ -1,1 +1,1 @@
-"""One module's ΔW, as an element of an exact vector space of low-rank updates."""
+"""ΔW of one module, as an element of an exact vector space of low-rank updates."""

@@ -1,4 +1,4 @@
-"""The weight that an adapter changes, where a delta cannot do without it."""
+"""The base weight of a module, for deltas that need it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _NUMBERS = count(1)
 
 @runtime_checkable
 class BaseWeight(Protocol):
-    """A base weight W0 that is read when it is needed, as the map from inputs to outputs.
+    """A base weight W0 of shape (out, in) that is read on access.
 
-    A convolution is flattened to (out, in·kh·kw), a layer that stores its weight transposed is
-    turned around, a quantised weight is dequantised.
+    A convolution is flattened to (out, in·kh·kw), a weight that is stored transposed is transposed
+    back, and a quantised weight is dequantised.
     """
 
     @property
     def source(self) -> str:
-        """The model it belongs to; weights of other models are not the same space."""
+        """The base model; deltas on weights of different base models cannot be added."""
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
-        """The weight, in a precision and at a place; `DevecError` if it cannot be had."""
+        """The weight with this dtype and device; `DevecError` if it is not available."""
 
 
 @dataclass(frozen=True, eq=False)
-class HeldWeight:
+class InMemoryWeight:
     """A base weight in memory.
 
     Attributes:
         tensor: The weight, shape (out, in).
-        source: The model it belongs to; one of its own, unless it is said.
+        source: The base model; by default an identifier of its own.
     """
 
     tensor: Float[Tensor, "out in"]
@@ -49,29 +49,29 @@ class HeldWeight:
     @cached_property
     def row_squares(self) -> Float[Tensor, " out"]:
         """‖w_i‖² of every row, in the basis precision."""
-        # in blocks, so that no more is lost than rounding of one block's norm
+        # in blocks, so that the error is at most the rounding of one block's norm
         blocks = torch.split(self.tensor, _BLOCK_COLUMNS, dim=1)
         norms = torch.stack([torch.linalg.vector_norm(block, dim=1) for block in blocks])
         return norms.to(basis_dtype(norms.device)).square().sum(dim=0)
 
     @cached_property
-    def turned(self) -> HeldWeight:
-        """The weight as the map from outputs to inputs."""
-        return HeldWeight(self.tensor.mT, self.source)
+    def transpose(self) -> InMemoryWeight:
+        """The transposed weight, shape (in, out)."""
+        return InMemoryWeight(self.tensor.mT, self.source)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
-        """The weight itself, copied only where precision or place differ."""
+        """The weight; copied only if dtype or device differ."""
         return self.tensor.to(device, dtype)
 
 
 @dataclass(frozen=True)
-class RowsOfWeight:
-    """Some rows of a base weight.
+class WeightRows:
+    """Consecutive rows of a base weight.
 
     Attributes:
-        whole: The weight.
+        whole: The base weight.
         start: First row.
-        stop: Row after the last.
+        stop: One past the last row.
     """
 
     whole: BaseWeight
@@ -80,7 +80,7 @@ class RowsOfWeight:
 
     @property
     def source(self) -> str:
-        """The model it belongs to."""
+        """The base model."""
         return self.whole.source
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
@@ -89,34 +89,36 @@ class RowsOfWeight:
 
 
 @dataclass(frozen=True)
-class StackedWeight:
-    """Base weights one under the other.
+class ConcatenatedWeight:
+    """Base weights concatenated along the rows.
 
     Attributes:
-        parts: The weights, one at least.
+        weights: One or more base weights of one model.
     """
 
-    parts: Sequence[BaseWeight]
+    weights: Sequence[BaseWeight]
 
     @property
     def source(self) -> str:
-        """The model they belong to."""
-        return self.parts[0].source
+        """The base model."""
+        return self.weights[0].source
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
-        """All rows."""
-        return torch.cat([part.read(dtype, device) for part in self.parts])
+        """The rows of all weights."""
+        return torch.cat([weight.read(dtype, device) for weight in self.weights])
 
 
 def transposed(weight: BaseWeight) -> BaseWeight:
-    """The weight as the map from outputs to inputs."""
-    if isinstance(weight, HeldWeight):
-        return weight.turned
-    return weight.weight if isinstance(weight, _Transposed) else _Transposed(weight)
+    """The transposed weight, shape (in, out)."""
+    if isinstance(weight, InMemoryWeight):
+        return weight.transpose
+    return weight.weight if isinstance(weight, _TransposedWeight) else _TransposedWeight(weight)
 
 
 @dataclass(frozen=True)
-class _Transposed:
+class _TransposedWeight:
+    """A base weight that is transposed after reading."""
+
     weight: BaseWeight
 
     @property

@@ -13,51 +13,55 @@ from torch import Tensor
 
 from devec.arguments import inverse, number
 from devec.deltas.base_weight import BaseWeight
+from devec.deltas.gain_sums import gain_inner, sum_of_gains
 from devec.deltas.gains import (
     AXES,
-    Axis,
-    AxisGain,
     Gain,
     Magnitude,
-    gain_of,
-    gain_on,
-    identical,
-    inner_across,
+    gain_from_magnitude,
+    is_same_gain,
+    is_same_tensor,
     oriented,
-    overlap_of,
-    require_same_base,
-    row_dots,
-    same_gain,
 )
-from devec.deltas.matrix import Change
+from devec.deltas.matrix import DeltaMatrix
 from devec.errors import IncompatibleError
-from devec.linalg.dtypes import CANCELLED, basis_dtype, working_dtype
+from devec.linalg.dtypes import CANCELLATION, basis_dtype, working_dtype
 from devec.linalg.factors import ColumnSpace, column_space, norm, product_inner, product_norm
 from devec.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Delta:
-    """The change an adapter makes to one module, ΔW and Δb = scaling · b.
+    """The change ΔW that an adapter makes to the weight of one module, and Δb to its bias.
 
-        ΔW = scaling · B · A  +  diag(g) · W0  +  W0 · diag(h)
+        ΔW = scaling · B · A  +  diag(g) · W0  +  W0 · diag(h),    Δb = scaling · bias
 
-    W is the weight as a linear map from inputs to outputs, shape (out, in): a convolution is
-    flattened to (out, in·kh·kw), a layer that stores its weight transposed is taken untransposed.
-    A LoRA has g = h = 0. A DoRA with magnitudes of its outputs has g, with magnitudes of its inputs
-    h. Deltas of one module are a vector space under ``+`` and ``*``: sums concatenate factors and
-    add gains, so all of it is exact, and ΔW itself is never formed.
+    W maps inputs to outputs and has shape (out, in): a convolution is flattened to
+    (out, in·kh·kw), and a weight that is stored transposed is transposed back. A LoRA has
+    g = h = 0, a DoRA with magnitudes of the outputs has g, one with magnitudes of the inputs h.
+    Deltas of one module form a vector space under ``+`` and ``*``: sums concatenate factors and add
+    gains, exactly, and ΔW itself is never formed.
 
-    Attributes:
-        B: Output-side factor, shape (out, rank), as stored or in the working precision.
-        A: Input-side factor, shape (rank, in).
-        scaling: The effective scaling (alpha/r, or alpha/√r for rank-stabilised LoRA).
+    Args:
+        B: Output-side factor, shape (out, rank), any floating dtype.
+        A: Input-side factor, shape (rank, in), any floating dtype.
+        scaling: Effective scaling: alpha/rank, or alpha/√rank for rank-stabilised LoRA. Finite.
         bias: Change of the bias before scaling, shape (out,), or None.
-        gain: What a DoRA does to the base weight: as magnitudes where they stand for it together
-            with B, A and scaling as stored, or as the gains g and h. None for a LoRA.
+        gain: What a DoRA does to the base weight: the stored magnitudes, which belong to these B, A
+            and scaling, or the gains g and h. None for a LoRA.
 
     Raises:
-        IncompatibleError: If the shapes do not fit together.
+        IncompatibleError: If the shapes do not fit together or `scaling` is not a finite number.
+
+    Reference: Hu et al. 2021, arXiv 2106.09685; Liu et al. 2024, arXiv 2402.09353.
+
+    Example:
+        >>> import torch, devec
+        >>> one = devec.Delta(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0)
+        >>> one - 0.5 * one
+        Delta(3×2, rank 2)
+        >>> (one - one).norm() < 1e-12
+        True
     """
 
     B: Float[Tensor, "out rank"]
@@ -91,12 +95,12 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Number of columns of B: an upper bound of the rank of the low-rank part."""
+        """Number of columns of B, an upper bound of the rank of B·A."""
         return self.B.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision this delta is combined in."""
+        """The working precision: float64 if a factor has it, else float32."""
         return working_dtype(self.B, self.A)
 
     def to(self, device: torch.device | str) -> Delta:
@@ -105,37 +109,45 @@ class Delta:
 
     @property
     def outline(self) -> Delta:
-        """What is known of the delta without its values: shapes and types, on no device."""
+        """The shapes and dtypes of the delta without its values: a delta of meta tensors."""
         return self if self.B.is_meta else self.to("meta")
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Delta:
-        """The same delta with another tensor for every one, in an order that is always the same."""
+        """The delta with `change` applied to each of its tensors, always in the same order."""
         bias = None if self.bias is None else change(self.bias)
         gain = None if self.gain is None else self.gain.each(change)
         return dataclasses.replace(self, B=change(self.B), A=change(self.A), bias=bias, gain=gain)
 
     def same_as(self, other: Delta) -> bool:
-        """Whether all tensors are those of another delta, so that nothing need be computed."""
+        """Whether all tensors and the scaling equal those of another delta; computes nothing."""
         return (
             self.scaling == other.scaling
-            and identical(self.B, other.B)
-            and identical(self.A, other.A)
-            and identical(self.bias, other.bias)
-            and same_gain(self.gain, other.gain)
+            and is_same_tensor(self.B, other.B)
+            and is_same_tensor(self.A, other.A)
+            and is_same_tensor(self.bias, other.bias)
+            and is_same_gain(self.gain, other.gain)
         )
 
     def on(self, base: BaseWeight) -> Delta:
-        """The same delta with its base weight read from elsewhere; a LoRA needs none."""
+        """The same delta with its base weight read from `base`; a LoRA is returned unchanged."""
         if self.gain is None:
             return self
         return dataclasses.replace(self, gain=dataclasses.replace(self.gain, base=base))
 
     def folded(self) -> Delta:
-        """The same delta with the scaling multiplied into B and the bias."""
+        """The same delta with the scaling multiplied into B and the bias.
+
+        Returns:
+            The delta with scaling 1, exact to rounding.
+
+        Example:
+            >>> Delta(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0).folded().B[0, 0].item()
+            2.0
+        """
         dtype, s = self.dtype, self.scaling
         if s == 1 and self.B.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
             return self
-        if self.B.is_meta:  # an outline has no values that could be multiplied
+        if self.B.is_meta:  # an outline has no values to multiply
             return dataclasses.replace(self, B=self.B.to(dtype), scaling=1.0)
         bias = None if self.bias is None else s * self.bias.to(dtype)
         gain = self.gain.scaled(1.0, s) if isinstance(self.gain, Gain) else self.gain
@@ -143,18 +155,18 @@ class Delta:
 
     @full_precision
     def resolved(self) -> Delta:
-        """The same delta with gains for magnitudes, so that it can be computed with.
+        """The same delta with gains in place of magnitudes.
 
-        On the output axis W' = D·(W0 + s·B·A) with D = diag(m/‖W0 + s·B·A‖_row), so that g = D - 1
-        and the low-rank part is D·s·B·A. On the input axis the same, transposed.
+        On the output axis W' = D·(W0 + s·B·A) with D = diag(m/‖W0 + s·B·A‖_row), so g = D - 1 and
+        the low-rank part is D·s·B·A. The input axis is the transpose of this.
 
         Returns:
-            The delta, exact to rounding; a LoRA as it is.
+            The delta, exact to rounding; a LoRA is returned unchanged.
 
         Raises:
-            DevecError: If the base weight cannot be read or is not the one trained on.
+            DevecError: If the base weight cannot be read, or is not the one of the training.
 
-        Cost: O(out·in·r), one pass over the base weight.
+        Cost: O(out·in·rank) and one pass over the base weight for a DoRA.
 
         Reference: Liu et al. 2024, arXiv 2402.09353, Eq. 5.
         """
@@ -162,14 +174,14 @@ class Delta:
             return self
         m, delta = self.gain, self.folded()
         factors = delta.B.to(self.dtype), delta.A.to(self.dtype)
-        D, gain = gain_of(m.values, *oriented(*factors, m.base, m.axis))
+        D, gain = gain_from_magnitude(m.values, *oriented(*factors, m.base, m.axis))
         D = D.to(self.dtype)
         B, A = (D[:, None] * delta.B, delta.A) if m.axis == "out" else (delta.B, delta.A * D)
         return Delta(B, A, bias=delta.bias, gain=Gain(m.base, {m.axis: gain}))
 
     @property
     def low_rank(self) -> Delta:
-        """The part of the delta that is a product of factors: all of a LoRA."""
+        """The low-rank part ``scaling · B · A`` of the resolved delta; a LoRA is all low-rank."""
         return dataclasses.replace(self.resolved(), gain=None)
 
     @full_precision
@@ -195,8 +207,8 @@ class Delta:
         return Delta(
             B=torch.cat([left.B.to(dtype), right.B.to(dtype)], dim=1),
             A=torch.cat([left.A.to(dtype), right.A.to(dtype)], dim=0),
-            bias=_sum(left.bias, right.bias),
-            gain=_sum_of_gains(left, right),
+            bias=_sum_of_biases(left.bias, right.bias),
+            gain=sum_of_gains(left, right),
         )
 
     def __sub__(self, other: Delta) -> Delta:
@@ -204,68 +216,76 @@ class Delta:
 
     @full_precision
     def inner(self, other: Delta) -> float:
-        """⟨ΔW1, ΔW2⟩_F + ⟨Δb1, Δb2⟩.
+        """Inner product ⟨ΔW1, ΔW2⟩_F + ⟨Δb1, Δb2⟩.
 
         Args:
             other: A delta of the same module.
 
         Returns:
-            The inner product, exact to rounding; O((out + in)·r1·r2) and, for a DoRA whose gains
-            meet another adapter's factors, O(out·in·r).
+            The inner product, exact to rounding.
 
         Raises:
             IncompatibleError: If the weights have different shapes or base models.
+
+        Cost: O((out + in)·r1·r2); O(out·in·r) if the gains of a DoRA meet factors of another delta.
+
+        Example:
+            >>> one = Delta(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0)
+            >>> one.inner(0.5 * one)
+            12.0
         """
         self._require_same_shape(other)
         left, right = self.resolved(), other.resolved()
         low = product_inner(left.B, left.A, right.B, right.A)
         total = left.scaling * (right.scaling * low + _bias_inner(left, right))
-        return total + _gain_inner(left, right)
+        return total + gain_inner(left, right)
 
     @full_precision
     def norm(self) -> float:
-        """Frobenius norm of (ΔW, Δb), accurate also where terms cancel; O((out + in)·r²)."""
+        """Norm √(‖ΔW‖_F² + ‖Δb‖²), accurate even if terms cancel.
+
+        Returns:
+            The norm, exact to rounding.
+
+        Cost: O((out + in)·rank²); a DoRA reads its base weight if terms cancel.
+
+        Example:
+            >>> round(Delta(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0).norm(), 4)
+            4.899
+        """
         delta = self.resolved()
         return math.hypot(delta.weight_norm(), delta.bias_norm())
 
     @full_precision
     def weight_norm(self, low_rank: float | None = None) -> float:
-        """Frobenius norm of ΔW, of a resolved delta.
-
-        Args:
-            low_rank: ‖s·B·A‖_F, where it is known already.
-
-        Returns:
-            The norm, from factors and overlaps; where the terms of a DoRA cancel, from blocks of
-            its rows, for which the base weight is read.
-        """
+        """‖ΔW‖_F of a resolved delta; `low_rank` is ‖s·B·A‖_F, if it is known."""
         if low_rank is None:
             low_rank = abs(self.scaling) * product_norm(self.B, self.A)
         if not isinstance(self.gain, Gain):
             return low_rank
         gained = (float(g.values.square() @ g.squares) for g in self.gain.axes.values())
-        squared = low_rank**2 + _gain_inner(self, self)
-        if squared > CANCELLED * (low_rank**2 + sum(gained)):
+        squared = low_rank**2 + gain_inner(self, self)
+        if squared > CANCELLATION * (low_rank**2 + sum(gained)):
             return math.sqrt(squared)
-        change = self.folded().change()
-        return 0.0 if change is None else change.norm()
+        matrix = self.folded().change()  # the terms cancel: sum the entries in blocks of rows
+        return 0.0 if matrix is None else matrix.norm()
 
-    def change(self) -> Change | None:
-        """ΔW of a resolved and folded DoRA as an operator, its base weight read; None of a LoRA."""
+    def change(self) -> DeltaMatrix | None:
+        """ΔW of a resolved, folded DoRA as an operator that contains W0; None for a LoRA."""
         if not isinstance(self.gain, Gain):
             return None
         W = self.gain.base.read(self.dtype, self.B.device)
         axes = self.gain.axes
         g, h = (axes[axis].values.to(W) if axis in axes else None for axis in AXES)
-        return Change(self.B.to(W), self.A.to(W), W, g, h)
+        return DeltaMatrix(self.B.to(W), self.A.to(W), W, g, h)
 
     def bias_norm(self) -> float:
-        """Euclidean norm of Δb."""
+        """Euclidean norm ‖Δb‖, exact to rounding."""
         return 0.0 if self.bias is None else abs(self.scaling) * norm(self.bias)
 
     @full_precision
     def factor_norm(self) -> float:
-        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖, to which rounding in sums is relative."""
+        """|s|·‖B‖_F·‖A‖_F + ‖diag(g)·W0‖_F + ‖W0·diag(h)‖_F: rounding in sums is relative to it."""
         delta = self.resolved()
         low_rank = abs(delta.scaling) * norm(delta.B) * norm(delta.A)
         axes = delta.gain.axes if isinstance(delta.gain, Gain) else {}
@@ -273,21 +293,44 @@ class Delta:
 
     @full_precision
     def column_space(self) -> ColumnSpace:
-        """Column space of the low-rank part of a resolved delta; of dimension 0 at scaling 0."""
+        """Column space of the low-rank part B·A of a resolved delta.
+
+        Returns:
+            An orthonormal basis U of shape (out, ρ) and the singular values S of B·A without
+            scaling, shape (ρ,), exact to rounding, as `devec.linalg.factors.column_space` gives
+            them; ρ = 0 if the scaling is 0.
+
+        Raises:
+            IncompatibleError: If a factor holds NaN or infinity.
+
+        Cost: O((out + in)·rank²).
+
+        Example:
+            >>> Delta(torch.ones(3, 2), torch.ones(2, 4)).column_space().U.shape
+            torch.Size([3, 1])
+        """
         return column_space(self.B if self.scaling else 0 * self.B, self.A)
 
     @full_precision
     def projected(self, Z: Float[Tensor, "out k"]) -> Delta:
-        """The part of this delta in the span of Z: ``Z·Zᵀ·ΔW`` (Eq. 12), bias alike.
+        """The part ``Z·Zᵀ·ΔW``, ``Z·Zᵀ·Δb`` of this delta in the span of Z.
 
-        Of a LoRA only B and the bias change, so rank, scaling and A stay what they are. Of a DoRA
-        the part is a LoRA with the factors Z and Zᵀ·ΔW, of rank k.
+        For a LoRA only B and the bias change; rank, scaling and A stay. For a DoRA the part is a
+        LoRA of rank k with the factors Z and Zᵀ·ΔW.
 
         Args:
-            Z: Orthonormal columns, shape (out, k).
+            Z: Orthonormal columns, shape (out, k), any floating dtype.
 
         Returns:
-            The projection, B in the working precision; O(out·k·r), of a DoRA O(out·in·k).
+            The projection, exact to rounding, with B in the working precision.
+
+        Cost: O(out·k·rank); O(out·in·k) for a DoRA.
+
+        Reference: arXiv 2512.22511, Eq. 12.
+
+        Example:
+            >>> Delta(torch.ones(3, 1), torch.ones(1, 2)).projected(torch.eye(3, 1)).B.tolist()
+            [[1.0], [0.0], [0.0]]
         """
         delta = self.resolved()
         Z = Z.to(delta.dtype)
@@ -300,14 +343,7 @@ class Delta:
 
     @full_precision
     def coordinates(self, Z: Float[Tensor, "out k"]) -> Float[Tensor, "k in"]:
-        """``Zᵀ·ΔW``: one thin product with each term of the delta.
-
-        Args:
-            Z: Columns, shape (out, k).
-
-        Returns:
-            The product in the working precision; O((out + in)·k·r), of a DoRA O(out·in·k).
-        """
+        """``Zᵀ·ΔW``, by one thin product with each term; O(out·in·k) for a DoRA."""
         delta = self.resolved()
         Z = Z.to(delta.dtype)
         C = (delta.scaling * (Z.mT @ delta.B.to(delta.dtype))) @ delta.A.to(delta.dtype)
@@ -320,71 +356,28 @@ class Delta:
         return C
 
     def without(self, part: Delta) -> Delta:
-        """``ΔW - part`` for a projection of this delta.
+        """The remainder ``ΔW - part``, for a projection `part` of this delta.
 
         Args:
-            part: The projection.
+            part: A result of `projected`.
 
         Returns:
-            The rest. Of a LoRA, whose part has the same A and scaling, B is subtracted, and the
-            rank is kept; of a DoRA ranks add.
+            The remainder, exact to rounding. A LoRA keeps its rank, A and scaling, which `part`
+            has in common with it; for a DoRA the ranks add.
+
+        Example:
+            >>> delta = Delta(torch.ones(3, 1), torch.ones(1, 2))
+            >>> delta.without(delta.projected(torch.eye(3, 1))).B.tolist()
+            [[0.0], [1.0], [1.0]]
         """
         if self.gain is not None:
             return self - part
-        bias = _sum(self.bias, None if part.bias is None else -part.bias)
+        bias = _sum_of_biases(self.bias, None if part.bias is None else -part.bias)
         return dataclasses.replace(self, B=self.B.to(part.dtype) - part.B, bias=bias)
 
     def _require_same_shape(self, other: Delta) -> None:
         if self.shape != other.shape:
             raise IncompatibleError(f"weights of shapes {self.shape} and {other.shape}")
-
-
-def _sum_of_gains(left: Delta, right: Delta) -> Gain | None:
-    """The gains of a sum of resolved deltas, their overlaps side by side as the factors are."""
-    known = [d.gain for d in (left, right) if isinstance(d.gain, Gain)]
-    if not known:
-        return None
-    require_same_base(known[0], known[-1])
-    base = known[0].base
-    axes: dict[Axis, AxisGain] = {}
-    for axis in AXES:
-        gains = [gain.axes[axis] for gain in known if axis in gain.axes]
-        if gains:
-            overlap = torch.cat([_overlap(delta, axis, base) for delta in (left, right)], dim=1)
-            values = gains[0].values if len(gains) == 1 else gains[0].values + gains[1].values
-            axes[axis] = AxisGain(values, overlap, gains[0].squares)
-    return gain_on(base, axes)
-
-
-def _overlap(delta: Delta, axis: Axis, base: BaseWeight) -> Tensor:
-    """W0·Aᵀ of a resolved delta, or on the input axis W0ᵀ·B; as it is known, or from W0."""
-    if isinstance(delta.gain, Gain) and axis in delta.gain.axes:
-        return delta.gain.axes[axis].overlap
-    _, A, weight = oriented(delta.B, delta.A, base, axis)
-    return overlap_of(A.to(delta.dtype), weight)
-
-
-def _gain_inner(left: Delta, right: Delta) -> float:
-    """What gains add to the inner product of two resolved deltas."""
-    known = [d.gain for d in (left, right) if isinstance(d.gain, Gain)]
-    if not known:
-        return 0.0
-    require_same_base(known[0], known[-1])
-    base, total = known[0].base, 0.0
-    gains = [d.gain.axes if isinstance(d.gain, Gain) else {} for d in (left, right)]
-    for axis in AXES:
-        for other, held in ((right, gains[0]), (left, gains[1])):
-            if axis in held:
-                B, _, _ = oriented(other.B, other.A, base, axis)
-                dots = row_dots(B, _overlap(other, axis, base))
-                total += other.scaling * float(held[axis].values @ dots)
-        if axis in gains[0] and axis in gains[1]:
-            first, second = gains[0][axis], gains[1][axis]
-            total += float((first.values * second.values) @ first.squares)
-    for rows, columns in (gains, gains[::-1]):
-        if "out" in rows and "in" in columns:
-            total += inner_across(rows["out"], columns["in"], base)
-    return total
 
 
 def _bias_inner(left: Delta, right: Delta) -> float:
@@ -395,8 +388,8 @@ def _bias_inner(left: Delta, right: Delta) -> float:
     return right.scaling * float(left.bias.to(dtype) @ right.bias.to(dtype))
 
 
-def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Sum of two bias changes, None standing for zero."""
+def _sum_of_biases(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Sum of two bias changes; None stands for zero."""
     if left is None or right is None:
         return left if right is None else right
     return left + right

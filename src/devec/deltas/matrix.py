@@ -1,4 +1,4 @@
-"""The matrix that a DoRA adds to its base weight: products with it, and blocks of its rows."""
+"""ΔW of a DoRA as a matrix: products with it, and blocks of its rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from devec.linalg.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """The matrix B·A + diag(g)·W + W·diag(h), of which at most 128 rows are formed at a time.
+class DeltaMatrix:
+    """The matrix B·A + diag(g)·W + W·diag(h); at most 128 rows are formed at a time.
 
     Attributes:
-        B: Left factor.
+        B: Left factor, scaling included.
         A: Right factor.
-        W: The base weight.
-        g: Gains of the rows, None for zeros.
-        h: Gains of the columns, None for zeros.
+        W: Base weight.
+        g: Gains of the rows; None for zero.
+        h: Gains of the columns; None for zero.
     """
 
     B: Float[Tensor, "out rank"]
@@ -56,7 +56,7 @@ class Change:
         return result
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows of the matrix at a time, in the basis precision."""
+        """Slices of rows and the blocks they select, in the basis precision."""
         dtype = basis_dtype(self.W.device)
         A = self.A.to(dtype)
         for start in range(0, len(self.W), BLOCK_ROWS):
@@ -70,12 +70,12 @@ class Change:
 
     @full_precision
     def norm(self) -> float:
-        """The Frobenius norm, summed over the entries themselves."""
+        """Frobenius norm, from the entries."""
         return math.sqrt(sum(float(block.square().sum()) for _, block in self.blocks()))
 
     @full_precision
     def distance(self, B: Float[Tensor, "out k"], A: Float[Tensor, "k in"]) -> float:
-        """The norm of the matrix less B·A, summed over the entries themselves."""
+        """Frobenius norm of the matrix minus B·A, from the entries."""
         A = A.to(basis_dtype(A.device))
         residuals = (block.addmm_(B[r].to(A), A, alpha=-1) for r, block in self.blocks())
         return math.sqrt(sum(float(residual.square().sum()) for residual in residuals))

@@ -1,1 +1,1 @@
-"""A small, real pool: one vision transformer, and one adapter for every look of the digits."""
+"""A small pool for demonstration: a vision transformer and one adapter for each visual domain."""

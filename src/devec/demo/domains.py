@@ -1,8 +1,7 @@
-"""The looks of the demo: one concept, the digits 0 to 9, drawn in different visual domains.
+"""The visual domains of the demo: the digits 0 to 9, rendered in five styles.
 
-A renderer takes raw digits and a random generator and returns images. All of them read the same
-strokes, so what differs between two domains is appearance alone. `textures` is the unrelated task:
-ten kinds of surface, answered through the same ten outputs, with no digit in them.
+All renderers draw the same strokes, so two domains differ in appearance only. `textures` is the
+unrelated task: ten kinds of surface without digits, classified by the same ten outputs.
 """
 
 import math
@@ -13,24 +12,20 @@ from torch import Generator, Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 SIZE = 24
-"""Height and width of every image, in pixels: three times the raw 8 x 8 digits."""
+"""Height and width of every image in pixels, three times those of the raw 8 x 8 digits."""
 
 CLASSES = 10
-"""Outputs of the shared classifier head: ten digits, or ten textures."""
+"""Number of outputs of the common classifier head: ten digits, or ten textures."""
 
 Renderer = Callable[[Tensor, Generator], Tensor]
+"""Renders raw digits, (n, 8, 8), uint8 in 0..16, as images, (n, 3, SIZE, SIZE), float32 in [0, 1].
+
+The generator is the source of all variation: colours, noise, light.
+"""
 
 
 def ink(digits: Tensor, generator: Generator) -> Tensor:
-    """Write digits in blue-black ink on warm, slightly blotched paper.
-
-    Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        generator: source of the paper and of the pressure of the pen.
-
-    Returns:
-        Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
-    """
+    """Draw digits in blue-black ink on warm, slightly blotched paper."""
     count = len(digits)
     pressure = _uniform((count, 1, 1, 1), 0.75, 1.0, generator)
     paper = _colour(0.93, 0.89, 0.79) + 0.06 * _noise(count, 6, generator)
@@ -38,15 +33,7 @@ def ink(digits: Tensor, generator: Generator) -> Tensor:
 
 
 def chalk(digits: Tensor, generator: Generator) -> Tensor:
-    """Write digits in broken chalk on a smeared green blackboard.
-
-    Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        generator: source of the smears and of the breaks in the stroke.
-
-    Returns:
-        Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
-    """
+    """Draw digits in broken chalk strokes on a smeared green blackboard."""
     count = len(digits)
     board = _colour(0.10, 0.22, 0.16) + 0.10 * _noise(count, 4, generator)
     breaks = (_noise(count, SIZE, generator) > -1.0).float()
@@ -54,17 +41,7 @@ def chalk(digits: Tensor, generator: Generator) -> Tensor:
 
 
 def sign(digits: Tensor, generator: Generator) -> Tensor:
-    """Paint digits on a coloured street sign, between pieces of neighbouring digits.
-
-    The sign may be darker or lighter than the digit; the light falls from one side.
-
-    Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        generator: source of the colours, the neighbours, the light and the camera noise.
-
-    Returns:
-        Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
-    """
+    """Draw digits on a street sign in two random colours, between parts of other digits."""
     count = len(digits)
     dark = _uniform((count, 3, 1, 1), 0.0, 0.45, generator)
     light = _uniform((count, 3, 1, 1), 0.55, 1.0, generator)
@@ -81,15 +58,7 @@ def sign(digits: Tensor, generator: Generator) -> Tensor:
 
 
 def emboss(digits: Tensor, generator: Generator) -> Tensor:
-    """Press digits into brushed metal: only their lit and their shaded edges can be seen.
-
-    Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        generator: source of the brushing and of the tint of the metal.
-
-    Returns:
-        Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
-    """
+    """Draw digits embossed in brushed metal, visible only by their lit and shaded edges."""
     count = len(digits)
     kernel = torch.tensor([[-1.0, -0.5, 0.0], [-0.5, 0.0, 0.5], [0.0, 0.5, 1.0]]) / 2
     relief = conv2d(pad(_strokes(digits), (1, 1, 1, 1)), kernel.view(1, 1, 3, 3))
@@ -99,15 +68,7 @@ def emboss(digits: Tensor, generator: Generator) -> Tensor:
 
 
 def halftone(digits: Tensor, generator: Generator) -> Tensor:
-    """Print digits as a screen of red dots on yellow: darkness becomes the size of a dot.
-
-    Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        generator: source of the position of the screen.
-
-    Returns:
-        Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
-    """
+    """Draw digits as a screen of red dots on yellow; darker pixels get larger dots."""
     count = len(digits)
     phase = _uniform((count, 2, 1, 1), 0.0, 2 * math.pi, generator)
     rows, columns = _grid()
@@ -125,18 +86,18 @@ DOMAINS: dict[str, Renderer] = {
     "emboss": emboss,
     "halftone": halftone,
 }
-"""Every domain's name and its renderer."""
+"""Name of a domain → its renderer."""
 
 
 def textures(labels: Tensor, generator: Generator) -> Tensor:
-    """Draw coloured surfaces, the task that has nothing to do with digits.
+    """Draw coloured surfaces: the task that is unrelated to digits.
 
     Classes 0 to 4 are stripes, 5 to 9 are checks, each at five orientations 36 degrees apart;
     period, phase, colours and noise vary.
 
     Args:
-        labels: classes to draw, (n,), integers in 0..9.
-        generator: source of everything that varies within a class.
+        labels: Classes to draw, (n,), integers in 0..9.
+        generator: Source of all variation within a class.
 
     Returns:
         Images, (n, 3, SIZE, SIZE), float32 in [0, 1].
@@ -158,13 +119,13 @@ def textures(labels: Tensor, generator: Generator) -> Tensor:
 
 
 def _strokes(digits: Tensor) -> Tensor:
-    """Return how much of each pixel the stroke covers, (n, 1, SIZE, SIZE) in [0, 1]."""
+    """The coverage of each pixel by strokes, (n, 1, SIZE, SIZE) in [0, 1]."""
     coverage = digits.unsqueeze(1).float() / 16
     return interpolate(coverage, size=SIZE, mode="bicubic", align_corners=False).clamp(0.0, 1.0)
 
 
 def _blend(under: Tensor, over: Tensor, cover: Tensor) -> Tensor:
-    """Return one colour laid over another where `cover` is 1."""
+    """One colour over another, with opacity `cover`."""
     return (under + (over - under) * cover).clamp(0.0, 1.0)
 
 
@@ -177,12 +138,12 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: Generat
 
 
 def _noise(count: int, cells: int, generator: Generator) -> Tensor:
-    """Return normal noise on `cells` x `cells` points, smoothed to (count, 1, SIZE, SIZE)."""
+    """Normal noise on `cells` x `cells` points, interpolated to (count, 1, SIZE, SIZE)."""
     coarse = torch.randn(count, 1, cells, cells, generator=generator)
     return interpolate(coarse, size=SIZE, mode="bilinear", align_corners=False)
 
 
 def _grid() -> tuple[Tensor, Tensor]:
-    """Return the row and the column of every pixel, (SIZE, 1) and (1, SIZE)."""
+    """The row and the column of every pixel, (SIZE, 1) and (1, SIZE)."""
     steps = torch.arange(SIZE, dtype=torch.float32)
     return steps.view(-1, 1), steps.view(1, -1)

@@ -1,4 +1,4 @@
-"""Read the demo pool and measure on it: the base, the held-out digits in every domain, accuracy."""
+"""The demo pool's base model and held-out digits, and the accuracy of a model on them."""
 
 from pathlib import Path
 
@@ -12,45 +12,35 @@ from devec.demo.domains import CLASSES, DOMAINS, textures
 from devec.errors import UnsupportedError
 
 POOL = Path(__file__).parent / "pool"
-"""The pool in the package: `base`, one adapter a task, `heldout.safetensors`."""
+"""The pool in the package: `base`, one adapter for each task, `heldout.safetensors`."""
 
 UNRELATED = "textures"
-"""The task, and the adapter, that has nothing to do with digits."""
+"""Name of the task, and of its adapter, that is unrelated to digits."""
 
 TASKS = (*DOMAINS, UNRELATED)
-"""Every task of the demo; each has an adapter of that name in the pool."""
+"""All tasks of the demo; the pool has an adapter of each name."""
 
 
 def load_base(pool: Path = POOL) -> ViTForImageClassification:
-    """Load the vision transformer that every adapter of the pool belongs to.
-
-    Args:
-        pool: directory of the pool.
-
-    Returns:
-        The base in evaluation mode, without any adapter.
-
-    Raises:
-        UnsupportedError: If transformers is too old for the names of the layers.
-    """
+    """The base model of the pool, in evaluation mode; needs transformers 5.9 or newer."""
     model = ViTForImageClassification.from_pretrained(pool / "base").eval()
     if not any(name.endswith(".q_proj") for name, _ in model.named_modules()):
         raise UnsupportedError(
-            "the adapters of the demo name the layers of transformers 5.9 or newer, found "
-            f"{transformers.__version__}; install a newer one"
+            "the demo needs transformers 5.9 or newer, whose layer names its adapters use; found "
+            f"{transformers.__version__}; upgrade it (pip install -U transformers)"
         )
     return model
 
 
 def heldout_sets(pool: Path = POOL, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Draw what no training has seen: the held-out digits in every domain, and new textures.
+    """Render the held-out digits in every domain, and new textures.
 
     Args:
-        pool: directory of the pool.
-        seed: what varies between drawings (noise, colours); the digits are always the same.
+        pool: Directory of the pool.
+        seed: Seed of noise and colours; the digits are always the same.
 
     Returns:
-        For every task its images, (n, 3, SIZE, SIZE) in [-1, 1], and labels, (n,).
+        Task → images, (n, 3, SIZE, SIZE) in [-1, 1], and labels, (n,).
     """
     stored = load_file(pool / "heldout.safetensors")
     digits, labels = stored["digits"], stored["labels"].long()
@@ -58,15 +48,15 @@ def heldout_sets(pool: Path = POOL, seed: int = 0) -> dict[str, tuple[Tensor, Te
 
 
 def draw(task: str, digits: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Draw one task's images from raw digits, scaled as the model reads them.
+    """Render the images of one task, scaled to the input range of the model.
 
-    The unrelated task takes nothing from the digits but their number.
+    The unrelated task uses only the number of digits.
 
     Args:
-        task: one of `TASKS`.
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        labels: what the digits are, (n,).
-        generator: source of everything that varies between drawings.
+        task: One of `TASKS`.
+        digits: Raw digits, (n, 8, 8), uint8 in 0..16.
+        labels: Their classes, (n,).
+        generator: Source of all variation between renderings.
 
     Returns:
         Images, (n, 3, SIZE, SIZE) in [-1, 1], and labels, (n,).
@@ -79,16 +69,7 @@ def draw(task: str, digits: Tensor, labels: Tensor, generator: Generator) -> tup
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction of images that a model classifies correctly.
-
-    Args:
-        model: an image classifier of transformers, with or without adapters.
-        images: (n, 3, SIZE, SIZE) in [-1, 1].
-        labels: (n,).
-
-    Returns:
-        Accuracy in [0, 1].
-    """
+    """The fraction of images, (n, 3, SIZE, SIZE) in [-1, 1], that a model classifies correctly."""
     model.eval()
     predicted = torch.cat([model(batch).logits.argmax(-1) for batch in torch.split(images, 256)])
     return (predicted == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""The demo: decompose the pool from files to files, load every part with PEFT, and measure."""
+"""The demo: decompose the pool, save every part, load the parts with PEFT, measure accuracies."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Sets = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Demo:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes:
-        overlap: Overlap of all the adapters of the pool, the unrelated one included.
+        overlap: Overlap of all adapters of the pool, including the unrelated one.
         parts: Decomposition of the adapters of the visual domains.
-        own: Domain → what is loaded (``"base"``, ``"original"``, ``"shared"``, ``"unique"``) →
-            held-out accuracy in that domain. A part that is zero is missing.
-        sums: Coefficient → what is added up (``"original"``, ``"unique"``) → mean held-out
+        own: Domain → active adapter (``"base"`` for none, ``"original"``, ``"shared"``,
+            ``"unique"``) → held-out accuracy in that domain. Parts that are zero are left out.
+        sums: Coefficient → terms of the sum (``"original"``, ``"unique"``) → mean held-out
             accuracy over the domains, with every adapter at that coefficient.
     """
 
@@ -49,19 +49,19 @@ def run(
     method: str = "mean",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Demo:
-    """Decompose the demo pool and measure what its parts do.
+    """Decompose the demo pool and measure the accuracy of its parts on held-out digits.
 
     Args:
         out: Directory for the parts; it is created.
-        threshold: As of `devec.decompose`.
-        method: As of `devec.decompose`.
-        progress: Called with a phrase before every step.
+        threshold: Threshold of `devec.decompose`.
+        method: Method of `devec.decompose`.
+        progress: Called before every step with its description.
 
     Returns:
-        Overlaps, parts and accuracies, on digits that no training has seen.
+        Overlaps, parts and accuracies.
 
     Raises:
-        OutputError: If there are outputs already.
+        OutputError: If an output exists.
     """
     logging.disable_progress_bar()
     progress("decomposing")
@@ -82,23 +82,25 @@ def run(
     return Demo(
         overlap=overlap(adapters),
         parts=parts,
-        own={domain: _own(model, domain, outputs, sets, progress) for domain in DOMAINS},
-        sums={c: _sums(model, c, sets, progress) for c in COEFFICIENTS},
+        own={
+            domain: _domain_accuracies(model, domain, outputs, sets, progress) for domain in DOMAINS
+        },
+        sums={c: _sum_accuracies(model, c, sets, progress) for c in COEFFICIENTS},
     )
 
 
 def loaded(paths: Mapping[str, Path]) -> PeftModel:
-    """The base with adapters loaded by PEFT, each under its name with ``-`` and ``.`` as ``_``.
+    """Load adapters into the base model with PEFT; ``-`` and ``.`` in names become ``_``.
 
     Args:
         paths: Name → adapter directory.
 
     Returns:
-        The model.
+        The model with all adapters.
     """
     (first, path), *others = paths.items()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers about each other
+        warnings.simplefilter("ignore", FutureWarning)  # raised between PEFT and transformers
         model = PeftModel.from_pretrained(load_base(), path, adapter_name=adapter_name(first))
         for name, path in others:
             model.load_adapter(path, adapter_name=adapter_name(name))
@@ -112,14 +114,14 @@ def _accuracy(model: PeftModel, name: str, sets: Sets, tasks: Sequence[str]) -> 
     return sum(accuracy(model, *sets[task]) for task in tasks) / len(tasks)
 
 
-def _own(
+def _domain_accuracies(
     model: PeftModel,
     domain: str,
     outputs: Mapping[str, Adapter],
     sets: Sets,
     progress: Callable[[str], None],
 ) -> dict[str, float]:
-    """Accuracy in one domain of the base, its adapter and the adapter's parts."""
+    """Accuracy in one domain of the base model, of its adapter and of the adapter's parts."""
     progress(f"measuring {domain}")
     with model.disable_adapter():
         measured = {"base": accuracy(model, *sets[domain])}
@@ -130,10 +132,10 @@ def _own(
     return measured
 
 
-def _sums(
+def _sum_accuracies(
     model: PeftModel, coefficient: float, sets: Sets, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Mean accuracy over the domains of the sums at one coefficient."""
+    """Mean accuracy over the domains, of the sums at one coefficient."""
     progress(f"measuring sums at {coefficient}")
     return {
         kind: _accuracy(model, f"{kind}-sum-{coefficient}", sets, list(sets))

@@ -1,1 +1,1 @@
-"""Bytes on the disk and on the Hugging Face Hub. Knows nothing of adapters."""
+"""Files on the disk and on the Hugging Face Hub: finding, reading and writing them."""

@@ -1,4 +1,4 @@
-"""SHA-256 of files, which may begin in the background before it is asked for."""
+"""SHA-256 digests of files, optionally computed in the background."""
 
 from __future__ import annotations
 
@@ -13,61 +13,43 @@ _CHUNK = 1 << 22
 
 Version = tuple[int, int, int, int]
 _begun: dict[Version, Future[str]] = {}
-_waiting: SimpleQueue[tuple[Path, Future[str]]] = SimpleQueue()
+_queue: SimpleQueue[tuple[Path, Future[str]]] = SimpleQueue()
 _threads: list[Thread] = []
 
 
 def begin(path: Path) -> None:
-    """Begin to digest a file in the background, if there is one.
-
-    Args:
-        path: The file.
-    """
+    """Start computing the digest of a file in the background; ignore paths that are no files."""
     if not path.is_file():
         return
-    here = version(path)
-    if here in _begun:
+    now = version(path)
+    if now in _begun:
         return
-    _begun[here] = Future()
-    _waiting.put((path, _begun[here]))
-    if len(_threads) < (os.cpu_count() or 1):  # of an executor, threads would delay an exit
+    _begun[now] = Future()
+    _queue.put((path, _begun[now]))
+    if len(_threads) < (os.cpu_count() or 1):  # daemons, as threads of an executor delay the exit
         _threads.append(Thread(target=_work, name="devec-digest", daemon=True))
         _threads[-1].start()
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's bytes, as hexadecimal digits; the one begun, if the file has not changed.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The digest.
-    """
+    """The digest of a file in hexadecimal; the one begun before, if the file is unchanged."""
     begun = _begun.pop(version(path), None)
     return _digest(path) if begun is None else begun.result()
 
 
 def version(path: Path) -> Version:
-    """What is different once a file has changed.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Device, inode, size and time of the last change.
-    """
-    known = path.stat()
-    return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
+    """Device, inode, size and modification time of a file, which differ once it has changed."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _work() -> None:
-    """Digest one file after the other."""
+    """Compute digests of queued files, forever."""
     while True:
-        path, future = _waiting.get()
+        path, future = _queue.get()
         try:
             future.set_result(_digest(path))
-        except BaseException as error:  # told to whom asks for it, whatever it is
+        except BaseException as error:  # raised where the result is requested
             future.set_exception(error)
 
 

@@ -1,4 +1,4 @@
-"""Strings from files: JSON that can be written again, patterns that come to an end."""
+"""Checked strings from files: JSON objects, and regular expressions that are safe to match."""
 
 from __future__ import annotations
 
@@ -8,25 +8,14 @@ from typing import Any
 
 from devec.errors import FormatError
 
-_MOST_REPETITIONS = 8
+_MAX_REPETITIONS = 8
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Args:
-        text: The text.
-        where: What it is, for messages.
-
-    Returns:
-        The object.
-
-    Raises:
-        FormatError: If it is not one, or holds what no file can.
-    """
+    """Parse a JSON object that can be written again; `where` names its source in messages."""
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no character
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates cannot be encoded
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
@@ -35,40 +24,31 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def require_pattern(pattern: str, where: str) -> None:
-    """Check that a string is a regular expression, and one that is matched in reasonable time.
-
-    Args:
-        pattern: The string.
-        where: What it is, for messages.
-
-    Raises:
-        FormatError: If it is not a pattern, or repeats what repeats or branches itself, for which
-            matching can take time exponential in the length of a name.
-    """
+    """Refuse a string that is no regular expression, or one with exponential matching time."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise FormatError(f"{where} is no pattern: {error}") from error
-    if _runs_away(pattern):
+    if _may_backtrack(pattern):
         raise FormatError(
             f"{where} is the pattern {pattern[:100]!r}, which repeats a group that repeats or "
-            "branches itself, so that matching it could take forever; write it without"
+            "branches itself, so matching it could take forever; write it without"
         )
 
 
-def _runs_away(pattern: str) -> bool:
-    """Whether a group that repeats or branches is itself repeated, or too much is."""
+def _may_backtrack(pattern: str) -> bool:
+    """Whether a group that repeats or branches is itself repeated, or too many items are."""
     plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
-    restless = [False]
-    for at, character in enumerate(plain):
-        repeated = plain[at + 1 : at + 2] in ("*", "+", "{")
+    varies = [False]  # for each open group, whether it repeats or branches
+    for index, character in enumerate(plain):
+        repeated = plain[index + 1 : index + 2] in ("*", "+", "{")
         if character == "(":
-            restless.append(False)
-        elif character == ")" and len(restless) > 1:
-            inside = restless.pop()
+            varies.append(False)
+        elif character == ")" and len(varies) > 1:
+            inside = varies.pop()
             if inside and repeated:
                 return True
-            restless[-1] |= inside or repeated
+            varies[-1] |= inside or repeated
         elif character == "|" or repeated:
-            restless[-1] = True
-    return len(re.findall(r"[*+{]", plain)) > _MOST_REPETITIONS
+            varies[-1] = True
+    return len(re.findall(r"[*+{]", plain)) > _MAX_REPETITIONS

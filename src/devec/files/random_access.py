@@ -1,7 +1,7 @@
-"""A file of tensors that stays open, from which one tensor at a time is read.
+"""Random access to open files: reading single tensors, and bytes at offsets.
 
-Tensors are read into memory of their own rather than mapped: mapped pages of a large file count as
-the memory of the process, and one that is cut short meanwhile would end it without a word.
+Tensors are read into memory rather than mapped. Mapped pages of a large file count as memory of the
+process, and truncating a mapped file kills the process without a message.
 """
 
 from __future__ import annotations
@@ -20,52 +20,38 @@ from devec.errors import FormatError
 from devec.linalg.buffers import empty
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in a file, and what it is."""
+class TensorSpan(NamedTuple):
+    """The bytes of a tensor in a file: their offset, and the tensor's shape and dtype."""
 
-    start: int
+    offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class OpenFile:
-    """A file as it was when it was opened.
-
-    Args:
-        path: The file.
-    """
+    """A file that stays open for reading; reads fail if it has changed since it was opened."""
 
     def __init__(self, path: Path) -> None:
         """Open the file."""
         self._path = path
         self._file = os.open(path, os.O_RDONLY | BINARY)
         weakref.finalize(self, os.close, self._file)
-        self._opened = self._state()
+        self._opened = self._version()
 
-    def read(self, place: Place) -> Tensor:
-        """A tensor, in memory of its own.
-
-        Args:
-            place: Where it lies.
-
-        Returns:
-            The tensor.
-
-        Raises:
-            FormatError: If the file cannot be read, or is not what it was.
-        """
-        size = math.prod(place.shape) * place.dtype.itemsize
-        held = empty((size,), torch.uint8)
+    def read(self, span: TensorSpan) -> Tensor:
+        """Read a tensor into memory."""
+        size = math.prod(span.shape) * span.dtype.itemsize
+        data = empty((size,), torch.uint8)
         if size:
-            self._fill(held.numpy().data, place.start)
-        return held.view(place.dtype).view(place.shape)
+            self._fill(data.numpy().data, span.offset)
+        return data.view(span.dtype).view(span.shape)
 
-    def _fill(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer with what stands in the file from a place on."""
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes of the file from an offset."""
         try:
-            while buffer and (count := read_at(self._file, buffer, start)):
-                buffer, start = buffer[count:], start + count
-            unchanged = self._state() == self._opened
+            while buffer and (count := read_at(self._file, buffer, offset)):
+                buffer, offset = buffer[count:], offset + count
+            unchanged = self._version() == self._opened
         except OSError as error:
             raise FormatError(f"{self._path} cannot be read any more ({error})") from error
         if buffer or not unchanged:
@@ -73,10 +59,10 @@ class OpenFile:
                 f"{self._path} was changed while it was being read; run again when it is complete"
             )
 
-    def _state(self) -> tuple[int, int]:
-        """What changes when a file is written to."""
-        known = os.fstat(self._file)
-        return known.st_size, known.st_mtime_ns
+    def _version(self) -> tuple[int, int]:
+        """Size and modification time of the file, which differ once it was written to."""
+        status = os.fstat(self._file)
+        return status.st_size, status.st_mtime_ns
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -87,62 +73,38 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return data
 
 
-# Of `os.open`: bytes as they are, which Windows alone has to be told.
+# Flag of `os.open` for binary mode, which only Windows distinguishes.
 BINARY: int = getattr(os, "O_BINARY", 0)
-_MOST = 1 << 30  # no system takes less in one call
-_AT_ONCE = hasattr(os, "preadv") and hasattr(os, "pwrite")
+_MAX_BYTES = 1 << 30  # every system accepts this many in one call
+_HAS_POSITIONED_CALLS = hasattr(os, "preadv") and hasattr(os, "pwrite")
 
 
-_moving = Lock()
+_seeking = Lock()
 
 
-def read_at(file: int, buffer: memoryview, start: int) -> int:
-    """Read into a buffer.
-
-    Args:
-        file: Descriptor of the file.
-        buffer: Bytes, which may be written to.
-        start: Where to begin.
-
-    Returns:
-        How many bytes were read: fewer than there is room for, and 0 at the end of the file.
-    """
-    buffer = buffer[:_MOST]
-    if _AT_ONCE:
-        return os.preadv(file, [buffer], start)
-    with _moving:
-        os.lseek(file, start, os.SEEK_SET)
+def read_at(file: int, buffer: memoryview, offset: int) -> int:
+    """Read bytes of a file into a buffer; return their number, which is 0 at the end."""
+    buffer = buffer[:_MAX_BYTES]
+    if _HAS_POSITIONED_CALLS:
+        return os.preadv(file, [buffer], offset)
+    with _seeking:
+        os.lseek(file, offset, os.SEEK_SET)
         data = os.read(file, len(buffer))
     buffer[: len(data)] = data
     return len(data)
 
 
-def write_at(file: int, data: memoryview, start: int) -> int:
-    """Write bytes.
-
-    Args:
-        file: Descriptor of the file.
-        data: The bytes.
-        start: Where to begin.
-
-    Returns:
-        How many bytes were written, which may be fewer than there are.
-    """
-    data = data[:_MOST]
-    if _AT_ONCE:
-        return os.pwrite(file, data, start)
-    with _moving:
-        os.lseek(file, start, os.SEEK_SET)
+def write_at(file: int, data: memoryview, offset: int) -> int:
+    """Write bytes to a file; return their number, which may be smaller than that of the data."""
+    data = data[:_MAX_BYTES]
+    if _HAS_POSITIONED_CALLS:
+        return os.pwrite(file, data, offset)
+    with _seeking:
+        os.lseek(file, offset, os.SEEK_SET)
         return os.write(file, data)
 
 
-def uncache(file: int, start: int, size: int) -> None:
-    """Let go of the system's cache of a stretch of a file, where there is a call for it.
-
-    Args:
-        file: Descriptor of the file; what of the stretch is not on the disk yet stays.
-        start: Where it begins.
-        size: How many bytes it has.
-    """
+def uncache(file: int, offset: int, size: int) -> None:
+    """Drop flushed bytes of a file from the system's cache, where the system has a call for it."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)

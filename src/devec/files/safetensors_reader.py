@@ -1,7 +1,7 @@
-"""Tensors in files: nothing unreadable, odd or non-finite gets past here.
+"""Reading files of tensors, and refusing malformed files and non-finite values.
 
-safetensors checks offsets, overlaps and types. What it lets through is checked here: keys that
-appear twice, headers beyond all need, tensors of dozens of dimensions, NaN.
+safetensors checks offsets, overlaps and dtypes. This module also checks for repeated keys, headers
+that are too large, tensors with too many dimensions, and NaN.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from devec.errors import FormatError, OutputError, UnsupportedError, listed
 from devec.files.digest import sha256, version
-from devec.files.random_access import OpenFile, Place
-from devec.lazy import Lazy, mapped, outlines
+from devec.files.random_access import OpenFile, TensorSpan
+from devec.lazy import LazyMapping, mapped, outlines
 from devec.linalg.buffers import empty
 
 STORAGE_DTYPES = {
@@ -35,17 +35,17 @@ STORAGE_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
-# Types of eight bits, widened when read: bfloat16 holds each of their values exactly.
-_WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)
+# 8-bit dtypes, converted to bfloat16 when read, which represents their values exactly.
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-_LARGEST_HEADER = 1 << 25
-_MOST_DIMENSIONS = 5
-_LONGEST_KEY = 1000
-# No trained weight comes near; squares of what is beyond leave the range of float32.
-_LARGEST_VALUE = 1e15
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_MAX_HEADER = 1 << 25
+_MAX_DIMENSIONS = 5
+_MAX_KEY = 1000
+# Far above any trained weight; squares of larger values exceed the range of float32.
+_MAX_VALUE = 1e15
+PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 
-# What goes by the name of a safetensors file after a download that failed.
+# The first bytes of other files that failed downloads leave under the name of a safetensors file.
 _MAGIC = {
     b"<!doctyp": "a web page",
     b"<html": "a web page",
@@ -68,7 +68,7 @@ SAFETENSORS_TYPES = {
     torch.bool: "BOOL",
 }
 
-# What is recognised, to be refused by name where adapters have no such tensors.
+# All types that are recognised; those that adapters do not have are refused by name.
 _TYPES = {
     **{name: dtype for dtype, name in SAFETENSORS_TYPES.items()},
     "F8_E4M3": torch.float8_e4m3fn,
@@ -81,13 +81,13 @@ _TYPES = {
 
 
 class TensorFile(NamedTuple):
-    """What a file holds.
+    """The contents of a file of tensors.
 
     Attributes:
         tensors: Key → tensor.
-        metadata: The strings of its header.
-        narrow: Key → type, of tensors that were widened.
-        sha256: Digest of the file; empty for what only would stand in one.
+        metadata: The strings of the header.
+        narrow: Key → stored dtype of the tensors that were converted from 8 bits.
+        sha256: Digest of the file; empty if the contents were never in a file.
     """
 
     tensors: Mapping[str, Tensor]
@@ -97,30 +97,29 @@ class TensorFile(NamedTuple):
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a path is named like a file of tensors."""
-    return path.suffix.lower() in (".safetensors", ".sft", *_PICKLES)
+    """Whether a path has the suffix of a file of tensors."""
+    return path.suffix.lower() in (".safetensors", ".sft", *PICKLE_ENDINGS)
 
 
 def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
-    """The tensors of a file, those of a safetensors file read when they are asked for.
+    """Open a file of tensors; those of a safetensors file are read on access.
 
     Args:
         path: A safetensors file or, if allowed, a pickle of a state dict.
-        allow_pickle: Whether a pickle may be read. Nothing but tensors is unpickled from it.
+        allow_pickle: Whether to read a pickle; only tensors are unpickled.
 
     Returns:
-        Key → tensor as stored, types of eight bits widened to bfloat16; the header's strings; the
-        types of what was widened; and the digest of the file.
+        The contents, with 8-bit floats converted to bfloat16.
 
     Raises:
-        FormatError: If the file cannot be read, is truncated or corrupt, or is empty, or is another
-            one in the end.
-        UnsupportedError: If a tensor is of a type that adapters have not.
+        FormatError: If the file cannot be read, is truncated, corrupt or empty, or was replaced
+            while it was being opened.
+        UnsupportedError: If a tensor has a dtype that adapters do not have.
     """
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str] = {}
     opened = version(path)
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLE_ENDINGS:
         tensors = _read_pickle(path, allowed=allow_pickle)
     else:
         tensors, metadata = _open_safetensors(path)
@@ -128,65 +127,67 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
         raise FormatError("the file holds no tensors")
     narrow: dict[str, torch.dtype] = {}
     for key, tensor in outlines(tensors).items():
-        if tensor.ndim > _MOST_DIMENSIONS:
+        if tensor.ndim > _MAX_DIMENSIONS:
             raise FormatError(
-                f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MOST_DIMENSIONS} at most"
+                f"tensor {key!r} has {tensor.ndim} dimensions, expected {_MAX_DIMENSIONS} at most"
             )
-        if len(key) > _LONGEST_KEY:
-            raise FormatError(f"a key has {len(key)} characters, expected {_LONGEST_KEY} at most")
-        if tensor.dtype in _WIDENED:
+        if len(key) > _MAX_KEY:
+            raise FormatError(f"a key has {len(key)} characters, expected {_MAX_KEY} at most")
+        if tensor.dtype in FLOAT8_DTYPES:
             narrow[key] = tensor.dtype
         elif tensor.dtype not in SAFETENSORS_TYPES:
             raise UnsupportedError(
                 f"tensor {key!r} has type {tensor.dtype}; expected {', '.join(STORAGE_DTYPES)} for "
-                "factors, or integers for what is carried over"
+                "factors, or integers for carried tensors"
             )
     if narrow:
-        tensors = mapped(tensors, lambda _, t: t.to(torch.bfloat16) if t.dtype in _WIDENED else t)
+        tensors = mapped(
+            tensors, lambda _, t: t.to(torch.bfloat16) if t.dtype in FLOAT8_DTYPES else t
+        )
     digest = sha256(path)
-    if version(path) != opened:  # of which the tensors are not those of the digest
+    if version(path) != opened:  # the tensors would not be those of the digest
         raise FormatError("it was replaced while it was being opened; run again")
     return TensorFile(tensors, metadata, narrow, digest)
 
 
 @lru_cache(maxsize=1 << 12)
 def outline(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What is known of a tensor; of all that are alike the same, as there are very many."""
-    with torch.inference_mode(False):  # what is kept must not be bound to what the caller is in
+    """An outline: a meta tensor, cached, since adapters have many tensors of few shapes."""
+    with torch.inference_mode(False):  # the cached tensor must not be an inference tensor
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _open_safetensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, which stays open."""
+    """Lazy tensors and metadata of a safetensors file, which stays open."""
     try:
-        held = OpenFile(path)
+        opened = OpenFile(path)
         header, start = _read_header(path)
         with safe_open(path, framework="pt") as file:  # checks offsets and types against the size
             metadata, order = file.metadata() or {}, [*map(sys.intern, file.keys())]
-        places = {key: _place(header[key], start) for key in order}
-        known = {key: outline(place.shape, place.dtype) for key, place in places.items()}
-    # safetensors meets sizes that torch cannot address with errors of torch's own
+        spans = {key: _span(header[key], start) for key in order}
+        known = {key: outline(span.shape, span.dtype) for key, span in spans.items()}
+    # for sizes that torch cannot address, safetensors passes on errors of torch
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if isinstance(error, FormatError | UnsupportedError):
             raise
         raise FormatError(
             f"not a readable safetensors file, it may be truncated or corrupt ({error})"
         ) from error
-    return Lazy(known, lambda key: held.read(places[key])), metadata
+    return LazyMapping(known, lambda key: opened.read(spans[key])), metadata
 
 
-def _place(entry: Mapping[str, Any], start: int) -> Place:
-    """Where the tensor of a header's entry lies."""
+def _span(entry: Mapping[str, Any], start: int) -> TensorSpan:
+    """The span of the tensor of a header's entry; the data begins at offset `start`."""
     dtype = _TYPES.get(entry["dtype"])
     if dtype is None:
         raise UnsupportedError(
-            f"there are tensors of type {entry['dtype']}, which adapters have not"
+            f"there are tensors of type {entry['dtype']}, which adapters do not have"
         )
-    return Place(start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
+    return TensorSpan(start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and where the data begins; no excessive size, and no tensor named twice."""
+    """The header of a safetensors file, and the offset of its data."""
     with path.open("rb") as file:
         start = file.read(8)
         for magic, what in _MAGIC.items():
@@ -195,25 +196,25 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         if not start:
             raise FormatError("the file is empty")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length > _LARGEST_HEADER:
+        if length > _MAX_HEADER:
             raise FormatError(
                 f"not a readable safetensors file: its header would have {length} bytes, expected "
-                f"{_LARGEST_HEADER} at most"
+                f"{_MAX_HEADER} at most"
             )
         header = file.read(length)
     try:
-        return json.loads(header, object_pairs_hook=_require_distinct), 8 + length
+        return json.loads(header, object_pairs_hook=_without_repeated_keys), 8 + length
     except RecursionError as error:
         raise FormatError("not a readable safetensors file: its header is nested") from error
 
 
-def _require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys appears twice."""
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs, refused if a key is repeated."""
     result = dict(pairs)
     if len(result) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        twice = sorted(key for key, count in counts.items() if count > 1)
-        raise FormatError(f"the header names {listed(twice)} more than once")
+        repeated = sorted(key for key, count in counts.items() if count > 1)
+        raise FormatError(f"the header names {listed(repeated)} more than once")
     return result
 
 
@@ -226,37 +227,25 @@ def _read_pickle(path: Path, *, allowed: bool) -> dict[str, Tensor]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols, which are not the user's concern
-            # from memory, so that no length that the file claims is allocated
-            held = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # broken bytes make the unpickler raise whatever they spell
+            warnings.simplefilter("ignore")  # about pickle protocols
+            # from memory, so that no size that the file declares is allocated
+            loaded = torch.load(BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except Exception as error:  # corrupt bytes can make the unpickler raise anything
         raise FormatError(
-            "not a readable pickle of tensors: it is broken, or holds something else, which was "
+            "not a readable pickle of tensors: it is corrupt, or holds something else, which was "
             "not run"
         ) from error
-    held = held.get("state_dict", held) if isinstance(held, dict) else held
-    if not isinstance(held, dict):
-        raise FormatError(f"expected a pickled dictionary of tensors, got {type(held).__name__}")
-    odd = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
-    if odd or not all(isinstance(key, str) for key in held):
-        raise FormatError(f"expected names and tensors, but {listed(odd)} are something else")
-    return {key: tensor.detach() for key, tensor in held.items()}
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict):
+        raise FormatError(f"expected a pickled dictionary of tensors, got {type(loaded).__name__}")
+    others = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if others or not all(isinstance(key, str) for key in loaded):
+        raise FormatError(f"expected names and tensors, but {listed(others)} are something else")
+    return {key: tensor.detach() for key, tensor in loaded.items()}
 
 
 def require_factor(key: str, tensor: Tensor) -> Tensor:
-    """Check that a tensor can be computed with.
-
-    Args:
-        key: Its name, for messages.
-        tensor: The tensor.
-
-    Returns:
-        The tensor itself.
-
-    Raises:
-        UnsupportedError: If its type is none of `STORAGE_DTYPES`.
-        FormatError: If it holds NaN, infinity or values beyond all reason.
-    """
+    """Refuse a factor with a dtype not in `STORAGE_DTYPES`, or with NaN, infinity or huge value."""
     if tensor.dtype not in STORAGE_DTYPES.values():
         raise UnsupportedError(
             f"tensor {key!r} has type {tensor.dtype}; expected one of {', '.join(STORAGE_DTYPES)}"
@@ -265,61 +254,38 @@ def require_factor(key: str, tensor: Tensor) -> Tensor:
     wide = tensor.dtype not in (torch.float16, torch.bfloat16)
     if wide and tensor.numel() and not tensor.is_meta:
         largest = float(tensor.abs().max())
-        if largest > _LARGEST_VALUE:
+        if largest > _MAX_VALUE:
             raise FormatError(
                 f"tensor {key!r} holds values up to {largest:.3g}, expected at most "
-                f"{_LARGEST_VALUE:.0e}"
+                f"{_MAX_VALUE:.0e}"
             )
     return tensor
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:
-    """Check that a tensor has no NaN and no infinity.
-
-    Args:
-        key: Its name, for messages.
-        tensor: The tensor, of any type.
-
-    Returns:
-        The tensor itself.
-
-    Raises:
-        FormatError: If it has.
-    """
-    if bad := _not_finite(tensor):
+    """Refuse a tensor, of any dtype, with NaN or infinity."""
+    if bad := _count_not_finite(tensor):
         raise FormatError(f"tensor {key!r} holds NaN or infinity in {bad} of its values")
     return tensor
 
 
-def _not_finite(tensor: Tensor) -> int:
-    """How many values of a tensor are NaN or infinity."""
+def _count_not_finite(tensor: Tensor) -> int:
+    """The number of values of a tensor that are NaN or infinity."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return 0
-    # a sum is not finite if a value is not, and needs no mask as large as a base weight; summing
-    # 16 bits in their own type takes a third of the time, and an overflow only a second look
+    # the sum is finite only if all values are, and needs no mask of the size of a base weight;
+    # 16-bit values are summed in 16 bits, which is faster, and an overflow only costs a recount
     return 0 if math.isfinite(tensor.sum()) else int((~torch.isfinite(tensor)).sum())
 
 
 def storable(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is stored, refused where the storage type cannot hold it.
-
-    Args:
-        key: Its key, for messages.
-        tensor: The tensor.
-        dtype: The storage type.
-
-    Returns:
-        A contiguous tensor, where the other lies; the same one if it is stored as it is.
-
-    Raises:
-        OutputError: If it holds NaN or infinity, or a value too large for the storage type.
-    """
+    """A tensor converted to its storage dtype and contiguous, refused if values do not fit."""
     if tensor.is_meta:
         return outline(tuple(tensor.shape), dtype)
-    as_it_is = tensor.dtype == dtype and tensor.is_contiguous()
-    result = tensor if as_it_is else empty(tensor.shape, dtype, tensor.device).copy_(tensor)
-    if _not_finite(result):
-        if bad := _not_finite(tensor):
+    unchanged = tensor.dtype == dtype and tensor.is_contiguous()
+    result = tensor if unchanged else empty(tensor.shape, dtype, tensor.device).copy_(tensor)
+    if _count_not_finite(result):
+        if bad := _count_not_finite(tensor):
             raise OutputError(
                 f"tensor {key!r} holds NaN or infinity in {bad} of its values, so it is not written"
             )

@@ -1,7 +1,7 @@
-"""Writing safetensors files, one tensor at a time, in any order, from any process.
+"""Writing safetensors files tensor by tensor, in any order, from one or more processes.
 
-The bytes of a file depend on nothing but what is in it. The safetensors library writes the same
-tensors with the metadata in another order each time, and wants all of them at once.
+The bytes of a file depend only on its contents. The safetensors library, in contrast, varies the
+order of the metadata between runs, and needs all tensors at once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from devec.files.random_access import BINARY, bytes_of, read_at, uncache, write_
 from devec.files.safetensors_reader import SAFETENSORS_TYPES
 
 _CHUNK = 1 << 22
-_LARGE = 1 << 20
+_LARGE_TENSOR = 1 << 20
 
 
 class _Slot(NamedTuple):
-    """Where a tensor goes, counted from the end of the header."""
+    """The bytes reserved for a tensor, as offsets from the end of the header, and its outline."""
 
     start: int
     stop: int
@@ -33,31 +33,31 @@ class _Slot(NamedTuple):
 
 
 class TensorWriter:
-    """A safetensors file in the making.
+    """A safetensors file that is being written.
 
-    Every tensor has its place from the beginning, so that tensors may come in any order and from
-    several processes, each with a writer of its own.
+    The offset of every tensor is fixed from the beginning, so tensors may be written in any order
+    and by several processes, each with its own writer.
 
     Args:
         path: The file.
-        known: Key → outline of the tensor: its type and shape.
-        strings: The header's strings.
-        create: Whether the file is made; otherwise another writer has made it.
+        known: Key → outline of the tensor.
+        strings: The strings of the header.
+        create: Whether to create the file; if not, another writer has created it.
 
     Raises:
-        OutputError: If what another writer has made is another file.
+        OutputError: If the file that another writer created has another header.
     """
 
     def __init__(
         self, path: Path, known: Mapping[str, Tensor], strings: Mapping[str, str], *, create: bool
     ) -> None:
-        """Make the file, as large as it will be."""
-        self._slots = _placed(known)
+        """Open the file; create it at its final size if asked."""
+        self._slots = _slots(known)
         header = _header(self._slots, strings)
         self._header_size, self._strings = len(header), strings
         end = max((slot.stop for slot in self._slots.values()), default=0)
         self._missing = set(self._slots)
-        self._cached: list[_Slot] = []  # large ones that lie in the system's cache
+        self._cached: list[_Slot] = []  # large tensors that may be in the system's cache
         flags = BINARY | os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._file = os.open(path, flags, 0o666)
         try:
@@ -71,26 +71,18 @@ class TensorWriter:
             raise
 
     def _require_same(self, header: bytes, size: int) -> None:
-        """Refuse to write to a file whose tensors have other places."""
-        found = memoryview(bytearray(len(header)))
-        if os.fstat(self._file).st_size != size or read_at(self._file, found, 0) < len(header):
-            found = found[:0]
-        if found != header:
+        """Refuse a file with another size or header."""
+        existing = memoryview(bytearray(len(header)))
+        if os.fstat(self._file).st_size != size or read_at(self._file, existing, 0) < len(header):
+            existing = existing[:0]
+        if existing != header:
             raise OutputError(
                 "another process plans this output otherwise; give all processes the same options, "
                 "base models and libraries"
             )
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Write a tensor.
-
-        Args:
-            key: Its key.
-            tensor: The tensor, on the CPU.
-
-        Raises:
-            OutputError: If it is not of the type and shape that were announced.
-        """
+        """Write a tensor, whose dtype and shape must be those of its outline."""
         slot = self._slots[key]
         dtype, shape = slot.outline.dtype, slot.outline.shape
         if (tensor.dtype, tensor.shape) != (dtype, shape):
@@ -100,14 +92,14 @@ class TensorWriter:
             )
         self._write(bytes_of(tensor), self._header_size + slot.start)
         self._missing.discard(key)
-        if slot.stop - slot.start >= _LARGE:
+        if slot.stop - slot.start >= _LARGE_TENSOR:
             self._cached.append(slot)
 
     def flush(self) -> None:
-        """Bring what has been written to the disk.
+        """Flush written tensors to the disk, and drop large ones from the system's cache.
 
-        Of large tensors the system's cache is then let go, or it would give up the inputs for them,
-        which are read twice. Small ones share pages with their neighbours, yet to be written.
+        Otherwise they would displace the inputs, which are read twice. Small tensors stay, as they
+        share pages with tensors that are not written yet.
         """
         flushed = [self._cached.pop() for _ in range(len(self._cached))]
         os.fsync(self._file)
@@ -115,23 +107,16 @@ class TensorWriter:
             uncache(self._file, self._header_size + slot.start, slot.stop - slot.start)
 
     def data_sha256(self) -> str:
-        """Digest of the data after the header, all of which has been written."""
-        digest, place = hashlib.sha256(), self._header_size
+        """The digest of the data after the header; all tensors must have been written."""
+        digest, offset = hashlib.sha256(), self._header_size
         chunk = memoryview(bytearray(_CHUNK))
-        while count := read_at(self._file, chunk, place):
+        while count := read_at(self._file, chunk, offset):
             digest.update(chunk[:count])
-            place += count
+            offset += count
         return digest.hexdigest()
 
     def finish(self, strings: Mapping[str, str]) -> None:
-        """Complete the file.
-
-        Args:
-            strings: The header's strings, as long as they were at first.
-
-        Raises:
-            OutputError: If a tensor is missing.
-        """
+        """Close the complete file, with final strings that take as many bytes as the first ones."""
         if self._missing:
             raise OutputError(f"tensors were not written: {listed(sorted(self._missing))}")
         if strings != self._strings:
@@ -141,8 +126,8 @@ class TensorWriter:
             self._write(header, 0)
         self.close()
 
-    def take(self, keys: Set[str]) -> None:
-        """Leave tensors to other writers of the same file, who have written them."""
+    def mark_written(self, keys: Set[str]) -> None:
+        """Mark tensors as written by other writers of the same file."""
         self._missing -= keys
 
     def close(self) -> None:
@@ -151,16 +136,16 @@ class TensorWriter:
             os.close(self._file)
             self._file = -1
 
-    def _write(self, data: bytes | memoryview, place: int) -> None:
-        """Write bytes at a place."""
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at an offset."""
         view = memoryview(data)
         while view:
-            count = write_at(self._file, view, place)
-            view, place = view[count:], place + count
+            count = write_at(self._file, view, offset)
+            view, offset = view[count:], offset + count
 
 
-def _placed(known: Mapping[str, Tensor]) -> dict[str, _Slot]:
-    """The places of tensors: wide types first, so that every tensor is aligned."""
+def _slots(known: Mapping[str, Tensor]) -> dict[str, _Slot]:
+    """The slots of tensors: wide dtypes first, so that every tensor is aligned."""
     slots: dict[str, _Slot] = {}
     offset = 0
     for key in sorted(known, key=lambda key: (-known[key].element_size(), key)):
@@ -172,7 +157,7 @@ def _placed(known: Mapping[str, Tensor]) -> dict[str, _Slot]:
 
 
 def _header(slots: Mapping[str, _Slot], strings: Mapping[str, str]) -> bytes:
-    """The bytes before the data."""
+    """The bytes of the header, including its length."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(strings.items()))}
     for key, slot in slots.items():
         header[key] = {

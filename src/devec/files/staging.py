@@ -1,8 +1,7 @@
-"""Writing outputs so that none is ever seen half-written.
+"""Writing outputs atomically: all of them or none, and none incomplete.
 
-Everything is first written under a hidden temporary directory on the same file system, flushed,
-and then renamed into place. A process killed at any time leaves at most such a directory behind,
-which the next one takes away.
+Outputs are first written to a hidden temporary directory on the same file system, flushed, and then
+renamed. A killed process leaves at most such a directory behind, which the next run removes.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ from safetensors import SafetensorError
 
 from devec.errors import OutputError, listed
 
-# The hidden directories in which outputs are made, and the lock that says they are in use.
-_PREFIX = ".devec-"
+# Prefix of the temporary directories, their lock while they are in use, and the suffix of outputs
+# that are being replaced.
+_DIRECTORY_PREFIX = ".devec-"
 _LOCK = ".lock"
 _REPLACED = ".replaced"
 
 Writer = Callable[[Path], None]
 
-# The outputs of this process that have their names, for what an interrupted command reports.
+# The outputs of this process that are complete, for the report of an interrupted command.
 COMMITTED: list[Path] = []
 
-# A directory is replaced only if it is an adapter's: nobody loses a home directory to a typo.
+# Only directories of adapters are replaced, so that a typo cannot cost a home directory.
 _MARKER = "adapter_config.json"
 
 
@@ -40,43 +40,43 @@ def write_all(
     """Write several outputs, all or none.
 
     Args:
-        outputs: Target path → function that writes the output at the path it is given.
-        overwrite: Whether targets that exist may be replaced.
-        obsolete: Outputs of an earlier run that these replace without having a successor.
+        outputs: Target path → function that writes the output to a given path.
+        overwrite: Whether existing targets may be replaced.
+        obsolete: Outputs of an earlier run to remove, which have no successor among the outputs.
 
     Raises:
-        OutputError: If a target exists and may not be replaced, or cannot be written. Nothing is
-            changed then.
+        OutputError: If a target exists and may not be replaced, or cannot be written; then nothing
+            is changed.
     """
     with Staging([*outputs, *obsolete], overwrite=overwrite) as staging:
         for path, write in outputs.items():
-            write(staging.place(path))
+            write(staging.staged_path(path))
         staging.commit(list(outputs), obsolete)
 
 
 class Staging:
-    """Where outputs are made until all of them get their names at once.
+    """Temporary directories for outputs, which are renamed to their targets together.
 
     Args:
-        targets: What may be written.
-        overwrite: Whether targets that exist may be replaced.
+        targets: The outputs that may be written or removed.
+        overwrite: Whether existing targets may be replaced.
     """
 
     def __init__(self, targets: Sequence[Path], *, overwrite: bool) -> None:
         """Refuse targets that may not be replaced, before any work is done."""
         _require_replaceable(targets, overwrite)
-        _require_apart(targets)
+        _require_disjoint(targets)
         self._targets, self._overwrite = targets, overwrite
-        self._places: dict[Path, Path] = {}
+        self._directories: dict[Path, Path] = {}
         self._locks: list[IO[bytes]] = []
 
     def __enter__(self) -> Staging:
         try:
             for parent in {path.parent for path in self._targets}:
-                with explained([path for path in self._targets if path.parent == parent]):
-                    home = _existing(parent)
-                    _remove_abandoned(home)
-                    self._places[parent], lock = _made_in(home)
+                with output_errors([path for path in self._targets if path.parent == parent]):
+                    existing = _existing_parent(parent)
+                    _remove_abandoned(existing)
+                    self._directories[parent], lock = _create_locked(existing)
                     self._locks.append(lock)
         except BaseException:
             self._clear()
@@ -86,54 +86,45 @@ class Staging:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._clear()
         if isinstance(error, OSError | SafetensorError):
-            with self._explained():
+            with self._output_errors():
                 raise error
 
     def _clear(self) -> None:
-        """Take away all that was made here."""
-        for lock in self._locks:  # first, since Windows removes no open files
+        """Remove the temporary directories."""
+        for lock in self._locks:  # first, since Windows does not remove open files
             lock.close()
-        for directory in self._places.values():
+        for directory in self._directories.values():
             shutil.rmtree(directory, ignore_errors=True)
 
-    def place(self, target: Path) -> Path:
-        """Where an output is made."""
-        return self._places[target.parent] / target.name
+    def staged_path(self, target: Path) -> Path:
+        """The temporary path of an output."""
+        return self._directories[target.parent] / target.name
 
     def commit(self, outputs: Sequence[Path], obsolete: Sequence[Path] = ()) -> None:
-        """Flush outputs to the disk and give them their names, all or none.
+        """Flush outputs to the disk, rename them to their targets and remove obsolete ones.
 
         Args:
-            outputs: The targets that were made.
-            obsolete: What is taken away as it has no successor.
+            outputs: The targets that were staged.
+            obsolete: Outputs to remove.
 
         Raises:
-            OutputError: If one cannot be written. Nothing is changed then.
+            OutputError: If an output cannot be written; then nothing is changed.
         """
-        with self._explained():
+        with self._output_errors():
             for path in outputs:
-                _flush(self.place(path))
-                _require_same_kind(self.place(path), path)
-            _require_replaceable([*outputs, *obsolete], self._overwrite)  # much may have happened
-            _commit(outputs, obsolete, self._places)
+                _flush(self.staged_path(path))
+                _require_same_kind(self.staged_path(path), path)
+            # again, as other processes may have written outputs since
+            _require_replaceable([*outputs, *obsolete], self._overwrite)
+            _commit(outputs, obsolete, self._directories)
 
-    def _explained(self) -> AbstractContextManager[None]:
-        return explained(self._targets)
+    def _output_errors(self) -> AbstractContextManager[None]:
+        return output_errors(self._targets)
 
 
 @contextmanager
-def explained(targets: Sequence[Path]) -> Iterator[None]:
-    """Errors of the system as errors of devec.
-
-    Args:
-        targets: What is written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: If the system raised an error.
-    """
+def output_errors(targets: Sequence[Path]) -> Iterator[None]:
+    """Re-raise errors of the system as an `OutputError` that names the targets."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -144,7 +135,7 @@ def explained(targets: Sequence[Path]) -> Iterator[None]:
 def _commit(
     outputs: Sequence[Path], obsolete: Iterable[Path], staging: Mapping[Path, Path]
 ) -> None:
-    """Give finished outputs their names and take obsolete ones away; undo all if any step fails."""
+    """Rename outputs to their targets and remove obsolete ones; undo all if any step fails."""
     done: list[tuple[Path, Path]] = []
     before = list(COMMITTED)
 
@@ -162,7 +153,7 @@ def _commit(
             if path.exists():
                 move(path, staging[path.parent] / f"{path.name}{_REPLACED}")
         COMMITTED.extend(outputs)
-    except BaseException:  # an interrupt, too, must not cost what was there before
+    except BaseException:  # including interrupts, which must not lose existing outputs
         COMMITTED[:] = before
         for source, target in reversed(done):
             target.rename(source)
@@ -170,7 +161,7 @@ def _commit(
 
 
 def _require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse outputs that exist, unless they may be replaced and are outputs of this kind."""
+    """Refuse existing outputs, unless they may be replaced and are files or adapter directories."""
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise OutputError(
@@ -186,7 +177,7 @@ def _require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def _require_same_kind(staged: Path, target: Path) -> None:
-    """Refuse to put a file in the place of a directory, or a directory in that of a file."""
+    """Refuse to replace a directory by a file, or a file by a directory."""
     if target.exists() and staged.is_dir() != target.is_dir():
         old, new = ("directory", "file") if target.is_dir() else ("file", "directory")
         raise OutputError(
@@ -194,48 +185,48 @@ def _require_same_kind(staged: Path, target: Path) -> None:
         )
 
 
-def _made_in(home: Path) -> tuple[Path, IO[bytes]]:
-    """A new hidden directory, and a lock in it that lasts as long as the process."""
+def _create_locked(parent: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary directory, and its lock, which is held until it is closed."""
     while True:
         try:
-            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=home))
-        except OSError as error:  # which names what the user never asked for
-            raise OSError(error.errno, error.strerror, str(home)) from error
+            directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=parent))
+        except OSError as error:  # it names the temporary directory, which means nothing to users
+            raise OSError(error.errno, error.strerror, str(parent)) from error
         lock = (directory / _LOCK).open("wb")
-        if sys.platform != "win32":  # where nothing that was abandoned is taken away
+        if sys.platform != "win32":  # where abandoned directories are not removed
             import fcntl
 
-            with suppress(OSError):  # not all file systems have locks
+            with suppress(OSError):  # not all file systems support locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
         if directory.exists():
             return directory, lock
-        lock.close()  # another process took it for abandoned before it was locked
+        lock.close()  # another process removed the directory as abandoned before it was locked
 
 
-def _remove_abandoned(home: Path) -> None:
-    """Take away what processes that were killed have left, and no process holds a lock in."""
+def _remove_abandoned(parent: Path) -> None:
+    """Remove temporary directories of killed processes, which no process holds a lock in."""
     if sys.platform == "win32":
         return
     import fcntl
 
-    for directory in home.glob(f"{_PREFIX}*"):
+    for directory in parent.glob(f"{_DIRECTORY_PREFIX}*"):
         if any(directory.glob(f"*{_REPLACED}")):
-            continue  # it was killed while it replaced outputs, the only copies of which these are
-        # in use, on its way to be, or another user's
+            continue  # the process was killed while replacing outputs; these are the only copies
+        # errors mean that it is in use, being created, or another user's
         with suppress(OSError), (directory / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _require_apart(targets: Sequence[Path]) -> None:
-    """Refuse a target inside of another one, or given twice."""
+def _require_disjoint(targets: Sequence[Path]) -> None:
+    """Refuse a target that is given twice or is inside of another one."""
     for path in targets:
         if targets.count(path) > 1 or any(other in path.parents for other in targets):
             raise OutputError(f"{path} would be written in the place of another output")
 
 
-def _existing(path: Path) -> Path:
-    """The nearest directory above that exists, where a temporary one can be made."""
+def _existing_parent(path: Path) -> Path:
+    """The nearest existing directory at or above a path."""
     path = next(p for p in [path, *path.absolute().parents] if p.exists())
     if not path.is_dir():
         raise OutputError(f"cannot write in {path}: it is a file, expected a directory")
@@ -243,8 +234,8 @@ def _existing(path: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Make sure an output is on the disk before it gets its name."""
+    """Flush all files of an output to the disk."""
     for file in [path, *path.rglob("*")]:
         if file.is_file():
-            with file.open("r+b") as handle:  # which Windows asks for
+            with file.open("r+b") as handle:  # Windows flushes only files open for writing
                 os.fsync(handle.fileno())

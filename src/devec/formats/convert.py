@@ -13,7 +13,7 @@ from devec.errors import IncompatibleError, UnsupportedError, listed
 from devec.formats.magnitudes import of_outputs_only
 from devec.formats.peft.layout import peft_layout_for
 from devec.formats.single_file.layout import file_layout_for
-from devec.lazy import only, outlines
+from devec.lazy import outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA,
@@ -25,7 +25,7 @@ from devec.naming.conventions import (
     kohya_naming,
 )
 from devec.naming.families import Family
-from devec.naming.module_id import CLIP_L, DENOISER_2, parse
+from devec.naming.module_id import CLIP_L, DENOISER_2, parse_module_id
 from devec.naming.tables import TABLES
 
 Components = frozenset[str]
@@ -129,7 +129,7 @@ def convert(adapter: Adapter, format: str, *, component: str | None = None) -> A
         adapter = _of_component(adapter, _component(component))
     table = TABLES.get(layout.names.family)
     family = table() if table else None
-    components = frozenset(parse(module).component for module in adapter.modules)
+    components = frozenset(parse_module_id(module).component for module in adapter.modules)
     if declared is not None:
         components = frozenset([declared])
     naming, build = FORMATS[format](family, components)
@@ -164,9 +164,13 @@ def _component(name: str) -> str:
 
 def _of_component(adapter: Adapter, component: str) -> Adapter:
     """An adapter reduced to one component."""
-    modules = only(adapter.modules, {m for m in adapter.modules if parse(m).component == component})
-    keys = {k for k in adapter.carried if parse(k.rpartition(".")[0]).component == component}
-    carried = only(adapter.carried, keys)
+    modules = selected(
+        adapter.modules, {m for m in adapter.modules if parse_module_id(m).component == component}
+    )
+    keys = {
+        k for k in adapter.carried if parse_module_id(k.rpartition(".")[0]).component == component
+    }
+    carried = selected(adapter.carried, keys)
     if not modules:
         raise IncompatibleError(f"{adapter.label} does not change the {component or 'denoiser'}")
     return dataclasses.replace(adapter, modules=modules, carried=carried)

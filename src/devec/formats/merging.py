@@ -25,7 +25,7 @@ def all_of_class(layouts: Sequence[Layout], expected: type[LayoutT]) -> list[Lay
 
 def first_base(layouts: Sequence[Layout]) -> BaseModel:
     """The base model of the first layout that was given one; else that of the first."""
-    given = (layout.base for layout in layouts if layout.base.given is not None)
+    given = (layout.base for layout in layouts if layout.base.reference is not None)
     return next(given, layouts[0].base)
 
 

@@ -112,7 +112,7 @@ class FileOutput:
 
     def written_elsewhere(self, piece: Piece) -> None:
         """Record that another process has written a piece."""
-        self._writer.take(self.plan.outlines_of(piece).keys())
+        self._writer.mark_written(self.plan.outlines_of(piece).keys())
 
     def finish(self) -> None:
         """Write the unchanged tensors, the header's strings, and the other files."""

@@ -1,5 +1,5 @@
-"""Live models: adapters that PEFT, transformers or diffusers hold in memory.
+"""Live models: adapters of models that PEFT, transformers or diffusers hold in memory.
 
-All of them keep adapters the way PEFT does, in layers of its own inside of the model, and differ in
-what wraps the model: a `PeftModel`, a model of transformers or diffusers, or a pipeline of several.
+All hosts store adapters as PEFT does, in layers that wrap those of the model. They differ in what
+wraps the model: a `PeftModel`, a model of transformers or diffusers, or a pipeline of several.
 """

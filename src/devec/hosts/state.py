@@ -1,4 +1,4 @@
-"""One adapter in one live model, as PEFT holds it: its configuration and tensors, out and in."""
+"""Reading and adding one adapter of one live model: its configuration and tensors, as PEFT's."""
 
 from __future__ import annotations
 
@@ -15,49 +15,31 @@ from devec.formats.peft.config import targets
 from devec.formats.peft.names import PREFIX, lookup_name
 from devec.formats.peft.written_config import exact_targets
 from devec.formats.rank_patterns import Config, rank_and_scaling, rank_pattern
-from devec.hosts.layers import Parts, is_wrapper, walk
+from devec.hosts.layers import NamedModules, is_wrapper, walk
 from devec.hosts.scaling import scaling_of
 from devec.naming.conventions import MAGNITUDE_VECTOR
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
-    """Name → configuration of the adapters that a model says it holds."""
+    """Name → configuration of the adapters that a model lists."""
     return dict(getattr(model, "peft_config", None) or {})
 
 
 def replication_of(model: nn.Module) -> list[list[int]] | None:
-    """How the layers of a model were replicated for its adapters.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The field ``layer_replication`` of its adapters, None if no layer was replicated.
-
-    Raises:
-        UnsupportedError: If they were replicated for one adapter and again for another.
-    """
-    found = [_ranges(config) for config in adapters_of(model).values()]
-    found = [ranges for ranges in found if ranges]
-    if any(ranges != found[0] for ranges in found):
+    """The ``layer_replication`` of the adapters of a model, None if no layer was replicated."""
+    replications = [_replication(config) for config in adapters_of(model).values()]
+    replications = [ranges for ranges in replications if ranges]
+    if any(ranges != replications[0] for ranges in replications):
         raise UnsupportedError(
             f"the layers of {type(model).__name__} were replicated for one adapter and again for "
-            f"another (layer_replication {listed([str(r) for r in found])}), so that no name of a "
-            "layer says which it is; load each of the adapters into a model of its own"
+            f"another (layer_replication {listed([str(r) for r in replications])}), so the names "
+            "of layers are ambiguous; load each of the adapters into a model of its own"
         )
-    return found[0] if found else None
+    return replications[0] if replications else None
 
 
 def require_same_replication(model: nn.Module, config: Config) -> None:
-    """Refuse an adapter whose layers are not numbered as those of a model are.
-
-    Args:
-        model: The model that the adapter is to be added to.
-        config: The configuration of the adapter.
-
-    Raises:
-        IncompatibleError: If one of the two has replicated layers and the other not the same.
-    """
+    """Refuse an adapter whose ``layer_replication`` is not that of the model."""
     own, wanted = replication_of(model), config.get("layer_replication") or None
     wanted = None if wanted is None else [list(pair) for pair in wanted]
     if own == wanted:
@@ -74,185 +56,186 @@ def require_same_replication(model: nn.Module, config: Config) -> None:
     )
 
 
-def _ranges(config: Any) -> list[list[int]]:  # noqa: ANN401
-    """The field ``layer_replication`` of a configuration as JSON has it."""
+def _replication(config: Any) -> list[list[int]]:  # noqa: ANN401
+    """The field ``layer_replication`` of a configuration, as in JSON."""
     return [list(pair) for pair in getattr(config, "layer_replication", None) or []]
 
 
-def _layers(parts: Parts) -> dict[str, Any]:
-    """Name → LoRA layer, by the names that the base model has for them."""
+def _lora_layers(modules: NamedModules) -> dict[str, Any]:
+    """Name in the base model → LoRA layer."""
     from peft.tuners.lora import LoraLayer
 
-    return {n.removeprefix(PREFIX): m for n, m in parts if isinstance(m, LoraLayer)}
+    return {n.removeprefix(PREFIX): m for n, m in modules if isinstance(m, LoraLayer)}
 
 
-def config_of(model: nn.Module, parts: Parts, name: str, *, runs: bool) -> Config:
-    """The configuration of an adapter as PEFT would save it, true of the layers as they are.
+def config_of(
+    model: nn.Module, modules: NamedModules, name: str, *, current_scaling: bool
+) -> Config:
+    """The configuration of an adapter as PEFT would save it, with the ranks of its layers.
 
-    Ranks and alphas are those of the layers: hotswapping changes them, and not the configuration.
+    Hotswapping changes the ranks and scalings of layers, but not the configuration.
 
     Args:
         model: The model.
-        parts: Its modules.
-        name: Name of an adapter that it holds.
-        runs: Whether its scaling is the one that it runs with, as `runs_as_its_own` finds.
+        modules: Its modules.
+        name: Name of an adapter in the model.
+        current_scaling: Whether to use the current scalings of the layers instead of alpha/r.
 
     Returns:
-        The configuration, by which every layer of the adapter has its rank and scaling.
+        The configuration; it gives every layer of the adapter its rank and scaling.
 
     Raises:
         UnsupportedError: If the adapter has trained biases of the base model.
     """
     import peft
 
-    given = adapters_of(model)[name].to_dict()
-    if given.get("bias", "none") != "none":
+    fields = adapters_of(model)[name].to_dict()
+    if fields.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"it trains biases of the base model itself (bias={given['bias']!r}), which all "
+            f"it trains biases of the base model itself (bias={fields['bias']!r}), which all "
             "adapters in memory share; save it (save_pretrained) and read the files"
         )
-    config = {key: sorted(v) if isinstance(v, set) else v for key, v in given.items()}
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in fields.items()}
     config = {"peft_version": peft.__version__, **config}
-    if replicated := replication_of(model):  # the names are those of the layers as they are now
+    if replicated := replication_of(model):  # the names are those of the replicated layers
         config["layer_replication"] = replicated
-    layers = _layers(parts)
-    found = _ranks(layers, name, runs=runs)
-    if any(rank_and_scaling(config, n) != at for n, at in found.items()):
-        ranks, ranks_of = rank_pattern({n: rank for n, (rank, _) in found.items()})
-        alphas, alphas_of = rank_pattern({n: rank * s for n, (rank, s) in found.items()})
-        patterns = {"rank_pattern": ranks_of, "alpha_pattern": alphas_of}
-        config |= {"r": ranks, "lora_alpha": alphas, "use_rslora": False, **patterns}
-    modules = list(_ranks({n: m for n, m in layers.items() if not _is_parameter(m)}, name))
-    if any(not targets(config, n) for n in modules):
-        config |= exact_targets(modules)
+    layers = _lora_layers(modules)
+    actual = _ranks(layers, name, current_scaling=current_scaling)
+    if any(rank_and_scaling(config, n) != of_layer for n, of_layer in actual.items()):
+        rank, ranks = rank_pattern({n: r for n, (r, _) in actual.items()})
+        alpha, alphas = rank_pattern({n: r * s for n, (r, s) in actual.items()})
+        patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+        config |= {"r": rank, "lora_alpha": alpha, "use_rslora": False, **patterns}
+    targeted = list(_ranks({n: m for n, m in layers.items() if not _is_parameter(m)}, name))
+    if any(not targets(config, n) for n in targeted):
+        config |= exact_targets(targeted)
     return config
 
 
 def _ranks(
-    layers: Mapping[str, Any], name: str, *, runs: bool = False
+    layers: Mapping[str, Any], name: str, *, current_scaling: bool = False
 ) -> dict[str, tuple[int, float]]:
-    """Name by which PEFT looks a layer or parameter up → its rank and scaling of an adapter."""
+    """Name by which PEFT looks up a layer or parameter → rank and scaling of an adapter in it."""
     from peft.tuners.lora.layer import MultiheadAttention
 
     attentions = {n for n, layer in layers.items() if isinstance(layer, MultiheadAttention)}
     ranks = {}
     for n, layer in layers.items():
-        at = _rank(layer, name, runs=runs)
-        if at is not None:
-            known = lookup_name(n, attentions)
-            ranks[f"{known}.{layer.parameter_name}" if _is_parameter(layer) else known] = at
+        of_layer = _rank_and_scaling(layer, name, current=current_scaling)
+        if of_layer is not None:
+            key = lookup_name(n, attentions)
+            ranks[f"{key}.{layer.parameter_name}" if _is_parameter(layer) else key] = of_layer
     return ranks
 
 
 def _is_parameter(layer: object) -> bool:
-    """Whether a layer adapts a parameter of a module and not the module."""
+    """Whether a layer adapts a parameter of a module rather than the module."""
     from peft.tuners.lora.layer import ParamWrapper
 
     return isinstance(layer, ParamWrapper)
 
 
-def _rank(layer: Any, name: str, *, runs: bool = False) -> tuple[int, float] | None:  # noqa: ANN401
-    """Rank and scaling of an adapter in a layer, of each expert; None if it is not there."""
+def _rank_and_scaling(layer: Any, name: str, *, current: bool) -> tuple[int, float] | None:  # noqa: ANN401
+    """Rank (per expert) and scaling of an adapter in a layer, None if the layer has none of it."""
     A = layer.lora_embedding_A if name in layer.lora_embedding_A else layer.lora_A
     if name not in A:
         return None
     factor = A[name] if isinstance(A, nn.ParameterDict) else A[name].weight
     experts = getattr(layer, "num_experts", 1)
-    return factor.shape[0] // experts, scaling_of(layer, name, runs=runs)
+    return factor.shape[0] // experts, scaling_of(layer, name, current=current)
 
 
-class _Place(NamedTuple):
-    """Where a tensor of an adapter is: in which module, under which name, and for which layer."""
+class _Location(NamedTuple):
+    """The location of a tensor of an adapter in a model.
+
+    Attributes:
+        holder: The module that has the tensor as an attribute.
+        name: Name of the attribute.
+        layer: The layer that the tensor adapts.
+    """
 
     holder: nn.Module
     name: str
     layer: Any
 
 
-def tensors_of(parts: Parts, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter, under the keys that PEFT saves them with.
-
-    Args:
-        parts: The modules of a model.
-        name: Name of an adapter that it holds.
-
-    Returns:
-        Key → a copy of the tensor.
-    """
-    return {key: _value(place).detach().clone() for key, place in _places(parts, name).items()}
+def tensors_of(modules: NamedModules, name: str) -> dict[str, Tensor]:
+    """Key that PEFT saves a tensor of an adapter with → a copy of the tensor."""
+    located = _locations(modules, name)
+    return {key: _tensor(location).detach().clone() for key, location in located.items()}
 
 
-def _places(parts: Parts, name: str) -> dict[str, _Place]:
-    """Key that PEFT saves a tensor of an adapter with → where it is."""
+def _locations(modules: NamedModules, name: str) -> dict[str, _Location]:
+    """Key that PEFT saves a tensor of an adapter with → its location."""
     from peft.tuners.lora import LoraLayer
 
-    places: dict[str, _Place] = {}
-    for at, layer in parts:
-        key = PREFIX + at.removeprefix(PREFIX)
+    locations: dict[str, _Location] = {}
+    for module, layer in modules:
+        key = PREFIX + module.removeprefix(PREFIX)
         if isinstance(layer, LoraLayer):
-            held = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
-            for kind, factors in held.items():
-                if name in factors and isinstance(factors, nn.ParameterDict):
-                    places[f"{key}.{kind}"] = _Place(factors, name, layer)
-                elif name in factors:
-                    own = factors[name]
-                    for n, _ in own.named_parameters():
-                        places[f"{key}.{kind}.{n}"] = _Place(own, n, layer)
+            containers = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
+            for kind, container in containers.items():
+                if name in container and isinstance(container, nn.ParameterDict):
+                    locations[f"{key}.{kind}"] = _Location(container, name, layer)
+                elif name in container:
+                    holder = container[name]
+                    for n, _ in holder.named_parameters():
+                        locations[f"{key}.{kind}.{n}"] = _Location(holder, n, layer)
         elif is_wrapper(layer) and name in layer._adapters:
             state = layer.state_dict(keep_vars=True)
-            names = {id(tensor): at for at, tensor in state.items()}
-            for own, tensor in layer.adapter_state_dict(name, state).items():
+            names = {id(tensor): n for n, tensor in state.items()}
+            for saved, tensor in layer.adapter_state_dict(name, state).items():
                 path, _, last = names[id(tensor)].rpartition(".")
-                places[f"{key}.{own}"] = _Place(layer.get_submodule(path), last, layer)
-    return places
+                locations[f"{key}.{saved}"] = _Location(layer.get_submodule(path), last, layer)
+    return locations
 
 
-def _value(place: _Place) -> Tensor:
-    """A tensor of a model; where accelerate has offloaded it, from where it has been put."""
-    tensor: Tensor = getattr(place.holder, place.name)
+def _tensor(location: _Location) -> Tensor:
+    """The tensor at a location, loaded if accelerate has offloaded it."""
+    tensor: Tensor = getattr(location.holder, location.name)
     if not tensor.is_meta:
         return tensor
     from accelerate.utils import align_module_device
 
-    with align_module_device(place.holder):
-        tensor = getattr(place.holder, place.name).clone()
+    with align_module_device(location.holder):
+        tensor = getattr(location.holder, location.name).clone()
     if tensor.is_meta:
         raise IncompatibleError("its tensors are not in memory (meta); load them first")
     return tensor
 
 
-def put(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]) -> None:
-    """Add an adapter to a model.
+def add(model: nn.Module, name: str, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Add an adapter to a model, and verify that the model holds it exactly.
 
     Args:
         model: The model.
         name: Name of the new adapter.
         config: Its configuration.
-        tensors: Its tensors, under the keys that PEFT saves them with. The model keeps them.
+        tensors: Its tensors by the keys of PEFT; the model keeps them without a copy.
 
     Raises:
-        OutputError: If the model does not take all of it as it is.
+        OutputError: If the model rejects the adapter or does not hold it exactly.
     """
     try:
         _inject(model, name, config)
-        parts = list(walk(model))
-        places = _places(parts, name)
-        _assign(places, tensors)
-        _follow_mode(_layers(parts), name)
-        _require_same(places, tensors)
-        _require_scalings(_layers(parts), name, config)
+        modules = list(walk(model))
+        locations, layers = _locations(modules, name), _lora_layers(modules)
+        _assign(locations, tensors)
+        _set_mode(layers, name)
+        _require_assigned(locations, tensors)
+        _require_scalings(layers, name, config)
     except Exception as error:
-        raise OutputError(f"{type(model).__name__} does not take it: {error}") from error
+        raise OutputError(f"{type(model).__name__} does not accept it: {error}") from error
 
 
 def remove(model: Any, name: str) -> None:  # noqa: ANN401
-    """Take an adapter, or what there is of it, out of a model."""
+    """Remove an adapter, possibly added only in part, from a model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for _, module in walk(model):
         if isinstance(module, BaseTunerLayer):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is active now
+                warnings.simplefilter("ignore")  # about a new active adapter
                 module.delete_adapter(name)
         elif is_wrapper(module) and name in module._adapters:
             module.delete_adapter(name, new_active_adapters=[])
@@ -260,104 +243,101 @@ def remove(model: Any, name: str) -> None:  # noqa: ANN401
 
 
 def _inject(model: Any, name: str, config: Config) -> None:  # noqa: ANN401
-    """Make the layers of an adapter, their tensors without memory."""
+    """Create the layers of an adapter, with tensors on the meta device."""
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - {"peft_type"}
-    made = LoraConfig(**{key: value for key, value in config.items() if key in fields})
-    made.inference_mode = True
-    # PEFT would replicate the layers of a model again that are replicated
-    replication, made.layer_replication = made.layer_replication, None
+    lora = LoraConfig(**{key: value for key, value in config.items() if key in fields})
+    lora.inference_mode = True
+    # PEFT would replicate layers again that are already replicated
+    replication, lora.layer_replication = lora.layer_replication, None
     if isinstance(model, PeftModel):
-        # the classes for tasks would give it a classifier, too, that is not its own
+        # the subclasses for tasks would also add a copy of the classifier
         PeftModel.add_adapter(
-            model, name, made, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            model, name, lora, low_cpu_mem_usage=True, autocast_adapter_dtype=False
         )
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # as is meant here
-            inject_adapter_in_model(made, model, adapter_name=name, low_cpu_mem_usage=True)
-        if hasattr(model, "_hf_peft_config_loaded"):  # else diffusers takes it for unadapted
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # expected here
+            inject_adapter_in_model(lora, model, adapter_name=name, low_cpu_mem_usage=True)
+        if hasattr(model, "_hf_peft_config_loaded"):  # diffusers checks it for adapters
             model._hf_peft_config_loaded = True
-    made.layer_replication = replication
+    lora.layer_replication = replication
 
 
-def _assign(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
-    """Give an adapter its tensors, each in its own type and where its layer computes.
-
-    PEFT's own loader would cast them to the type of the base weight: of float32 magnitudes in a
-    bfloat16 model that is more than many adapters change.
-
-    Raises:
-        FormatError: If the model has other places than there are tensors.
-    """
-    wanted = {_key(key): tensor for key, tensor in tensors.items()}
-    if wanted.keys() != {_key(key) for key in places}:
-        lacking = sorted(wanted.keys() - {_key(key) for key in places})
-        empty = sorted({_key(key) for key in places} - wanted.keys())
-        reasons = [f"it has no place for {listed(lacking)}"] if lacking else []
-        if empty:
-            reasons.append(f"its layers want {listed(empty)}, which the adapter does not have")
+def _assign(locations: Mapping[str, _Location], tensors: Mapping[str, Tensor]) -> None:
+    """Assign the tensors of an adapter, in their own dtypes and on the devices of their layers."""
+    # PEFT's own loader would cast them to the dtype of the base weight; for float32 magnitudes in a
+    # bfloat16 model that loses more than many adapters change
+    by_key = {_key(key): tensor for key, tensor in tensors.items()}
+    if by_key.keys() != {_key(key) for key in locations}:
+        unplaced = sorted(by_key.keys() - {_key(key) for key in locations})
+        missing = sorted({_key(key) for key in locations} - by_key.keys())
+        reasons = [f"it has no place for {listed(unplaced)}"] if unplaced else []
+        if missing:
+            reasons.append(f"its layers need {listed(missing)}, which the adapter does not have")
         raise FormatError("; ".join(reasons))
-    for key, place in places.items():
-        meant, there = wanted[_key(key)], getattr(place.holder, place.name)
-        if there.shape != meant.shape:
-            raise FormatError(f"{key!r} has shape {tuple(meant.shape)}, not {tuple(there.shape)}")
-        made = meant.detach().to(_device(place.layer))
-        if isinstance(there, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=False)
-        setattr(place.holder, place.name, made)
+    for key, location in locations.items():
+        given, empty = by_key[_key(key)], getattr(location.holder, location.name)
+        if empty.shape != given.shape:
+            raise FormatError(f"{key!r} has shape {tuple(given.shape)}, not {tuple(empty.shape)}")
+        assigned = given.detach().to(_device(location.layer))
+        if isinstance(empty, nn.Parameter):
+            assigned = nn.Parameter(assigned, requires_grad=False)
+        setattr(location.holder, location.name, assigned)
 
 
 def _key(key: str) -> str:
-    """A key with magnitudes under one name; PEFT takes them under two."""
+    """A key with one spelling for magnitudes, for which PEFT has two."""
     return key.removesuffix(".weight") if key.endswith(f"{MAGNITUDE_VECTOR}.weight") else key
 
 
 def _device(layer: Any) -> torch.device:  # noqa: ANN401
-    """Where the weight of an adapted layer lies, or is computed with where it is offloaded."""
+    """The device of the base weight of a layer, or its execution device if it is offloaded."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
-    places: list[torch.device] = [t.device for t in (*base.parameters(), *base.buffers())]
-    for place in places:
-        if place.type != "meta":
-            return place
-    offloaded = getattr(base, "_hf_hook", None)
-    where: torch.device | str | int | None = getattr(offloaded, "execution_device", None)
-    return torch.device("cpu" if where is None else where)
+    devices: list[torch.device] = [t.device for t in (*base.parameters(), *base.buffers())]
+    for device in devices:
+        if device.type != "meta":
+            return device
+    hook = getattr(base, "_hf_hook", None)
+    execution: torch.device | str | int | None = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if execution is None else execution)
 
 
-def _follow_mode(layers: Mapping[str, Any], name: str) -> None:
-    """Train or evaluate as the model does; new layers would drop inputs out in evaluation, too."""
+def _set_mode(layers: Mapping[str, Any], name: str) -> None:
+    """Set the training mode of new layers to that of the model, for the sake of dropout."""
     for layer in layers.values():
         training = layer.get_base_layer().training
-        if layer.training != training:  # one that there was not before
+        if layer.training != training:  # a new wrapper
             layer.train(training)
-        for parts in layer.children():
-            if isinstance(parts, nn.ModuleDict) and name in parts:
-                parts[name].train(training)
+        for container in layer.children():
+            if isinstance(container, nn.ModuleDict) and name in container:
+                container[name].train(training)
 
 
-def _require_same(places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
-    """Compare what the model holds now with what was meant; hosts drop things quietly."""
-    held = {_key(key): _value(place) for key, place in places.items()}
-    wrong = []
-    for key, tensor in tensors.items():
-        found = held[_key(key)]
-        alike = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-        if not alike or not (_at(found) == _at(tensor) or torch.equal(found.to(tensor), tensor)):
-            wrong.append(key)
+def _require_assigned(locations: Mapping[str, _Location], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the tensors in the model with those that were assigned; some hosts drop tensors."""
+    actual = {_key(key): _tensor(location) for key, location in locations.items()}
+    wrong = [key for key, tensor in tensors.items() if not _is_same(actual[_key(key)], tensor)]
     if wrong:
         raise FormatError(f"it holds something else than was given for {listed(wrong)}")
 
 
-def _at(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
-    """Where the memory of a tensor is."""
+def _is_same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors have one dtype and shape, and one memory or equal values."""
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        return False
+    return _memory(actual) == _memory(expected) or torch.equal(actual.to(expected), expected)
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int, tuple[int, ...]]:
+    """The device, address and strides of the memory of a tensor."""
     return tensor.device, tensor.data_ptr(), tensor.stride()
 
 
 def _require_scalings(layers: Mapping[str, Any], name: str, config: Config) -> None:
-    """Check that the layers have the ranks and scalings that the configuration gives them."""
-    found = _ranks(layers, name)
-    wrong = [m for m, at in found.items() if at != rank_and_scaling(config, m)]
+    """Check that the layers have the ranks and scalings of the configuration."""
+    actual = _ranks(layers, name)
+    wrong = [n for n, of_layer in actual.items() if of_layer != rank_and_scaling(config, n)]
     if wrong:
         raise FormatError(f"it gives other ranks or scalings to {listed(wrong)}")

@@ -1,1 +1,1 @@
-"""Linear algebra on plain tensors: thin factors, subspaces, chance. Knows nothing of adapters."""
+"""Linear algebra on plain tensors: thin factors, subspaces, chance. Independent of adapters."""

@@ -1,8 +1,8 @@
 """Orthonormal bases of the column spaces of many thin products at once, by matrix products alone.
 
-Modules of one shape are stacked along a leading axis. All tall products run in the working
-precision, where a processor is fastest; what is small, r × r, is done in float64. Where that could
-cost accuracy the product is called unsound, and `linalg.column_space` is for it.
+Modules of one shape are stacked along a leading axis. Products of tall matrices run in the working
+precision, which is fastest; r × r matrices are processed in float64. Products for which this could
+cost accuracy are reported as not sound; use `devec.linalg.factors.column_space` for them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from devec.linalg.buffers import empty, product
-from devec.linalg.dtypes import RANK_RTOL, basis_dtype, near, small, working_dtype
+from devec.linalg.buffers import empty, matmul
+from devec.linalg.dtypes import RANK_RTOL, basis_dtype, on_float64_device, to_float64, working_dtype
 from devec.linalg.factors import core_svd
 from devec.linalg.precision import full_precision
 
-# How far from orthonormal the first pass may leave a factor: the second pass squares it. And how
-# far entries of UᵀU may be from those of the identity before there is a second pass at all.
-_LARGEST_LOSS = 1e-2
-_ORTHONORMAL = {torch.float32: 9e-7, torch.float64: 1e-12}
+# Largest loss of orthogonality of the first pass, which the second pass squares; and the largest
+# distance of entries of UᵀU from those of the identity that needs no second pass.
+_LARGEST_FIRST_LOSS = 1e-2
+_ORTHONORMALITY = {torch.float32: 9e-7, torch.float64: 1e-12}
 
-# Float32 sums of so many products lose no more than the last digit or two; what is summed in
-# blocks of as many rows is added up in float64. A CPU's kernels for wide factors sum in blocks
-# themselves.
+# Float32 sums of this many products lose at most the last two digits. Sums over blocks of as many
+# rows are added in float64. CPU kernels for wide factors sum in blocks themselves.
 _BLOCK = 512
 _BLOCK_OF_WIDE = 2048
 _WIDE = 64
 
-# XᵀX is symmetric: of wide X only what is on and above strips of so many rows is computed.
+# XᵀX is symmetric: for wide X only the part on and above diagonal strips of this width is computed.
 _STRIP = 64
 
-# Squared lengths of columns whose entries have squares that neither vanish nor overflow.
-_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
+# Range of squared column lengths in which the squares of entries neither underflow nor overflow.
+_SAFE_SQUARES = {torch.float32: (1e-26, 1e36), torch.float64: (1e-280, 1e300)}
 
-# A·Aᵀ has one pass, and norms are read off it: its loss is theirs. Where it would be larger the
-# product is computed in float64, which takes twice as long.
+# A·Aᵀ has a single pass, whose loss passes on to the norms. Beyond this loss the product is
+# computed in float64, which takes twice as long.
 _LARGEST_LOSS_OF_NORMS = 1e-5
 
-# Of a decomposition by Gram matrices: what rounding of its result to float32 costs at most.
+# A decomposition by Gram matrices may lose at most what rounding of its result to float32 loses.
 _LARGEST_LOSS_OF_SVD = {torch.float32: 1e-6, torch.float64: 1e-8}
 
 
@@ -50,9 +49,9 @@ class ColumnBases(NamedTuple):
     Attributes:
         U: Orthonormal columns, in the precision of the factors.
         norms: ‖B·A‖_F.
-        gram: A·Aᵀ, with which norms of C·A follow for any C.
-        sound: Which of the products are of full rank and well-conditioned enough for all this to
-            be right; the others' entries mean nothing.
+        gram: A·Aᵀ, which gives the norm of C·A for any C.
+        sound: Which products have full rank and are conditioned well enough for correct results;
+            the entries of the others are meaningless.
     """
 
     U: Float[Tensor, "batch m r"]
@@ -62,7 +61,7 @@ class ColumnBases(NamedTuple):
 
 
 class FactoredSVD(NamedTuple):
-    """A singular value decomposition ``(X·U) · diag(S) · (Vh·Y)`` with tall and wide X, Y as given.
+    """A singular value decomposition ``(X·U) · diag(S) · (Vh·Y)`` with a tall X and a wide Y.
 
     Attributes:
         X: Shape (m, r).
@@ -80,7 +79,7 @@ class FactoredSVD(NamedTuple):
 
     @full_precision
     def leading(self, rank: int) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
-        """Balanced factors U·√S and √S·Vh of the leading triplets."""
+        """Balanced factors X·U·√S and √S·Vh·Y of the leading triplets."""
         root = self.S[:rank].sqrt()
         left, right = self.U[:, :rank] * root, root[:, None] * self.Vh[:rank]
         return self.X @ left.to(self.X), right.to(self.Y) @ self.Y
@@ -88,21 +87,9 @@ class FactoredSVD(NamedTuple):
 
 @full_precision
 def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSVD:
-    """The singular value decomposition of ``B · A``, of which no more is formed than is asked for.
-
-    With BᵀB = RᵀR and AAᵀ = LᵀL the core R·Lᵀ = U·S·Vh gives B·R⁻¹·U and Vh·L⁻ᵀ·A.
-
-    Args:
-        B: Left factor.
-        A: Right factor.
-
-    Returns:
-        All singular values in float64. By Gram matrices, in float32 or float64 as each factor's
-        condition allows, where that costs no more than rounding of the result to float32 and the
-        factors are no float64 themselves; else by Householder QR.
-
-    Cost: O((m + n) r² + r³), and (m + n)·r·k for k triplets.
-    """
+    """Singular value decomposition of ``B · A`` whose singular vectors are formed on request."""
+    # With BᵀB = RᵀR and AAᵀ = LᵀL, the SVD R·Lᵀ = U·S·Vh of the core gives B·R⁻¹·U and Vh·L⁻ᵀ·A.
+    # float64 factors, and those too ill-conditioned for Gram matrices, use Householder QR.
     precise = working_dtype(B, A) == torch.float64 or not B.shape[1]
     left, right = (None, None) if precise else (_well_conditioned(B), _well_conditioned(A.mT))
     if left is not None and right is not None:
@@ -117,8 +104,8 @@ def factored_svd(B: Float[Tensor, "m r"], A: Float[Tensor, "r n"]) -> FactoredSV
     return FactoredSVD(X, U, S, Vh, Q_A.mT)
 
 
-class _Triangle(NamedTuple):
-    """An upper triangle R with XᵀX = RᵀR, its inverse, and what rounding in XᵀX does to X·R⁻¹."""
+class _Cholesky(NamedTuple):
+    """Cholesky factor R with XᵀX = RᵀR, its inverse, and the loss of orthogonality in X·R⁻¹."""
 
     R: Tensor
     inverse: Tensor
@@ -129,54 +116,53 @@ class _Triangle(NamedTuple):
 def column_bases(
     B: Float[Tensor, "batch m r"], A: Float[Tensor, "batch r n"], rtol: float | None = None
 ) -> ColumnBases:
-    """Orthonormal bases of the column spaces of products, by Cholesky QR, twice where needed.
+    """Orthonormal bases of the column spaces of products, by Cholesky QR, repeated where needed.
 
     BᵀB = RᵀR gives U = B·R⁻¹, whose distance from orthonormality is roundoff times the squared
-    condition number of B with its columns scaled to one length; a second pass over U removes it.
+    condition number of B with its columns scaled to length 1. A second pass over U removes it.
 
     Args:
-        B: Left factors, all in one precision.
-        A: Right factors.
-        rtol: Fraction of the largest singular value below which others are rounding; by default
-            `RANK_RTOL` of the precision of the factors.
+        B: Left factors, shape (batch, m, r), float32 or float64.
+        A: Right factors, shape (batch, r, n), of the same dtype.
+        rtol: Fraction of the largest singular value below which others count as rounding; by
+            default `RANK_RTOL` of the dtype.
 
     Returns:
-        The bases, orthonormal to 1e-6 in every entry of UᵀU (float32; to rounding in float64), and
-        the norms. A product is sound if B, its columns scaled to one length, has a condition number
-        of up to a hundred or more (float32; 1e6 in float64), A, its rows scaled likewise, one of up
-        to some 1e5 (the lower the rank, the higher), no column or row so short or long that squares
-        of its entries leave the range of the precision, and no singular value of the product below
-        `rtol` times the largest.
+        The bases, with entries of UᵀU exact to 1e-6 (float32) or to rounding (float64), and the
+        norms. A product is sound if four conditions hold: B with columns scaled to length 1 has a
+        condition number up to about 100 (float32) or 1e6 (float64); A with rows scaled likewise has
+        one up to about 1e5, more at low rank; squares of all entries stay in the range of the
+        dtype; and no singular value of the product is below `rtol` times the largest.
 
-    Cost: O((m + n) r²) per product, all of it in matrix products.
+    Cost: O((m + n)·r²) per product, all in matrix products.
 
     Reference: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA
     44, Theorem 3.3.
     """
     dtype = B.dtype
     rtol = RANK_RTOL[dtype] if rtol is None else rtol
-    gram = _mirrored(small(_upper(A.mT)))
-    right = _triangle(gram, dtype)
+    gram = _symmetric(to_float64(_upper_gram(A.mT)))
+    right = _cholesky(gram, dtype)
     if dtype == torch.float32 and bool((right.loss >= _LARGEST_LOSS_OF_NORMS).any()):
-        gram = _mirrored(_upper(small(A).mT))
-        right = _triangle(gram, gram.dtype)
-    del A  # as large as a basis, and not needed any more; neither is B below
-    first = _triangle(_gram(B), dtype)
-    sound = (first.loss < _LARGEST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
-    U = product(B, first.inverse.to(B))
+        gram = _symmetric(_upper_gram(to_float64(A).mT))
+        right = _cholesky(gram, gram.dtype)
+    del A  # as large as a basis, and no longer needed; likewise B below
+    first = _cholesky(_blocked_gram(B), dtype)
+    sound = (first.loss < _LARGEST_FIRST_LOSS) & (right.loss < _LARGEST_LOSS_OF_NORMS)
+    U = matmul(B, first.inverse.to(B))
     del B
-    second = _gram(U)
-    off = _off(second)
+    second = _blocked_gram(U)
+    distance = _distance_from_identity(second)
     R, inverse = first.R, first.inverse
-    if bool((sound & (off > _ORTHONORMAL[dtype])).any()):
-        again = _triangle(second, dtype)
-        U = product(U, again.inverse.to(U))
-        # what is still off is beyond this arithmetic, or that is coarser than it says (TF32)
-        sound &= _off(_gram(U)) <= _ORTHONORMAL[dtype]
+    if bool((sound & (distance > _ORTHONORMALITY[dtype])).any()):
+        again = _cholesky(second, dtype)
+        U = matmul(U, again.inverse.to(U))
+        # otherwise B is too ill-conditioned, or the arithmetic coarser than declared (TF32)
+        sound &= _distance_from_identity(_blocked_gram(U)) <= _ORTHONORMALITY[dtype]
         R, inverse = again.R @ R, inverse @ again.inverse
     core = R @ right.R.mT
     norms = torch.linalg.matrix_norm(core)
-    # at least the condition number in the spectral norm, which a decomposition alone would tell
+    # an upper bound of the spectral condition number; only the SVD below gives the exact value
     condition = norms * torch.linalg.matrix_norm(right.inverse.mT @ inverse)
     sound &= condition.isfinite()
     for index in (sound & (condition >= 1 / rtol)).nonzero()[:, 0].tolist():
@@ -185,49 +171,51 @@ def column_bases(
     return ColumnBases(U, norms, gram, sound)
 
 
-class _Side(NamedTuple):
-    """A factor and the triangle of its Gram matrix."""
+class _ConditionedFactor(NamedTuple):
+    """A factor and the Cholesky factor of its Gram matrix."""
 
     X: Tensor
-    triangle: _Triangle
+    triangle: _Cholesky
 
 
-def _well_conditioned(X: Float[Tensor, "m r"]) -> _Side | None:
-    """A factor in the first precision that its condition allows, None if none does."""
+def _well_conditioned(X: Float[Tensor, "m r"]) -> _ConditionedFactor | None:
+    """A factor in the lowest precision that its condition allows; None if there is none."""
     for dtype in _LARGEST_LOSS_OF_SVD if X.device.type != "mps" else ():
-        held = X.to(dtype)
-        triangle = _Triangle(*(part[0] for part in _triangle(_gram(held[None]), dtype)))
+        converted = X.to(dtype)
+        triangle = _Cholesky(
+            *(part[0] for part in _cholesky(_blocked_gram(converted[None]), dtype))
+        )
         if float(triangle.loss) < _LARGEST_LOSS_OF_SVD[dtype]:
-            return _Side(held, triangle)
+            return _ConditionedFactor(converted, triangle)
     return None
 
 
-def _off(gram: Tensor) -> Tensor:
-    """How far the entries of Gram matrices are from those of the identity."""
+def _distance_from_identity(gram: Tensor) -> Tensor:
+    """The largest distance of an entry of each Gram matrix from the identity's."""
     return (gram - _identity(gram)).abs().amax(dim=(-2, -1))
 
 
 def _identity(like: Tensor) -> Tensor:
-    """The identity of the size of square matrices."""
+    """The identity of the size, dtype and device of square matrices."""
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def _gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+def _blocked_gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     """XᵀX in float64, from sums over blocks of rows."""
     batch, m, r = X.shape
     longest = _BLOCK_OF_WIDE if r >= _WIDE and X.device.type == "cpu" else _BLOCK
     rows = next((n for n in range(min(longest, m), 0, -1) if m % n == 0), 1)
     if X.dtype == torch.float64 or m <= longest:
-        return _mirrored(small(_upper(X)))
-    if rows < longest // 8:  # no number of blocks divides the rows
-        return _mirrored(_upper(small(X)))
+        return _symmetric(to_float64(_upper_gram(X)))
+    if rows < longest // 8:  # no suitable block size divides m
+        return _symmetric(_upper_gram(to_float64(X)))
     blocks = X.reshape(batch * (m // rows), rows, r)
-    products = _upper(blocks).reshape(batch, m // rows, r, r)
-    return _mirrored(near(products).sum(dim=1, dtype=torch.float64))
+    products = _upper_gram(blocks).reshape(batch, m // rows, r, r)
+    return _symmetric(on_float64_device(products).sum(dim=1, dtype=torch.float64))
 
 
-def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
-    """XᵀX; of wide X the upper triangle, and what is below it means nothing."""
+def _upper_gram(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
+    """XᵀX; for wide X only its upper triangle is meaningful."""
     r = X.shape[-1]
     if r <= _STRIP:
         return X.mT @ X
@@ -238,15 +226,15 @@ def _upper(X: Float[Tensor, "batch m r"]) -> Float[Tensor, "batch r r"]:
     return result
 
 
-def _mirrored(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
-    """The whole matrices of which `_upper` made at least the upper triangles."""
+def _symmetric(upper: Float[Tensor, "batch r r"]) -> Float[Tensor, "batch r r"]:
+    """Symmetric matrices from the result of `_upper_gram`."""
     if upper.shape[-1] <= _STRIP:
         return upper
     return upper.triu() + upper.triu(1).mT
 
 
-def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
-    """The Cholesky factor of Gram matrices that were computed in a precision."""
+def _cholesky(gram: Tensor, dtype: torch.dtype) -> _Cholesky:
+    """Cholesky factors of Gram matrices that were computed in the given precision."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     scale = squares.rsqrt()
     R, info = torch.linalg.cholesky_ex(scale[..., None] * gram * scale[..., None, :], upper=True)
@@ -254,7 +242,7 @@ def _triangle(gram: Tensor, dtype: torch.dtype) -> _Triangle:
     # ‖R⁻¹‖² is at most the product of the largest sums of rows and of columns
     sums = [inverse.abs().sum(dim=dim).amax(dim=-1) for dim in (-2, -1)]
     loss = torch.finfo(dtype).eps * sums[0] * sums[1]
-    smallest, largest = _SQUARES[dtype]
+    smallest, largest = _SAFE_SQUARES[dtype]
     inside = ((squares > smallest) & (squares < largest)).all(dim=-1)
     loss = torch.where((info == 0).to(loss.device) & loss.isfinite() & inside, loss, torch.inf)
-    return _Triangle(R / scale[..., None, :], scale[..., None] * inverse, loss)
+    return _Cholesky(R / scale[..., None, :], scale[..., None] * inverse, loss)

@@ -1,8 +1,8 @@
-"""Memory of large tensors that is used again, while modules of one shape follow one another.
+"""Reuse of the memory of large tensors while modules of one shape follow one another.
 
-What an allocator makes of blocks of many megabytes is either returned to the system, and made anew
-page by page, or kept, with gaps between what is in use. Stacks of one shape need blocks of the same
-few sizes again and again.
+An allocator either returns blocks of many megabytes to the system, which then creates them again
+page by page, or keeps them and fragments memory. Stacks of one shape need blocks of the same few
+sizes over and over.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from torch import Tensor
 
 from devec.linalg.precision import full_precision
 
-# Smaller ones do well in the allocator.
-_LARGE = 1 << 20
+# Smaller tensors come from torch's allocator.
+_LARGE_BYTES = 1 << 20
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-class Blocks:
-    """Blocks of memory that tensors of one job have left, apart for each thread."""
+class MemoryBlocks:
+    """Free memory blocks of one job, kept separately for each thread."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without blocks."""
         self._of: dict[int, dict[int, list[mmap.mmap]]] = {}
 
     def of_this_thread(self) -> dict[int, list[mmap.mmap]]:
-        """Size in bytes → blocks that no tensor uses."""
+        """Free blocks of the calling thread, by size in bytes."""
         return self._of.setdefault(threading.get_ident(), {})
 
     def clear(self) -> None:
-        """Free all of them, but for those of tensors that live on, which keep them."""
+        """Release all blocks; tensors that are still alive keep theirs."""
         self._of.clear()
 
 
-class _Held(threading.local):
-    """The blocks that a thread uses.
+class _ThreadMemory(threading.local):
+    """The memory blocks of one thread.
 
     Attributes:
-        active: Whether it is within `reused`.
-        free: Size in bytes → blocks that no tensor uses.
-        sizes: Sizes that were asked for since that began.
+        active: Whether the thread is inside `reuse_memory`.
+        free: Free blocks, by size in bytes.
+        sizes: Sizes requested since the thread entered `reuse_memory`.
     """
 
     def __init__(self) -> None:
@@ -58,85 +58,55 @@ class _Held(threading.local):
         self.sizes: set[int] = set()
 
 
-_held = _Held()
+_memory = _ThreadMemory()
 
 
 @contextmanager
-def reused(blocks: Blocks) -> Iterator[None]:
-    """Let large tensors on the CPU use the memory that earlier ones in this thread have left.
-
-    Where a block is missing, those of sizes that nothing has asked for since this began are freed:
-    modules of another shape have left them.
-
-    Args:
-        blocks: The blocks of the job.
-
-    Yields:
-        Nothing.
-    """
-    _held.active, _held.sizes, _held.free = True, set(), blocks.of_this_thread()
+def reuse_memory(blocks: MemoryBlocks) -> Iterator[None]:
+    """Let large CPU tensors of this thread use the blocks that earlier tensors have released."""
+    _memory.active, _memory.sizes, _memory.free = True, set(), blocks.of_this_thread()
     try:
         yield
     finally:
-        _held.active, _held.free = False, {}
+        _memory.active, _memory.free = False, {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """A new tensor with any values.
-
-    Args:
-        shape: Its shape.
-        dtype: Its type.
-        device: Where it lies.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        MemoryError: If there is too little memory.
-    """
+    """A new uninitialised tensor, in a reused block where one is free."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if not _held.active or size < _LARGE or torch.device(device).type != "cpu":
+    if not _memory.active or size < _LARGE_BYTES or torch.device(device).type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    _held.sizes.add(size)
-    free = _held.free.setdefault(size, [])
-    if not free:
-        for other in _held.free.keys() - _held.sizes:
-            del _held.free[other]
-    view = memoryview(block := free.pop() if free else _block(size))
-    # torch holds the view for as long as any tensor lies in it
+    _memory.sizes.add(size)
+    free = _memory.free.setdefault(size, [])
+    if not free:  # blocks of unrequested sizes belong to modules of another shape
+        for other in _memory.free.keys() - _memory.sizes:
+            del _memory.free[other]
+    view = memoryview(block := free.pop() if free else _new_block(size))
+    # torch keeps the view alive as long as any tensor uses its memory
     weakref.finalize(view, free.append, block).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
 
 
 @full_precision
-def product(X: Tensor, Y: Tensor) -> Tensor:
-    """X·Y.
-
-    Args:
-        X: Left factor, or a stack of them.
-        Y: Right factor, or a stack of as many.
-
-    Returns:
-        The product.
-    """
-    if not _held.active or X.device.type != "cpu":
+def matmul(X: Tensor, Y: Tensor) -> Tensor:
+    """X·Y of matrices or stacks of matrices, in a reused block where one is free."""
+    if not _memory.active or X.device.type != "cpu":
         return X @ Y
     return torch.matmul(X, Y, out=empty((*X.shape[:-1], Y.shape[-1]), X.dtype))
 
 
 def return_memory() -> None:
-    """Return memory that is free to the system, which the GNU C library keeps for later."""
+    """Return free memory, which the GNU C library would keep, to the system."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
 
-def _block(size: int) -> mmap.mmap:
-    """A new block of memory."""
+def _new_block(size: int) -> mmap.mmap:
+    """A new memory block; `MemoryError` if there is too little memory."""
     try:
         return mmap.mmap(-1, size, **_PRIVATE)
-    except OSError as error:  # of which the number is not the same on all systems
+    except OSError as error:  # its number differs between systems
         raise MemoryError(f"can't allocate {size} bytes") from error

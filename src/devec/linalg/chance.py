@@ -1,4 +1,4 @@
-"""The overlap of random subspaces: what chance alone would share."""
+"""Overlap of random subspaces: the random edge, and the chance level for a threshold."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ from functools import cache
 
 from devec.linalg.random_subspaces import LARGEST_EXACT, largest_cosine_quantile
 
-# Of `chance_level`, and that quantile of Tracy-Widom's law of order 1 (Johnstone 2008, Table 1).
-_LEVEL = 0.99
-_LARGEST_Q = 1024
+# The chance level is this quantile; below it for the Tracy-Widom law of order 1 (Johnstone 2008,
+# Table 1).
+_PROBABILITY = 0.99
 _TRACY_WIDOM_99 = 2.0234
+_LARGEST_Q = 1024  # up to which the exact law has been checked
 
 
 def random_edge(n: int, p: int, q: int) -> float:
-    """Where the largest squared cosine between two random subspaces sits.
+    """Asymptotic upper edge of the squared cosines between two random subspaces.
 
-    (√(a(1-b)) + √(b(1-a)))² with a = p/n, b = q/n: the upper edge of the spectrum of the product
-    of two random projectors, as n grows. Once p + q ≥ n the subspaces must intersect and it is 1.
+    (√(a(1-b)) + √(b(1-a)))² with a = p/n and b = q/n: the limit of the largest squared cosine as n
+    grows. For p + q ≥ n the subspaces intersect and the edge is 1.
 
     Args:
-        n: Dimension of the space.
-        p: Dimension of the first subspace.
-        q: Dimension of the second subspace.
+        n: Dimension of the space, positive.
+        p: Dimension of the first subspace, from 0 to n.
+        q: Dimension of the second subspace, from 0 to n.
 
     Returns:
-        The edge, in [0, 1].
+        The edge, in [0, 1]; exact in the limit, so the largest squared cosine of finite subspaces
+        scatters around it. 0 if p or q is 0.
+
+    Cost: O(1).
 
     Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios".
+
+    Example:
+        >>> from devec.linalg.chance import random_edge
+        >>> round(random_edge(1000, 16, 16), 4)
+        0.063
+        >>> random_edge(100, 60, 60)
+        1.0
     """
     if min(p, q) == 0:
         return 0.0
@@ -40,32 +51,41 @@ def random_edge(n: int, p: int, q: int) -> float:
 
 @cache
 def chance_level(n: int, p: int, q: int) -> float:
-    """The squared cosine that two random subspaces exceed in one case of a hundred.
+    """99th percentile of the largest squared cosine between two random subspaces.
 
-    Exact where one subspace has at most `LARGEST_EXACT` dimensions and the other at most 1024; for
-    a line it is the quantile of Beta(q/2, (n-q)/2). Else log(c²/(1-c²)) is μ + σ·TW1 with the
-    Tracy-Widom law of order 1, which random subspaces exceed in 0.4 to 1 case of a hundred
-    (measured for p from 5 on).
+    Exact law for small dimensions; for a line (p = 1) it is that of Beta(q/2, (n-q)/2). Otherwise
+    log(c²/(1-c²)) = μ + σ·TW1 with the Tracy-Widom law of order 1.
 
     Args:
-        n: Dimension of the space.
+        n: Dimension of the space, positive.
         p: Dimension of the first subspace, positive.
         q: Dimension of the second subspace, positive.
 
     Returns:
-        The 99 % quantile; infinity where p + q ≥ n, since there the subspaces intersect whatever
-        they are, and no overlap is beyond chance.
+        The percentile, in (0, 1). Exact to 2e-6 in probability if one dimension is at most
+        `LARGEST_EXACT`, the other at most 1024 and n at most 16384. Otherwise approximate: 0.4 % to
+        1 % of random subspaces exceed it (measured for p from 5 on). Infinity if p + q ≥ n: such
+        subspaces always intersect, so no overlap is beyond chance.
 
-    Reference: Chiani 2016, arXiv 1401.3987, for small dimensions; Johnstone 2008, "Multivariate
-    analysis and Jacobi ensembles: largest eigenvalue, Tracy-Widom limits and rates of convergence",
-    Ann. Statist. 36, Eq. 5 and 6, for others.
+    Cost: below 0.1 s for the exact law, O(1) otherwise; results are cached.
+
+    Reference: Chiani 2016, arXiv 1401.3987; Johnstone 2008, "Multivariate analysis and Jacobi
+    ensembles: largest eigenvalue, Tracy-Widom limits and rates of convergence", Ann. Statist. 36,
+    Eq. 5 and 6.
+
+    Example:
+        >>> from devec.linalg.chance import chance_level, random_edge
+        >>> random_edge(1000, 16, 16) < chance_level(1000, 16, 16) < 0.1
+        True
+        >>> chance_level(100, 60, 60)
+        inf
     """
     if p + q >= n:
         return math.inf
     p, q = min(p, q), max(p, q)
     if p <= LARGEST_EXACT and q <= _LARGEST_Q:
-        return largest_cosine_quantile(n, p, q, _LEVEL)
-    # Johnstone's (p, m, n) are here p, n - q, q, so m + n - 1 = n - 1.
+        return largest_cosine_quantile(n, p, q, _PROBABILITY)
+    # Johnstone's (p, m, n) are (p, n - q, q) here, so his m + n - 1 is n - 1.
     size = n - 1
     gamma = 2 * math.asin(math.sqrt((p - 0.5) / size))
     phi = 2 * math.asin(math.sqrt((q - 0.5) / size))
@@ -76,25 +96,53 @@ def chance_level(n: int, p: int, q: int) -> float:
     return 1 / (1 + math.exp(-(centre + spread * _TRACY_WIDOM_99)))
 
 
-def pool_level(
-    n: int, ranks: Sequence[int], method: str, level: Callable[[int, int, int], float]
-) -> float:
-    """A level for two subspaces, carried over to the spectrum of a method on k of them.
+# Dimensions n, p, q → a value for two subspaces of these dimensions: `random_edge`, `chance_level`.
+PairValue = Callable[[int, int, int], float]
 
-    `chain`: |λ| ≤ ‖U1ᵀU2‖·‖U2ᵀU3‖···‖UkᵀU1‖, the geometric mean around the cycle to the power k/2.
-    `mean` and `principal`: the eigenvalue is at most that of directions at the largest pairwise
-    cosine, so the largest pairwise level bounds it. For k = 2 both are the level itself.
+
+def cycle_bound(n: int, ranks: Sequence[int], of_pair: PairValue) -> float:
+    """Bound of an eigenvalue of chained projectors, from a bound for two subspaces.
+
+    |λ| ≤ ‖U1ᵀU2‖·‖U2ᵀU3‖···‖UkᵀU1‖: the product of √of_pair over neighbours in the cycle.
 
     Args:
         n: Dimension of the space.
         ranks: Dimensions ρ_i of the subspaces, two or more.
-        method: One of `METHODS`.
-        level: `random_edge` or `chance_level`.
+        of_pair: Bound of the squared cosine between two subspaces.
 
     Returns:
-        The bound, on the scale of the method's spectrum.
+        The bound of λ, as exact as `of_pair`; for k = 2 that of the pair.
+
+    Cost: O(k) calls of `of_pair`.
+
+    Example:
+        >>> from devec.linalg.chance import cycle_bound, random_edge
+        >>> round(cycle_bound(1000, [16, 16, 16], random_edge), 4)
+        0.0158
     """
-    if method == "chain":
-        cycle = zip(ranks, [*ranks[1:], ranks[0]], strict=True)
-        return math.prod(math.sqrt(level(n, p, q)) for p, q in cycle)
-    return max(level(n, p, q) for i, p in enumerate(ranks) for q in ranks[i + 1 :])
+    cycle = zip(ranks, [*ranks[1:], ranks[0]], strict=True)
+    return math.prod(math.sqrt(of_pair(n, p, q)) for p, q in cycle)
+
+
+def largest_pair_bound(n: int, ranks: Sequence[int], of_pair: PairValue) -> float:
+    """Bound of the squared cosine that `mean` and `principal` report, from one for two subspaces.
+
+    An eigenvalue of the mean projector is at most that of k directions at the largest pairwise
+    cosine, so the largest pairwise bound holds for all of them.
+
+    Args:
+        n: Dimension of the space.
+        ranks: Dimensions ρ_i of the subspaces, two or more.
+        of_pair: Bound of the squared cosine between two subspaces.
+
+    Returns:
+        The bound, as exact as `of_pair`; for k = 2 that of the pair.
+
+    Cost: O(k²) calls of `of_pair`.
+
+    Example:
+        >>> from devec.linalg.chance import largest_pair_bound, random_edge
+        >>> largest_pair_bound(1000, [16, 16], random_edge) == random_edge(1000, 16, 16)
+        True
+    """
+    return max(of_pair(n, p, q) for i, p in enumerate(ranks) for q in ranks[i + 1 :])

@@ -1,4 +1,4 @@
-"""Working precisions, the tolerances that go with them, and devices."""
+"""Working precisions, their tolerances, and devices."""
 
 from __future__ import annotations
 
@@ -7,50 +7,43 @@ from torch import Tensor
 
 from devec.errors import IncompatibleError
 
-# Singular values below this fraction of the largest are rounding, not signal: a few units of
-# roundoff of the precision in which factors are combined.
+# Singular values below this fraction of the largest are rounding: a few units of roundoff of the
+# precision in which factors are combined.
 RANK_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
 
-# Where less than this of the terms of a squared norm is left, digits are lost to cancellation, and
-# the entries themselves are summed, so many rows at a time.
-CANCELLED = 0.1
+# If less than this fraction of the terms of a squared norm remains, cancellation has cost digits.
+# The entries themselves are then summed, in blocks of BLOCK_ROWS rows.
+CANCELLATION = 0.1
 BLOCK_ROWS = 128
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The precision factors are combined in: float64 if any of them is, else float32."""
+    """The precision in which factors are combined: float64 if any tensor has it, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def basis_dtype(device: torch.device) -> torch.dtype:
-    """The precision bases are computed in: float64, or float32 on devices without it."""
+    """The precision in which bases are computed: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def near(matrix: Tensor) -> Tensor:
-    """A small matrix where there is float64: where it lies or, if that has none, on the CPU."""
+def on_float64_device(matrix: Tensor) -> Tensor:
+    """A small matrix on a device with float64: its own device, or the CPU."""
     return matrix.cpu() if matrix.device.type == "mps" else matrix
 
 
-def small(matrix: Tensor) -> Tensor:
-    """A small matrix in float64, where that is."""
-    return near(matrix).double()
+def to_float64(matrix: Tensor) -> Tensor:
+    """A small matrix in float64, on a device that supports it."""
+    return on_float64_device(matrix).double()
 
 
 def require_device(device: torch.device | str) -> None:
-    """Check that tensors can be put on a device.
-
-    Args:
-        device: The device.
-
-    Raises:
-        IncompatibleError: If they cannot.
-    """
+    """Raise `IncompatibleError` unless tensors can be placed on the device."""
     try:
         torch.zeros(1, device=device).item()
-    # torch asserts that it was built for a device before it raises anything of its own
+    # torch asserts that it was built for a device before it raises an error of its own
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on at length
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest is long
         raise IncompatibleError(
             f"device {str(device)!r} cannot be used ({reason}); leave it out to compute on the CPU"
         ) from error

@@ -1,4 +1,4 @@
-"""Powers of two kept apart from tensors, for products that leave the range of float32."""
+"""Scaling by powers of two, for products that leave the range of float32."""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from torch import Tensor
 
 from devec.linalg.dtypes import basis_dtype
 
-# Numbers up to 2^60 and down to 2^-60 have products that float32 represents.
+# Products of numbers between 2^-60 and 2^60 stay in the range of float32.
 _LARGEST = 60
-_LIMIT = 1000  # of exponents that a float of Python represents
+_LIMIT = 1000  # exponents up to this are representable in float64
 
 
 def extreme_exponent(value: float) -> int:
-    """The e with |value|/2^e in [1/2, 1) if |e| is above 60; else 0, for no scaling is needed."""
+    """The exponent e with |value|/2^e in [1/2, 1) if |e| > 60; otherwise 0, for no scaling."""
     exponent = math.frexp(value)[1]
     return exponent if abs(exponent) > _LARGEST else 0
 
 
 def times_powers(tensors: Tensor, exponents: Sequence[int]) -> Tensor:
-    """Tensors of a stack times 2^e each, exact as long as the results are normal numbers.
-
-    Args:
-        tensors: Shape (batch, …).
-        exponents: One for each tensor.
-
-    Returns:
-        The products, in the type of the tensors; the tensors themselves if all exponents are 0.
-    """
+    """Entries of a stack of shape (batch, …) times 2^e each; exact if the results are normal."""
     if not any(exponents):
         return tensors
     scaled = tensors.to(basis_dtype(tensors.device))

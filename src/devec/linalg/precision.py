@@ -1,7 +1,7 @@
-"""The precision that devec multiplies matrices in, whatever the caller allows for a model.
+"""Full precision of matrix products, regardless of the caller's settings.
 
-Models run under autocast, in TF32 or with products in bfloat16. Factors and base weights are
-multiplied in float32 or float64: `full_precision` marks every function that does so.
+Models run under autocast, in TF32 or with products in bfloat16. devec multiplies factors and base
+weights in float32 or float64; `full_precision` decorates every function that does so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ _AUTOCAST = tuple(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autoc
 
 
 class _Settings(NamedTuple):
-    """What torch allows for products of float32: in all, and by backend where it has these.
+    """Torch's settings for float32 products: the overall one and those of the backends.
 
     Attributes:
-        overall: ``"highest"``, ``"high"`` or ``"medium"``; None where backends differ, for which
-            torch has no word.
+        overall: ``"highest"``, ``"high"`` or ``"medium"``; None if the backends differ.
         backends: Precision of each backend.
     """
 
@@ -35,15 +34,15 @@ class _Settings(NamedTuple):
 
     @classmethod
     def read(cls) -> _Settings:
-        """The present settings."""
+        """The current settings."""
         backends = tuple(backend.fp32_precision for backend in _backends())
         try:
             return cls(torch.get_float32_matmul_precision(), backends)
-        except RuntimeError:  # torch refuses a mixture of this and settings by backend
+        except RuntimeError:  # the overall setting is undefined if the backends differ
             return cls(None, backends)
 
     def make_full(self) -> None:
-        """Have products of float32 computed in float32."""
+        """Compute float32 products in float32."""
         if self.overall is not None:
             torch.set_float32_matmul_precision("highest")
             return
@@ -51,7 +50,7 @@ class _Settings(NamedTuple):
             backend.fp32_precision = "ieee"
 
     def restore(self) -> None:
-        """Make these the settings again."""
+        """Restore these settings."""
         if self.overall is not None:
             torch.set_float32_matmul_precision(self.overall)
         for backend, precision in zip(_backends(), self.backends, strict=True):
@@ -59,33 +58,33 @@ class _Settings(NamedTuple):
 
 
 def _backends() -> list[Any]:
-    """The backends whose precision can be set one by one, which torch has since 2.9."""
+    """The backends with a precision of their own, available since torch 2.9."""
     homes = (torch.backends.cuda, torch.backends.mkldnn)
     found: list[Any] = [getattr(home, "matmul", None) for home in homes]
     return [backend for backend in found if hasattr(backend, "fp32_precision")]
 
 
 class _FullProducts:
-    """Full precision of float32 products for the threads that need it.
+    """Full precision of float32 products while any thread needs it.
 
-    The settings are those of the process, so threads share them. Each thread that enters makes sure
-    that they are full, whoever has changed them meanwhile; the last thread to leave restores what
-    the caller had set last.
+    The settings belong to the process, so threads share them. Each thread that enters makes sure
+    that they are full, even if they were changed in the meantime. The last thread to leave restores
+    the caller's latest settings.
     """
 
     def __init__(self) -> None:
-        """Start without threads."""
+        """Start without any thread inside."""
         self._lock = Lock()
         self._threads: set[int] = set()
         self._before: _Settings | None = None
         self._during: _Settings | None = None
 
     def inside(self) -> bool:
-        """Whether this thread has entered."""
+        """Whether the calling thread has entered."""
         return get_ident() in self._threads
 
     def enter(self) -> None:
-        """Have float32 matrices multiplied in float32."""
+        """Enter: multiply float32 matrices in float32."""
         with self._lock:
             self._threads.add(get_ident())
             found = _Settings.read()
@@ -95,19 +94,19 @@ class _FullProducts:
                 self._during = _Settings.read()
 
     def leave(self) -> None:
-        """Restore the settings if no other thread needs full precision; harmless if repeated."""
+        """Leave: restore the settings if no thread is inside any more; safe to repeat."""
         with self._lock:
             self._threads.discard(get_ident())
             self._restore()
 
-    def forked(self) -> None:
-        """Forget the threads that a child process does not have."""
+    def after_fork(self) -> None:
+        """Forget the threads that a forked child does not have."""
         self._lock = Lock()
         self._threads &= {get_ident()}
         self._restore()
 
     def _restore(self) -> None:
-        """Restore the settings, unless they are needed or the caller has changed them."""
+        """Restore the settings unless a thread is inside or the caller has changed them."""
         if not self._threads and self._before is not None:
             if _Settings.read() == self._during:
                 self._before.restore()
@@ -116,20 +115,21 @@ class _FullProducts:
 
 _PRODUCTS = _FullProducts()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_PRODUCTS.forked)
+    os.register_at_fork(after_in_child=_PRODUCTS.after_fork)
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a function multiply matrices in the precision of its tensors.
+    """Decorate a function to run without autocast and with float32 products in float32.
+
+    Not for generators: the code that consumes one would run in full precision, too.
 
     Args:
-        function: The function; no generator, whose consumer would run in this precision, too.
+        function: The function.
 
     Returns:
-        The function, which runs without autocast, and whose products of float32 matrices are
-        computed in float32 rather than in TF32 or bfloat16.
+        The decorated function.
 
-    Cost: some microseconds; less than one within another such function.
+    Cost: some microseconds per call; less than one inside another decorated function.
     """
 
     @wraps(function)

@@ -1,8 +1,8 @@
-"""The exact law of the largest squared cosine between two random subspaces of low dimension.
+"""Exact law of the largest squared cosine between two random subspaces of low dimension.
 
-With p ≤ q the squared cosines are the roots of a multivariate beta matrix. Their joint density is
+For p ≤ q the squared cosines are the roots of a multivariate beta matrix. Their joint density is
 Π x_i^(α-1)·(1-x_i)^(β-1)·Π|x_i - x_j| with α = (q-p+1)/2 and β = (n-q-p+1)/2, and the probability
-that all of them are below x is a ratio of Pfaffians. For p = 1 it is Beta(q/2, (n-q)/2).
+that all of them are below x is a ratio of Pfaffians. For p = 1 the law is Beta(q/2, (n-q)/2).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 
 import torch
 
-# Monomials are nearly dependent in high dimension. Up to this p the distribution function is right
-# to 2e-6 in float64 for q up to 1024 and n up to 16384.
+# Monomials are nearly linearly dependent in high dimension. Up to this p the error of the
+# distribution function is at most 2e-6 in float64, for q up to 1024 and n up to 16384.
 LARGEST_EXACT = 4
 
 _ROUNDOFF = 1e-15
@@ -21,24 +21,12 @@ _MOST_TERMS = 10_000
 _BISECTIONS = 60
 
 
-def largest_cosine_quantile(n: int, p: int, q: int, level: float) -> float:
-    """The value that the largest squared cosine stays below with a given probability.
-
-    Args:
-        n: Dimension of the space.
-        p: Dimension of one subspace, from 1 to `LARGEST_EXACT`.
-        q: Dimension of the other, at least p, with p + q < n.
-        level: The probability, in (0, 1).
-
-    Returns:
-        The quantile, in (0, 1).
-
-    Cost: about 60 evaluations of the distribution function, less than 0.1 s.
-    """
+def largest_cosine_quantile(n: int, p: int, q: int, probability: float) -> float:
+    """Quantile of the largest squared cosine, for 1 ≤ p ≤ `LARGEST_EXACT`, p ≤ q and p + q < n."""
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if largest_cosine_cdf(n, p, q, middle) < level:
+        if largest_cosine_cdf(n, p, q, middle) < probability:
             low = middle
         else:
             high = middle
@@ -46,20 +34,9 @@ def largest_cosine_quantile(n: int, p: int, q: int, level: float) -> float:
 
 
 def largest_cosine_cdf(n: int, p: int, q: int, x: float) -> float:
-    """The probability that all squared cosines between two random subspaces are at most x.
-
-    Args:
-        n: Dimension of the space.
-        p: Dimension of one subspace, from 1 to `LARGEST_EXACT`.
-        q: Dimension of the other, at least p, with p + q < n.
-        x: The value, in [0, 1].
-
-    Returns:
-        The probability.
-
-    Reference: Chiani 2016, arXiv 1401.3987, "Distribution of the largest root of a matrix for Roy's
-    test in multivariate analysis of variance", Theorem 1 and Algorithm 1.
-    """
+    """Probability that the largest squared cosine is at most x, in [0, 1]; dimensions as above."""
+    # Chiani 2016, arXiv 1401.3987, "Distribution of the largest root of a matrix for Roy's test in
+    # multivariate analysis of variance", Theorem 1 and Algorithm 1.
     a = [(q - p + 1) / 2 + i for i in range(p)]
     b = (n - q - p + 1) / 2
     return math.sqrt(max(0.0, _squared_pfaffian(a, b, x)) / _squared_pfaffian(a, b, 1.0))
@@ -67,13 +44,13 @@ def largest_cosine_cdf(n: int, p: int, q: int, x: float) -> float:
 
 def _squared_pfaffian(a: list[float], b: float, x: float) -> float:
     """The determinant of P(X_j < X_i < x) - P(X_i < X_j < x) for X_i ~ Beta(a_i, b)."""
-    # of an odd number of variables the matrix is bordered by P(X_i < x)
+    # for an odd number of variables the matrix is bordered by P(X_i < x)
     p = len(a)
     below = [beta_cdf(x, ai, b) for ai in a]
     scales = [_log_beta(ai, b) for ai in a]
     D = torch.zeros(p + p % 2, p + p % 2, dtype=torch.float64)
     for j in range(p):
-        # integration by parts, from i to i + 1, starting from two variables of one law
+        # integration by parts, from i to i + 1, starting from two variables with the same law
         ordered = below[j] ** 2 / 2
         for i in range(j, p - 1):
             total = a[i] + a[j]
@@ -91,21 +68,11 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
-    """The distribution function of Beta(a, b), the regularised incomplete beta function.
-
-    Args:
-        x: The value.
-        a: First parameter, positive.
-        b: Second parameter, positive.
-
-    Returns:
-        The probability, to about 1e-11.
-
-    Reference: the continued fraction DLMF 8.17.22, evaluated by Lentz's method.
-    """
+    """Distribution function of Beta(a, b) for positive a and b, with an error of about 1e-11."""
+    # the continued fraction DLMF 8.17.22, evaluated by Lentz's method
     if not 0 < x < 1:
         return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction of the complement converges faster
+    if x > (a + 1) / (a + b + 2):  # the fraction of the complement converges faster
         return 1 - beta_cdf(1 - x, b, a)
     front = math.exp(a * math.log(x) + b * math.log1p(-x) - _log_beta(a, b)) / a
     value, C, D = 1.0, 1.0, 0.0

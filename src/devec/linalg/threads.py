@@ -1,4 +1,4 @@
-"""How many threads torch uses in one thread of Python, apart from what it uses in others."""
+"""Worker threads with a fixed number of torch threads each, and setting that number safely."""
 
 from __future__ import annotations
 
@@ -9,71 +9,54 @@ from threading import Lock, local
 import torch
 
 
-class _Own(local):
-    """What a thread knows of itself."""
+class _ThreadState(local):
+    """State of one thread."""
 
-    in_crew = False
-
-
-_OWN = _Own()
-_SETTING = Lock()
-_MAKING = Lock()
-_CREWS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
+    in_worker_thread = False
 
 
-def crew(name: str, size: int, count: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch uses a given number of threads.
+_STATE = _ThreadState()
+_SETTING_LOCK = Lock()
+_EXECUTORS_LOCK = Lock()
+_EXECUTORS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
 
-    They are shared by all calls and stay for the life of the process, since beginning one changes a
-    setting of the process for a moment (see `use_threads`).
 
-    Args:
-        name: What they do. Work must not wait for other work of the same name.
-        size: How many there are at most.
-        count: How many threads torch uses in each.
-
-    Returns:
-        The executor, the same for the same arguments, which is never shut down.
-    """
-    with _MAKING:
-        executor = _CREWS.get((name, size, count))
+def shared_executor(name: str, size: int, count: int) -> ThreadPoolExecutor:
+    """The executor of this name with at most `size` workers and `count` torch threads in each."""
+    # It is never shut down: starting a worker briefly changes a setting of the process (see
+    # `use_threads`). Its tasks must not wait for other tasks of the same executor.
+    with _EXECUTORS_LOCK:
+        executor = _EXECUTORS.get((name, size, count))
         if executor is None:
-            executor = ThreadPoolExecutor(size, f"devec-{name}", _begin, (count,))
-            _CREWS[name, size, count] = executor
+            executor = ThreadPoolExecutor(size, f"devec-{name}", _start_worker, (count,))
+            _EXECUTORS[name, size, count] = executor
         return executor
 
 
-def in_crew() -> bool:
-    """Whether the calling thread is one of a crew, which must not wait for others of its crew."""
-    return _OWN.in_crew
+def in_worker_thread() -> bool:
+    """Whether the calling thread is a worker, which must not wait for tasks of its executor."""
+    return _STATE.in_worker_thread
 
 
-def _begin(count: int) -> None:
-    """Prepare a thread of a crew."""
-    _OWN.in_crew = True
+def _start_worker(count: int) -> None:
+    """Prepare a worker thread."""
+    _STATE.in_worker_thread = True
     use_threads(count)
 
 
 def use_threads(count: int) -> None:
-    """Set the number of threads that torch uses in the calling thread.
-
-    `torch.set_num_threads` sets the number of the calling thread and that of all threads that first
-    use torch later. Another thread reads the latter first and sets it again afterwards. So the
-    setting of the process is the same before and after, however many threads call this at once; a
-    thread that first uses torch in between, within some milliseconds, takes on this number.
-
-    Args:
-        count: The number.
-
-    Cost: a thread is begun and waited for twice; nothing if the number is the same already.
-    """
+    """Set the number of threads that torch uses in the calling thread only."""
     if torch.get_num_threads() == count:
         return
-    with _SETTING, ThreadPoolExecutor(1, "devec-threads") as other:
+    # `torch.set_num_threads` also sets the default for threads that first use torch later. A helper
+    # thread reads that default before and restores it after, so it does not change however many
+    # threads call this at once. Only a thread that first uses torch in between, within
+    # milliseconds, starts with `count`.
+    with _SETTING_LOCK, ThreadPoolExecutor(1, "devec-threads") as other:
         default = other.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
         other.submit(torch.set_num_threads, default).result()
 
 
-if hasattr(os, "register_at_fork"):  # a child process has none of the threads
-    os.register_at_fork(after_in_child=_CREWS.clear)
+if hasattr(os, "register_at_fork"):  # a forked child has none of the threads
+    os.register_at_fork(after_in_child=_EXECUTORS.clear)

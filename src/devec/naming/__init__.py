@@ -1,1 +1,1 @@
-"""How the world names modules: families of base models, conventions of files, names of layers."""
+"""How adapters and known base models name modules. Independent of tensors and files."""

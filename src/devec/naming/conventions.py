@@ -1,4 +1,4 @@
-"""How a single-file adapter spells what it holds: prefixes, dots or underscores, suffixes."""
+"""How single-file adapters spell their keys: prefixes, dots or underscores, suffixes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from devec.naming.families import Family, flat
-from devec.naming.module_id import CLIP_G, CLIP_L, DENOISER, DENOISER_2, DENOISERS, T5, Name, parse
+from devec.naming.module_id import (
+    CLIP_G,
+    CLIP_L,
+    DENOISER,
+    DENOISER_2,
+    DENOISERS,
+    T5,
+    ModuleId,
+    parse_module_id,
+)
 
 DORA_SCALE = ".dora_scale"
 MAGNITUDE_VECTOR = ".lora_magnitude_vector"
@@ -16,17 +25,17 @@ MAGNITUDE_VECTOR = ".lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class Naming:
-    """How module ids are made.
+    """How module ids are formed.
 
     Attributes:
-        prefixes: Component → what stands before its modules' names.
+        prefixes: Component → prefix of its module names.
         flat: Whether dots are written as underscores.
-        scheme: ``"native"`` where the model's authors' names are used, ``"xlabs"`` where those of
-            XLabs' trainer, and ``"diffusers"`` where it is neither, or all names are the same.
-        one_model: Whether there is room for the adapter of one model only, as in PEFT's files.
-        quirks: In what the names differ from those of today: ``"processor"`` for attention layers
-            of older diffusers, ``"no text_model"`` for CLIP as newer transformers name it,
-            ``"several prefixes"`` where a component has more than one.
+        scheme: ``"native"`` for the names of the model's authors, ``"xlabs"`` for those of XLabs'
+            trainer, ``"diffusers"`` for all others.
+        one_model: Whether a file has room for the adapter of one model only, as PEFT's files do.
+        quirks: Deviations from current names: ``"processor"`` for attention layers of older
+            diffusers, ``"no text_model"`` for CLIP in newer transformers, ``"several prefixes"`` if
+            a component has more than one.
     """
 
     prefixes: Mapping[str, str]
@@ -35,31 +44,31 @@ class Naming:
     one_model: bool = False
     quirks: frozenset[str] = frozenset()
 
-    def agrees(self, other: Naming) -> bool:
-        """Whether the same module has the same id in both."""
-        return self.alike(other) and _SEVERAL not in self.quirks
+    def same_ids_as(self, other: Naming) -> bool:
+        """Whether every module has the same id in both namings."""
+        return self.same_style_as(other) and _SEVERAL not in self.quirks
 
-    def alike(self, other: Naming) -> bool:
-        """Whether ids are made in the same way, as far as one prefix a component says it."""
+    def same_style_as(self, other: Naming) -> bool:
+        """Whether both namings agree, as far as one prefix for each component can tell."""
         common = self.prefixes.keys() & other.prefixes.keys()
-        ways = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
-        return ways and all(self.prefixes[c] == other.prefixes[c] for c in common)
+        same = (self.flat, self.scheme, self.quirks) == (other.flat, other.scheme, other.quirks)
+        return same and all(self.prefixes[c] == other.prefixes[c] for c in common)
 
     @property
-    def for_comfy(self) -> bool:
-        """Whether it is read as ComfyUI reads: with ``dora_scale``, ``diff`` and the like."""
+    def is_comfy(self) -> bool:
+        """Whether ComfyUI reads such files, with its keys ``dora_scale``, ``diff`` and others."""
         return self.flat or self.prefixes.get(DENOISER) in _COMFY
 
     def prefix(self, component: str, family: Family | None) -> str | None:
-        """What stands before the names of a component's modules.
+        """Prefix of a component's module names.
 
         Args:
             component: The component.
-            family: The tables of the base model's family.
+            family: Table of the base model's family.
 
         Returns:
-            The prefix, where no module has one yet that of the programs that read the convention;
-            None if there is no room for another model.
+            The prefix in the file or, if no module of the component is in the file, the prefix that
+            readers of this convention expect; None if the file has no room for another model.
         """
         if component in self.prefixes:
             return self.prefixes[component]
@@ -73,20 +82,20 @@ class Naming:
         return named(family, [component]).prefixes[component]
 
 
-# ComfyUI's own names
+# Prefixes of ComfyUI
 _COMFY = ("diffusion_model.", "model.diffusion_model.")
 _COMFY_ENCODERS = {CLIP_L: "clip_l", CLIP_G: "clip_g", T5: "t5xxl"}
 
 
 @dataclass(frozen=True)
 class Suffixes:
-    """How the tensors of a module are called.
+    """Key suffixes of the tensors of a module.
 
     Attributes:
-        down: Suffix of the factor on the input side.
-        up: Suffix of the factor on the output side.
-        alpha: Suffix of alpha; empty where there is none, so that scalings are folded.
-        bias: Suffix of the change of the bias.
+        down: Suffix of the input-side factor A.
+        up: Suffix of the output-side factor B.
+        alpha: Suffix of alpha; empty for conventions without alpha, where scalings are folded.
+        bias: Suffix of the bias change.
         magnitude: Suffix of the magnitudes of a DoRA.
     """
 
@@ -97,7 +106,7 @@ class Suffixes:
     magnitude: str = f"{MAGNITUDE_VECTOR}.weight"
 
     def keys(self, module: str) -> tuple[str, str, str, str]:
-        """Keys of down, up, alpha (empty if there is none) and the bias of a module."""
+        """Keys of down, up, alpha (empty without a suffix) and the bias of a module."""
         ends = (self.down, self.up)
         if re.search(r"_lora[12]$", module):  # XLabs numbers the streams of a block in the id
             ends = (".down.weight", ".up.weight")
@@ -109,7 +118,7 @@ PEFT_KEYS = "PEFT keys"
 DIFFUSERS, OLD_DIFFUSERS, KOHYA = "diffusers", "diffusers (up/down)", "kohya"
 
 
-# ComfyUI reads the change of a bias as a whole, unscaled; A1111 and kohya's own tools read none.
+# ComfyUI reads the bias change unscaled; A1111 and kohya's tools read none.
 WHOLE_BIAS = ".diff_b"
 KOHYA_SUFFIXES = Suffixes(".lora_down.weight", ".lora_up.weight", ".alpha", WHOLE_BIAS, DORA_SCALE)
 PEFT_SUFFIXES = Suffixes(".lora_A.weight", ".lora_B.weight")
@@ -117,28 +126,24 @@ XLABS_SUFFIXES = Suffixes("_lora.down.weight", "_lora.up.weight", magnitude=DORA
 
 
 def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
-    """How the modules of a file are named.
-
-    Args:
-        modules: Their ids.
-        family: The tables of the base model's family, if there are any.
-
-    Returns:
-        The naming; for a component with several prefixes the most frequent one.
-    """
-    names = [parse(module) for module in modules]
+    """The naming of module ids; a component with several prefixes gets the most frequent one."""
+    names = [parse_module_id(module) for module in modules]
     counts: dict[str, Counter[str]] = {}
     for name in names:
         counts.setdefault(name.component, Counter())[name.prefix] += 1
-    native = _flat_names(family.native) - _flat_names(family.own) if family else frozenset()
+    native = (
+        _flat_names(family.native) - _flat_names(family.diffusers_names) if family else frozenset()
+    )
     scheme = "diffusers"
     if any(n.component in DENOISERS and n.key[1] in native for n in names):
-        scheme = "xlabs" if any(".processor." in n.current for n in names) else "native"
-    quirks = {quirk for quirk, has in _QUIRKS.items() if any(map(has, names))}
-    if any(len(found) > 1 for found in counts.values()):
+        scheme = "xlabs" if any(".processor." in n.current_path for n in names) else "native"
+    quirks = {quirk for quirk, has_quirk in _QUIRKS.items() if any(map(has_quirk, names))}
+    if any(len(by_prefix) > 1 for by_prefix in counts.values()):
         quirks.add(_SEVERAL)
     return Naming(
-        prefixes={component: found.most_common(1)[0][0] for component, found in counts.items()},
+        prefixes={
+            component: by_prefix.most_common(1)[0][0] for component, by_prefix in counts.items()
+        },
         flat=any(name.flat for name in names),
         scheme=scheme,
         one_model=any(name.prefix == "base_model.model." for name in names),
@@ -147,8 +152,8 @@ def naming_of(modules: Iterable[str], family: Family | None) -> Naming:
 
 
 _SEVERAL = "several prefixes"
-_QUIRKS: dict[str, Callable[[Name], bool]] = {
-    "processor": lambda name: name.current != name.path,
+_QUIRKS: dict[str, Callable[[ModuleId], bool]] = {
+    "processor": lambda name: name.current_path != name.path,
     "no text_model": lambda name: (
         name.component in (CLIP_L, CLIP_G) and not flat(name.path).startswith("text_")
     ),
@@ -156,24 +161,25 @@ _QUIRKS: dict[str, Callable[[Name], bool]] = {
 
 
 def _flat_names(names: Iterable[str]) -> frozenset[str]:
+    """The flat forms of dotted names."""
     return frozenset(flat(name) for name in names)
 
 
-def describe(names: Iterable[Name], down: str) -> str:
-    """What a convention is called, after the programs that write it.
+def convention_name(names: Iterable[ModuleId], down: str) -> str:
+    """Name of a convention, after the programs that write it.
 
     Args:
-        names: The names of a file's modules.
-        down: Suffix of a factor on the input side, or of what stands in its place.
+        names: Module ids of a file.
+        down: Suffix of an input-side factor, or of the tensor in its place.
 
     Returns:
-        A short description.
+        The name, for messages and reports.
     """
     names = list(names)
     prefixes = {name.prefix for name in names}
-    for prefix, description in _BY_PREFIX.items():
+    for prefix, convention in _BY_PREFIX.items():
         if prefix in prefixes:
-            return description
+            return convention
     if prefixes & {"unet.", "transformer.", "text_encoder.", "text_encoder_2."}:
         return DIFFUSERS if down.startswith(".lora_A") else OLD_DIFFUSERS
     if any(".processor." in name.path for name in names):
@@ -195,15 +201,7 @@ _BY_PREFIX = {
 
 
 def kohya_naming(family: Family | None, components: Iterable[str]) -> Naming:
-    """How kohya's trainers name the modules of a family.
-
-    Args:
-        family: The tables of the family, if there are any.
-        components: The components the adapter has.
-
-    Returns:
-        The naming.
-    """
+    """The naming of kohya's trainers for these components of a family."""
     single = family is not None and family.name in ("sd", "sd2")
     prefixes = {
         DENOISER: "lora_unet_",
@@ -214,20 +212,12 @@ def kohya_naming(family: Family | None, components: Iterable[str]) -> Naming:
     return Naming(
         {component: prefixes[component] for component in components},
         flat=True,
-        scheme="native" if family is not None and family.native_files else "diffusers",
+        scheme="native" if family is not None and family.kohya_native else "diffusers",
     )
 
 
 def diffusers_naming(family: Family | None, components: Iterable[str]) -> Naming:
-    """How diffusers names the modules of a family.
-
-    Args:
-        family: The tables of the family, if there are any.
-        components: The components the adapter has.
-
-    Returns:
-        The naming.
-    """
+    """The naming of diffusers for these components of a family."""
     unet = family is not None and family.name in ("sd", "sd2", "sdxl")
     third = family is not None and family.name == "sd3"
     prefixes = {

@@ -1,8 +1,7 @@
-"""What a module's id says: the model it belongs to, and its name there.
+"""Module ids: the model of a pipeline that a module belongs to, and its name in that model.
 
-Two ids name the same module if they agree when the prefix is taken away and dots are read as
-underscores. That needs no table, and it never turns underscores into dots: which of them were
-dots cannot be told.
+Two ids name the same module if they agree without their prefixes and with dots replaced by
+underscores. This needs no table and never replaces underscores by dots, which would be ambiguous.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ CLIP_L, CLIP_G, T5 = "clip_l", "clip_g", "t5"
 DENOISER_2 = "denoiser_2"  # as Wan 2.2 has one
 DENOISERS = (DENOISER, DENOISER_2)
 
-# Prefix → component. Longer ones first where one begins with the other.
+# Prefix → component. If one prefix begins with another, the longer one comes first.
 _FLAT_PREFIXES = {
     "lora_unet__": DENOISER,
     "lora_unet_": DENOISER,
@@ -49,14 +48,14 @@ _DOTTED_PREFIXES = {
 
 
 @dataclass(frozen=True)
-class Name:
-    """A module's id, taken apart.
+class ModuleId:
+    """A module id, split into its parts.
 
     Attributes:
-        prefix: What stands before the name.
-        component: Which model of a pipeline it belongs to.
-        path: The name in that model, as it stands in the file.
-        flat: Whether its dots were written as underscores.
+        prefix: Prefix of the component, including its separator.
+        component: The model of the pipeline: `DENOISER`, `CLIP_L`, …
+        path: Name in that model, as written in the file.
+        flat: Whether its dots are written as underscores.
     """
 
     prefix: str
@@ -65,8 +64,8 @@ class Name:
     flat: bool
 
     @property
-    def current(self) -> str:
-        """The path with names of today; dots as they are."""
+    def current_path(self) -> str:
+        """The path as current versions of diffusers and transformers name it."""
         path = self.path
         if not self.flat and ".processor." in f".{path}" and not path.startswith(_XLABS):
             path = path.replace(".processor.", ".")
@@ -79,44 +78,39 @@ class Name:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What two ids of the same module have in common: component and flat name."""
-        return self.component, flat(self.bare)
+        """Component and flat name, which are equal for all ids of one module."""
+        return self.component, flat(self.bare_path)
 
     @property
-    def bare(self) -> str:
-        """The current path without what some versions of transformers put before CLIP's."""
+    def bare_path(self) -> str:
+        """The current path without the prefix that some versions of transformers add in CLIP."""
         if self.component in DENOISERS:
-            return self.current
-        return self.current.removeprefix("text_model_" if self.flat else "text_model.")
+            return self.current_path
+        return self.current_path.removeprefix("text_model_" if self.flat else "text_model.")
 
 
 _XLABS = ("double_blocks.", "single_blocks.")
 
 
 @lru_cache(maxsize=1 << 14)  # adapters of one pool have the same names
-def parse(module: str) -> Name:
-    """Take the id of a module apart.
-
-    Args:
-        module: The id, as it stands in the file.
-
-    Returns:
-        Its parts; without a known prefix it is a bare name of the denoiser.
-    """
+def parse_module_id(module: str) -> ModuleId:
+    """Split a module id; without a known prefix it names a module of the denoiser."""
     for prefix, component in _FLAT_PREFIXES.items():
         if module.startswith(prefix) and "." not in module:
             path = module.removeprefix(prefix)
-            return Name(prefix, _encoder(component, path), path, flat=True)
+            return ModuleId(prefix, _text_encoder(component, path), path, flat=True)
     for prefix, component in _DOTTED_PREFIXES.items():
         if module.startswith(prefix):
             path = module.removeprefix(prefix)
-            return Name(prefix, _encoder(component, path), path, flat=False)
+            return ModuleId(prefix, _text_encoder(component, path), path, flat=False)
     component = CLIP_L if module.startswith("text_model.") else DENOISER
-    return Name("", T5 if module.startswith("encoder.block.") else component, module, flat=False)
+    return ModuleId(
+        "", T5 if module.startswith("encoder.block.") else component, module, flat=False
+    )
 
 
-def _encoder(component: str, path: str) -> str:
-    """Which text encoder it is: T5 is the second in Flux and the third in SD3."""
+def _text_encoder(component: str, path: str) -> str:
+    """The text encoder of a path: T5 is the second one in Flux and the third in SD3."""
     if component not in DENOISERS and flat(path).startswith(("encoder_block_", "shared")):
         return T5
     return component

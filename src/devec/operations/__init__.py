@@ -1,1 +1,1 @@
-"""Operations from adapters to adapters: combine, compress, as_lora, overlap."""
+"""Operations on adapters: combine, compress, as_lora, overlap."""

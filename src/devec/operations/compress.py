@@ -1,4 +1,4 @@
-"""Adapters of lower rank: the best there are, with their error."""
+"""Best approximation of adapters by adapters of lower rank, with the error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from devec.adapters.algebra import provenance
 from devec.arguments import number, whole_number
 from devec.deltas.delta import Delta
 from devec.deltas.gains import Gain
-from devec.deltas.sums import resolved_together
+from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
 from devec.linalg.batched import factored_svd
 from devec.linalg.dtypes import RANK_RTOL
@@ -25,12 +25,19 @@ from devec.linalg.precision import full_precision
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """An adapter of lower rank and what was lost.
+    """Result of `compress` and `as_lora`: an approximation of an adapter and its relative errors.
 
     Attributes:
-        adapter: The compressed adapter.
-        errors: Module → ‖ΔW - ΔW'‖_F/‖ΔW‖_F; 0 for a zero delta.
-        error: The same for the whole adapter.
+        adapter: The approximation.
+        errors: Module → ‖ΔW - ΔW'‖_F/‖ΔW‖_F, in [0, 1]; 0 for a zero delta.
+        error: The same for the whole adapter, √(Σ‖ΔW - ΔW'‖_F²)/√(Σ‖ΔW‖_F²).
+
+    Example:
+        >>> import torch, devec
+        >>> delta = devec.Delta(torch.eye(4, 2), torch.diag(torch.tensor([3.0, 4.0])))
+        >>> result = devec.compress(devec.Adapter("one", {"q_proj": delta}), rank=1)
+        >>> round(result.error, 4), {m: round(e, 4) for m, e in result.errors.items()}
+        (0.6, {'q_proj': 0.6})
     """
 
     adapter: Adapter
@@ -41,26 +48,36 @@ class Compression:
 def compress(
     adapter: Adapter, *, rank: int | None = None, energy: float | None = None
 ) -> Compression:
-    """The best approximation of an adapter by one of lower rank, module by module.
+    """Best approximation of an adapter by one of lower rank, module by module.
+
+    With ΔW = U·diag(S)·Vh the approximation keeps the leading triplets; its relative error is
+    √(Σ of the discarded S²)/‖ΔW‖_F.
 
     Args:
-        adapter: The adapter; carried tensors and bias changes are kept whole.
-        rank: Largest rank of any module, at least 1. Modules of less rank keep theirs: singular
-            values below 1e-6 of the largest are rounding (1e-12 in float64).
-        energy: Fraction of the squared Frobenius norm of ΔW that the error of every module leaves,
-            in (0, 1], by the smallest rank that does. Exactly one of `rank` and `energy` is given.
+        adapter: The adapter; its carried tensors and bias changes are kept unchanged.
+        rank: Largest rank of a module, at least 1. Modules of lower numerical rank keep that rank:
+            singular values below 1e-6 of the largest (1e-12 for float64) count as rounding.
+        energy: Fraction of the squared Frobenius norm of ΔW to keep in every module, in (0, 1], by
+            the smallest rank that does so. Give exactly one of `rank` and `energy`.
 
     Returns:
-        The compressed adapter and the relative errors: √(Σ of the squared singular values cut
-        off)/‖ΔW‖, the least that any adapter of these ranks can have, of DoRAs the least that any
-        with the same gains can have. Modules of rank 0 are left out.
+        The compressed adapter and its relative errors. The error is the smallest of any adapter of
+        these ranks; for a DoRA, whose gains are kept, the smallest of any with these gains. Modules
+        of rank 0 are left out.
 
     Raises:
         IncompatibleError: If the arguments are out of range.
 
-    Cost: O((out + in)·r²) a module; of a DoRA O(out·in·r), its base weight is read.
+    Cost: O((out + in)·r²) for each module; O(out·in·r) for a DoRA, whose base weight is read.
 
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+
+    Example:
+        >>> import torch, devec
+        >>> delta = devec.Delta(torch.eye(4, 2), torch.diag(torch.tensor([3.0, 4.0])))
+        >>> adapter = devec.Adapter("one", {"q_proj": delta})
+        >>> devec.compress(adapter, energy=0.6).adapter.modules["q_proj"].rank  # 16/25 is enough
+        1
     """
     if (rank is None) == (energy is None):
         got = "neither" if rank is None else "both"
@@ -77,7 +94,7 @@ def compress(
         own = rank_for_energy(S, kept, norm)
         return own if rank is None else min(rank, own)
 
-    result = truncate(adapter, choose)
+    result = truncate_adapter(adapter, choose)
     record = provenance(
         "compress", [adapter], rank=rank, energy=energy, relative_error=result.error
     )
@@ -87,30 +104,20 @@ def compress(
 
 
 @full_precision
-def truncate(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
-    """Cut every module at the rank chosen from its name, singular values and norm.
-
-    Args:
-        adapter: The adapter.
-        choose: From module name, singular values of the low-rank part (descending) and ‖ΔW‖ to the
-            rank to keep.
-
-    Returns:
-        The truncated adapter, factors balanced (U·√S, √S·Vᵀ) and scaling 1, and its errors.
-        Modules of rank 0 without gains or a bias change are left out.
-    """
-    cut: dict[str, Cut] = {}
+def truncate_adapter(adapter: Adapter, choose: Callable[[str, Tensor, float], int]) -> Compression:
+    """Truncate every module to the rank that `choose` gives for its name, S and ‖ΔW‖_F."""
+    truncated: dict[str, TruncatedDelta] = {}
     for module, delta in adapter.modules.items():
         with located(f"module {module!r} of {adapter.label}"):
-            cut[module] = truncated(delta, lambda S, norm: choose(module, S, norm))  # noqa: B023
-    return of_cuts(adapter, cut)
+            truncated[module] = truncate_delta(delta, lambda S, norm: choose(module, S, norm))  # noqa: B023
+    return compression_of(adapter, truncated)
 
 
-class Cut(NamedTuple):
-    """What became of a module.
+class TruncatedDelta(NamedTuple):
+    """A delta of lower rank and its error.
 
     Attributes:
-        delta: What is left of it; None if nothing is.
+        delta: The truncated delta ΔW'; None if it is zero.
         lost: ‖ΔW - ΔW'‖_F.
         norm: ‖ΔW‖_F.
     """
@@ -120,40 +127,32 @@ class Cut(NamedTuple):
     norm: float
 
 
-def of_cuts(adapter: Adapter, cuts: Mapping[str, Cut]) -> Compression:
-    """The compression that consists of the cuts of all modules."""
-    lost, norms = ([getattr(cut, name) for cut in cuts.values()] for name in ("lost", "norm"))
-    modules = {m: cut.delta for m, cut in cuts.items() if cut.delta is not None}
+def compression_of(adapter: Adapter, truncated: Mapping[str, TruncatedDelta]) -> Compression:
+    """The compression of an adapter from its truncated modules."""
+    lost, norms = ([getattr(t, name) for t in truncated.values()] for name in ("lost", "norm"))
+    modules = {m: t.delta for m, t in truncated.items() if t.delta is not None}
     return Compression(
         adapter=dataclasses.replace(adapter, modules=modules, source="", sha256=""),
-        errors={m: cut.lost / cut.norm if cut.norm else 0.0 for m, cut in cuts.items()},
+        errors={m: t.lost / t.norm if t.norm else 0.0 for m, t in truncated.items()},
         error=math.hypot(*lost) / (math.hypot(*norms) or 1.0),
     )
 
 
 @full_precision
-def truncated(original: Delta, choose: Callable[[Tensor, float], int]) -> Cut:
-    """A delta at a lower rank; of a DoRA the gains are kept and the low-rank part is cut.
-
-    Args:
-        original: The delta.
-        choose: From the singular values of the low-rank part (descending) and ‖ΔW‖ to the rank.
-
-    Returns:
-        The delta, at no more than its numerical rank, factors balanced and scaling 1; none if
-        nothing is left of it.
-    """
-    delta = resolved_together({"": original})[""]
-    found = factored_svd(delta.folded().B, delta.A)
-    S = found.S
+def truncate_delta(original: Delta, choose: Callable[[Tensor, float], int]) -> TruncatedDelta:
+    """Truncate a delta to the rank that `choose` gives for its singular values and ‖ΔW‖_F."""
+    # The factors become balanced, (U·√S, √S·Vh), with scaling 1; the gains of a DoRA are kept.
+    delta = resolve_together({"": original})[""]
+    svd = factored_svd(delta.folded().B, delta.A)
+    S = svd.S
     norm = delta.weight_norm(float(S.norm()))
     rank = min(choose(S, norm), numerical_rank(S, RANK_RTOL[delta.dtype]))
     lost = float(S[rank:].norm())
     bias = None if delta.bias is None else delta.folded().bias
     if not (rank or bias is not None or isinstance(delta.gain, Gain)):
-        return Cut(None, lost, norm)
-    B, A = (factor.to(delta.dtype) for factor in found.leading(rank))
+        return TruncatedDelta(None, lost, norm)
+    B, A = (factor.to(delta.dtype) for factor in svd.leading(rank))
     gain = None
     if isinstance(delta.gain, Gain) and original.gain is not None:
         gain = dataclasses.replace(delta.gain.beside(B, A), base=original.gain.base)
-    return Cut(Delta(B, A, bias=bias, gain=gain), lost, norm)
+    return TruncatedDelta(Delta(B, A, bias=bias, gain=gain), lost, norm)

@@ -1,4 +1,4 @@
-"""How much adapters overlap, beside what chance would give."""
+"""How much adapters overlap, compared with random subspaces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from devec.adapters.adapter import Adapter
 from devec.adapters.algebra import cosine_of, on_common_modules
 from devec.adapters.pool import require_distinct_names, warn_if_unrelated
 from devec.deltas.delta import Delta
-from devec.deltas.sums import resolved_together
+from devec.deltas.sums import resolve_together
 from devec.errors import IncompatibleError, located
 from devec.linalg.chance import random_edge
 from devec.linalg.factors import ColumnSpace
@@ -30,10 +30,19 @@ class ModuleOverlap:
         module: Name of the module.
         pair: Names of the two adapters.
         ranks: Numerical ranks of the two deltas.
-        squared_cosines: Of the principal angles between the column spaces, descending.
-        edge: Where the largest squared cosine of random subspaces of these ranks sits.
-        inner: ⟨ΔW1, ΔW2⟩_F.
-        cosine: ⟨ΔW1, ΔW2⟩/(‖ΔW1‖·‖ΔW2‖); nan if either is zero.
+        squared_cosines: Squared cosines of the principal angles between the column spaces,
+            descending, in [0, 1], shape (min(ranks),), on the CPU.
+        edge: Random edge: asymptotic largest squared cosine of random subspaces of these ranks.
+        inner: ⟨ΔW1, ΔW2⟩_F, with the bias changes.
+        cosine: ⟨ΔW1, ΔW2⟩/(‖ΔW1‖·‖ΔW2‖), in [-1, 1]; nan if either is zero.
+
+    Example:
+        >>> import torch, devec
+        >>> deltas = [devec.Delta(torch.eye(8)[:, i : i + 2], torch.eye(2, 6)) for i in (0, 1)]
+        >>> pool = [devec.Adapter(n, {"q_proj": d}) for n, d in zip("ab", deltas)]
+        >>> (row,) = devec.overlap(pool).modules
+        >>> row.squared_cosines.round(decimals=6).tolist(), round(row.edge, 4)
+        ([1.0, 0.0], 0.75)
     """
 
     module: str
@@ -52,11 +61,18 @@ class ModuleOverlap:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Overlap:
-    """The overlap of every pair of a pool.
+    """The overlaps of all pairs of a pool.
 
     Attributes:
-        modules: A row per pair and module that both have.
-        cosines: Pair → cosine of the whole adapters as vectors.
+        modules: One entry for every pair and every module of both.
+        cosines: Pair of names → cosine of the whole adapters as vectors, in [-1, 1].
+
+    Example:
+        >>> import torch, devec
+        >>> delta = devec.Delta(torch.ones(8, 1), torch.ones(1, 6))
+        >>> found = devec.overlap([devec.Adapter(n, {"q_proj": delta}) for n in "abc"])
+        >>> len(found.modules), list(found.cosines)
+        (3, [('a', 'b'), ('a', 'c'), ('b', 'c')])
     """
 
     modules: Sequence[ModuleOverlap]
@@ -68,24 +84,33 @@ class Overlap:
 
 @full_precision
 def overlap(adapters: Sequence[Adapter]) -> Overlap:
-    """Measure how much the column spaces of adapters overlap, pair by pair.
+    """Measure how much adapters overlap, pair by pair.
 
-    Of a DoRA the column space is that of its low-rank part, D·s·B·A; cosines are those of the whole
-    deltas.
+    The squared cosines of the principal angles between the column spaces of ΔW1 and ΔW2 are the
+    squared singular values of U1ᵀU2, with orthonormal bases U1 and U2. The column space of a DoRA
+    is that of its low-rank part D·s·B·A; inner products and cosines are those of the whole deltas.
 
     Args:
-        adapters: Two or more adapters of one base model.
+        adapters: Two or more adapters of one base model, with distinct names.
 
     Returns:
-        Squared cosines of the principal angles for every pair and module, beside the edge of the
-        random null, and the cosines between deltas.
+        Squared cosines of the principal angles for every pair and module, with the random edge, and
+        the cosines between deltas and between whole adapters. Exact to rounding.
 
     Raises:
         IncompatibleError: If there are fewer than two adapters or they do not fit together.
 
-    Cost: O((out + in)·r²) per adapter and module, O(out·r²) per pair and module.
+    Cost: O((out + in)·r²) for each adapter and module, O(out·r²) for each pair and module.
 
-    Reference: Björck and Golub 1973; Wachter 1980 for the edge.
+    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear
+    subspaces"; Wachter 1980 for the edge.
+
+    Example:
+        >>> import torch, devec
+        >>> delta = devec.Delta(torch.ones(8, 1), torch.ones(1, 6))
+        >>> found = devec.overlap([devec.Adapter(n, {"q_proj": delta}) for n in "ab"])
+        >>> round(found.modules[0].largest, 6), round(found.cosines["a", "b"], 6)
+        (1.0, 1.0)
     """
     require_distinct_names(adapters)
     if len(adapters) < 2:
@@ -97,7 +122,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
     for module in dict.fromkeys(m for a in adapters for m in a.modules):
         deltas = {a.name: a.modules[module] for a in adapters if module in a.modules}
         with located(f"module {module!r}"):
-            deltas = resolved_together(deltas)
+            deltas = resolve_together(deltas)
             own = {name: delta.norm() for name, delta in deltas.items()}
             rows += _module_rows(module, deltas, own)
         for name, norm in own.items():
@@ -109,7 +134,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
 def _whole_cosine(
     pair: tuple[str, str], rows: Sequence[ModuleOverlap], norms: Mapping[str, Sequence[float]]
 ) -> float:
-    """The cosine of two adapters as vectors, from those of their modules."""
+    """The cosine of two whole adapters, from inner products and norms of their modules."""
     inner = math.fsum(row.inner for row in rows if row.pair == pair)
     return cosine_of(inner, *(math.hypot(*norms[name]) for name in pair))
 

@@ -1,83 +1,284 @@
-"""A pool on its way from files to files: split module by module, parts written as they come.
+"""One decomposition from files to files, in one of the processes that share it.
 
-Parts whose ranks are known beforehand go straight to their places in the files. Others, the common
-vector and parts of DoRAs among them, are put by on the disk until all of them is known. Neither the
-inputs nor the outputs are ever in memory as a whole.
+Parts whose shapes are known beforehand are written to their outputs as modules come. Others, the
+common vector and parts of DoRAs among them, are spooled until all of their modules are known.
+Neither inputs nor outputs are ever in memory as a whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.algebra import merged_layout
 from devec.adapters.layout import Plan
-from devec.decomposition.findings import Findings, ModuleSplit, Norms
-from devec.decomposition.question import Kind, Question, names_of_split, planned_outputs
-from devec.decomposition.result import Decomposition, common_part, part_of, record_of
-from devec.decomposition.scopes import split
-from devec.decomposition.stack import Pool, Stack
-from devec.decomposition.stacks import stacks
-from devec.decomposition.workers import in_parallel, memory_for
+from devec.decomposition.engine import run
+from devec.decomposition.findings import Findings, Norms
+from devec.decomposition.memory import memory_for
+from devec.decomposition.question import PartName, Question
+from devec.decomposition.result import assemble, module_order, part_of, record_of
+from devec.decomposition.scopes import SCOPES
+from devec.decomposition.stacks.build import stacks_of
+from devec.decomposition.stacks.stack import Pool, Stack
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
-from devec.files.staging import Staging, Writer, explained
+from devec.files.staging import Staging, Writer, output_errors
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
-from devec.linalg.buffers import Blocks, return_memory, reused
+from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
 from devec.linalg.precision import full_precision
 from devec.operations.as_lora import as_lora as nearest_lora
-from devec.operations.as_lora import recorded
+from devec.operations.as_lora import with_lora_record
 from devec.operations.compress import Compression
-from devec.streaming.output_options import Form
-from devec.streaming.parts import Direct, PutBy, Taken, flushing
+from devec.streaming.output_options import OutputOptions
 from devec.streaming.processes import Team
+from devec.streaming.sinks import Accepted, FileSink, SpoolSink, flushing
+from devec.streaming.written import WrittenDecomposition
 
-Key = tuple[Kind, str]
+Report = tuple[Path, Callable[[WrittenDecomposition], Writer]]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a decomposition found, and what became of its outputs.
+class Share:
+    """What one process has measured and written."""
 
-    Attributes:
-        splits: What was found, a row per module and group; bases have shapes and no values.
-        record: Inputs, operation and parameters.
-        unique: Adapter name → its unique part, of which the outlines alone are at hand.
-        written: Name of an output → its path.
-        provenance: Name of an output → its record.
-        nearest: Name of an output → the part that is a DoRA and the LoRA that was written for it.
-        processes: How many processes shared the work.
-        doras: Names of the outputs that are DoRAs.
-        zero: Outputs that hold nothing and were not written.
-        removed: Those of them that an earlier run had written.
-        left: Those of them in whose place there is something else.
+    findings: Findings
+    accepted: Mapping[PartName, Accepted]
+
+
+@dataclass
+class _Outputs:
+    """What was written: outlines by label, and the LoRAs that were written instead of DoRAs."""
+
+    outlines: dict[str, Adapter]
+    nearest: dict[str, tuple[Adapter, Compression]]
+
+
+class Job:
+    """One decomposition from files to files.
+
+    Args:
+        question: What counts as shared, and which parts are made.
+        adapters: The pool on common modules.
+        out: Directory of the outputs.
+        options: How parts are written.
     """
 
-    splits: Sequence[ModuleSplit]
-    record: Mapping[str, Any]
-    unique: Mapping[str, Adapter]
-    written: Mapping[str, Path]
-    provenance: Mapping[str, Mapping[str, Any]]
-    nearest: Mapping[str, tuple[Adapter, Compression]]
-    processes: int
-    doras: Sequence[str]
-    zero: Sequence[Path]
-    removed: Sequence[Path]
-    left: Sequence[Path]
+    def __init__(
+        self, question: Question, adapters: Sequence[Adapter], out: Path, options: OutputOptions
+    ) -> None:
+        """Find the paths of all outputs."""
+        self.question, self.adapters, self.options = question, adapters, options
+        self.record = record_of(question, adapters)
+        self.originals = {a.name: a for a in adapters}
+        self.pool: Pool = {a.name: a.modules for a in adapters}
+        self.order = module_order(adapters)
+        suffix = options.suffix(adapters)
+        self.paths = {part.label: out / f"{part.label}{suffix}" for part in question.parts}
+        self.sinks: dict[PartName, FileSink | SpoolSink] = {}
+        self.staging: Staging
+        self._blocks = MemoryBlocks()
 
-    @property
-    def nothing_shared(self) -> bool:
-        """Whether no direction exceeded the threshold anywhere."""
-        return not any(split.shared_rank for split in self.splits)
+    def targets(self, report: Path | None) -> list[Path]:
+        """All paths that may be written.
+
+        Args:
+            report: Path of the report, if there is one.
+
+        Raises:
+            IncompatibleError: If the report would replace an output, or an output the report.
+        """
+        paths = list(self.paths.values())
+        if report is None:
+            return paths
+        if any(path in (report, *report.parents) or report in path.parents for path in paths):
+            raise IncompatibleError(
+                f"the report {report} (--json) is the name of an adapter that may be written, or "
+                f"of their directory: {listed([str(path) for path in paths], 20)}"
+            )
+        return [*paths, report]
+
+    def sameness(self, device: str | torch.device | None) -> str:
+        """A text that is equal in all processes that share one job."""
+        kind = None if device is None else torch.device(device).type  # which determines the stacks
+        return repr((self.record, self.options, self.order, sorted(self.paths), kind))
+
+    def begin(self, team: Team, staging: Staging, closing: ExitStack) -> Mapping[str, Path]:
+        """In the first process, create the unfinished outputs and spools.
+
+        Returns:
+            Label → path of the unfinished output; empty in the other processes.
+        """
+        if not team.is_first:
+            return {}
+        self.staging = staging
+        closing.enter_context(staging)
+        unfinished = {label: staging.staged_path(path) for label, path in self.paths.items()}
+        self._open(unfinished, closing, team)
+        return unfinished
+
+    @full_precision
+    def share(
+        self,
+        team: Team,
+        unfinished: Mapping[str, Path],
+        closing: ExitStack,
+        device: str | torch.device | None,
+        progress: Callable[[str], None] | None,
+    ) -> Share:
+        """Split this process's share of the modules."""
+        findings, device = Findings(), team.device(device)
+        batched = SCOPES[self.question.scope].batched
+        work = team.share(list(stacks_of(self.pool, device, batched=batched)))
+        with ExitStack() as within:
+            if not team.is_first:  # where no staging explains errors
+                within.enter_context(output_errors([self.paths[label] for label in unfinished]))
+                self._open(unfinished, closing, team)
+            files = [sink for sink in self.sinks.values() if isinstance(sink, FileSink)]
+            within.enter_context(flushing(files))
+            for of_stack in run(
+                self.question,
+                work,
+                self.sinks,
+                around=self._with_memory,
+                keep_bases=False,
+                progress=progress,
+            ):
+                findings.add(of_stack)
+        self._blocks.clear()
+        return Share(findings, {name: sink.accepted() for name, sink in self.sinks.items()})
+
+    def finish(
+        self, shares: Sequence[Share], team: Team, report: Report | None
+    ) -> WrittenDecomposition:
+        """In the first process, complete all outputs and the report, and give them their names."""
+        findings = self._gathered(shares)
+        written = self._result(findings, self._complete(findings), team)
+        outputs = list(written.written.values())
+        if report is not None:
+            report[1](written)(self.staging.staged_path(report[0]))
+            outputs.append(report[0])
+        self.staging.commit(outputs, written.removed)
+        return written
+
+    @contextmanager
+    def _with_memory(self, stack: Stack) -> Iterator[None]:
+        """Reuse memory from stack to stack, and say which modules need more than there is."""
+        modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
+        what = f"{modules}, which need about {size:.0f} MB beside all else"
+        with memory_for(what), reuse_memory(self._blocks):
+            yield
+
+    def _open(self, unfinished: Mapping[str, Path], closing: ExitStack, team: Team) -> None:
+        """Open the sinks of all parts."""
+        for name in self.question.parts:
+            path = unfinished[name.label]
+            made = self._planned(name)
+            if made is None:
+                sink: FileSink | SpoolSink = SpoolSink(
+                    path.with_name(f"{name.label}.{team.rank}.parts")
+                )
+            else:
+                sink = FileSink(*made, path, create=team.is_first)
+            self.sinks[name] = sink
+            closing.callback(sink.close)
+
+    def _planned(self, name: PartName) -> tuple[Adapter, Plan] | None:
+        """A part of one adapter and its plan; None if its shapes are known in the end only."""
+        original = self.originals.get(name.owner)
+        if original is None or len(name.of) > 1 or name.kind == "common":
+            return None
+        layout, known = original.layout, outlines(original.modules)
+        if not self.options.as_read or layout is None or layout.joins or _has_gains(original):
+            return None
+        part = part_of(original, known, self.record, name.kind)
+        part = dataclasses.replace(part, name=name.label)
+        if not (part.modules or part.carried):
+            return None
+        plan = part.plan(self.options.dtype)
+        alone = [piece.modules[0] for piece in plan.pieces if len(piece.modules) == 1]
+        single = len(alone) == len(plan.pieces) and all(module in known for module in alone)
+        return (part, plan) if single else None
+
+    def _gathered(self, shares: Sequence[Share]) -> Findings:
+        """The findings of all processes; sinks take over what all have accepted."""
+        for name, sink in self.sinks.items():
+            sink.gather([share.accepted[name] for share in shares])
+        findings = Findings()
+        for share in shares:
+            findings.add(share.findings)
+        return findings
+
+    def _complete(self, findings: Findings) -> _Outputs:
+        """Complete all outputs that are not zero."""
+        outputs = _Outputs({}, {})
+        spooled: dict[PartName, Mapping[str, Delta]] = {}
+        for name, sink in self.sinks.items():
+            original = self.originals.get(name.owner) if len(name.of) == 1 else None
+            modules = {} if original is None else original.modules
+            if isinstance(sink, SpoolSink):
+                spooled[name] = sink.modules(modules, self.order)
+            elif not self._is_zero(name, findings):
+                with memory_for(f"output {name.label!r}"):
+                    sink.complete(modules)
+                outputs.outlines[name.label] = sink.adapter
+        parts = assemble(self.question, self.adapters, spooled, findings)
+        with memory_for("outputs that were spooled"):
+            for label, adapter in parts.each_output(compact=self.options.compact):
+                self._write(label, adapter, outputs)
+                del adapter  # frees memory before the next one is read
+                return_memory()
+        return outputs
+
+    def _is_zero(self, name: PartName, findings: Findings) -> bool:
+        """Whether a part of one adapter is zero to rounding and carries no tensors."""
+        norms, original = findings.parts.get(name, Norms()), self.originals[name.owner]
+        carried = name.kind == "unique" and original.carried
+        return not carried and norms.are_rounding_beside(findings.of_original(name.owner))
+
+    def _write(self, label: str, adapter: Adapter, outputs: _Outputs) -> None:
+        """Write a part that was spooled, in the requested format."""
+        plain = adapter
+        if self.options.as_lora is not None and _has_gains(adapter):
+            result = nearest_lora(adapter, self.options.as_lora)
+            plain = with_lora_record(adapter, result, self.options.as_lora)
+            kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
+            outputs.nearest[label] = _outlined(adapter), kept
+        converted = self.options.converted(plain)
+        converted.plan(self.options.dtype).write(self.staging.staged_path(self.paths[label]))
+        outputs.outlines[label] = _outlined(converted)
+
+    def _result(self, findings: Findings, outputs: _Outputs, team: Team) -> WrittenDecomposition:
+        """The result that callers get."""
+        made = outputs.outlines
+        zero = [path for label, path in self.paths.items() if label not in made]
+        removed = [path for path in zero if path.exists() and made_by_devec(path)]
+        order = {module: index for index, module in enumerate(self.order)}
+        return WrittenDecomposition(
+            splits=sorted(findings.rows, key=lambda row: order[row.module]),
+            record=self.record,
+            unique={name: self._unique(name) for name in self.question.split_adapters},
+            written={label: path for label, path in self.paths.items() if label in made},
+            provenance={
+                label: made[label].provenance or {} for label in self.paths if label in made
+            },
+            nearest=outputs.nearest,
+            processes=team.size,
+            doras=[label for label, adapter in made.items() if _has_gains(adapter)],
+            zero=zero,
+            removed=removed,
+            left=[path for path in zero if path.exists() and path not in removed],
+        )
+
+    def _unique(self, name: str) -> Adapter:
+        """The outline of a unique part."""
+        original = self.originals[name]
+        return part_of(original, outlines(original.modules), self.record, "unique")
 
 
 def _outlined(adapter: Adapter) -> Adapter:
@@ -89,251 +290,3 @@ def _outlined(adapter: Adapter) -> Adapter:
 def _has_gains(adapter: Adapter) -> bool:
     """Whether any module is a DoRA's."""
     return any(delta.gain is not None for delta in outlines(adapter.modules).values())
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a process has found and done."""
-
-    found: Findings
-    taken: Mapping[Key, Taken]
-
-
-Report = tuple[Path, Callable[[Written], Writer]]
-
-
-class Job:
-    """A pool on its way from files to files.
-
-    Args:
-        question: What is asked of every module.
-        adapters: The pool.
-        out: Directory for the outputs.
-        form: In which form parts are written.
-    """
-
-    def __init__(
-        self, question: Question, adapters: Sequence[Adapter], out: Path, form: Form
-    ) -> None:
-        """Find out which parts there are."""
-        self.question, self.adapters, self.form = question, adapters, form
-        self.record = record_of(question, adapters)
-        self.suffix, self._out = form.suffix(adapters), out
-        self.originals = {a.name: a for a in adapters}
-        self.pool: Pool = {a.name: a.modules for a in adapters}
-        self.order = list(dict.fromkeys(m for modules in self.pool.values() for m in modules))
-        self.keys = planned_outputs(question.names, question.scope, question.target)
-        self.parts: dict[Key, Direct | PutBy] = {}
-        self.staging: Staging
-        self._blocks = Blocks()
-
-    def targets(self, report: Path | None) -> list[Path]:
-        """All that may be written.
-
-        Args:
-            report: Where a report is written, if there is one.
-
-        Returns:
-            The paths.
-
-        Raises:
-            IncompatibleError: If the report is in the place of an adapter, or an adapter in its.
-        """
-        paths = [self.target(label) for label in self.keys.values()]
-        if report is None:
-            return paths
-        if any(path in (report, *report.parents) or report in path.parents for path in paths):
-            raise IncompatibleError(
-                f"the report {report} (--json) is the name of an adapter that may be written, or "
-                f"of their directory: {listed([str(path) for path in paths], 20)}"
-            )
-        return [*paths, report]
-
-    def sameness(self, device: str | torch.device | None) -> str:
-        """What is the same in all processes that share this job; the kind of device makes stacks.
-
-        Returns:
-            Its text.
-        """
-        kind = None if device is None else torch.device(device).type
-        return repr((self.record, self.form, self.order, sorted(self.keys.values()), kind))
-
-    def target(self, label: str) -> Path:
-        """Where an output is written."""
-        return self._out / f"{label}{self.suffix}"
-
-    def begin(self, team: Team, staging: Staging, closing: ExitStack) -> Mapping[str, Path]:
-        """In the first process make what all of them write to.
-
-        Returns:
-            Name of an output → where it is made; nothing in the other processes.
-        """
-        if not team.is_first:
-            return {}
-        self.staging = staging
-        closing.enter_context(staging)
-        places = {label: staging.place(self.target(label)) for label in self.keys.values()}
-        self._open(places, closing, team)
-        return places
-
-    @full_precision
-    def share(
-        self,
-        team: Team,
-        places: Mapping[str, Path],
-        closing: ExitStack,
-        device: str | torch.device | None,
-        progress: Callable[[str], None] | None,
-    ) -> Share:
-        """Split this process's share of the modules and take up their parts."""
-        found, device = Findings(), team.device(device)
-        work = stacks(self.pool, device, together=self.question.scope != "iterative")
-        with ExitStack() as within:
-            if not team.is_first:  # where there is no staging that would do so
-                within.enter_context(explained([self.target(label) for label in places]))
-                self._open(places, closing, team)
-            direct = [part for part in self.parts.values() if isinstance(part, Direct)]
-            within.enter_context(flushing(direct))
-            for one, modules in in_parallel(self._split, team.share(list(work))):
-                found.add(one)
-                for module in modules if progress is not None else ():
-                    progress(module)  # type: ignore[misc]
-        self._blocks.clear()
-        return Share(found, {key: part.taken() for key, part in self.parts.items()})
-
-    def _open(self, places: Mapping[str, Path], closing: ExitStack, team: Team) -> None:
-        """Open all parts where they are made."""
-        for key, label in self.keys.items():
-            original = self.originals.get(key[1])
-            made = None if original is None else self._direct(original, key[0], label)
-            if made is None:
-                self.parts[key] = PutBy(places[label].with_name(f"{label}.{team.rank}.parts"))
-            else:
-                self.parts[key] = Direct(*made, places[label], create=team.is_first)
-            closing.callback(self.parts[key].close)
-
-    def _direct(self, original: Adapter, kind: Kind, label: str) -> tuple[Adapter, Plan] | None:
-        """A part of an adapter whose form is that of the original; None if it is not."""
-        known = outlines(original.modules)
-        layout = original.layout
-        if not self.form.as_read or layout is None or layout.joins:
-            return None
-        if any(delta.gain is not None for delta in known.values()):
-            return None
-        part = dataclasses.replace(part_of(original, known, self.record, kind), name=label)
-        if not (part.modules or part.carried):
-            return None
-        plan = part.plan(self.form.dtype)
-        there = [piece.modules[0] in known for piece in plan.pieces if len(piece.modules) == 1]
-        return (part, plan) if len(there) == len(plan.pieces) and all(there) else None
-
-    def _split(self, stack: Stack) -> tuple[Findings, Sequence[str]]:
-        """Split a stack and take up its parts."""
-        found = Findings()
-        modules, size = listed(list(stack.modules), 1), stack.working_bytes / 1e6
-        what = f"{modules}, which need about {size:.0f} MB beside all else"
-        with memory_for(what), reused(self._blocks):
-            for part in split(self.question, stack, found):
-                found.add_part(part)
-                self.parts[part.kind, part.name].take(part.deltas)
-                del part  # before the next one is made
-        stack.release()
-        return found.outlined(), stack.modules
-
-    def finish(self, shares: Sequence[Share], team: Team, report: Report | None) -> Written:
-        """Complete all outputs, and the report, and give them their names."""
-        written = self.complete(self.gather(shares), self.staging, team)
-        kept = list(written.written.values())
-        if report is not None:
-            report[1](written)(self.staging.place(report[0]))
-            kept.append(report[0])
-        self.staging.commit(kept, written.removed)
-        return written
-
-    def gather(self, shares: Sequence[Share]) -> Findings:
-        """Take note of what all processes have found and done."""
-        for key, part in self.parts.items():
-            part.gather([share.taken[key] for share in shares])
-        found = Findings()
-        for share in shares:
-            found.add(share.found)
-        order = {module: index for index, module in enumerate(self.order)}
-        found.rows.sort(key=lambda row: order[row.module])
-        return found
-
-    def complete(self, found: Findings, staging: Staging, team: Team) -> Written:
-        """Complete all outputs that hold anything, where they are made."""
-        held: dict[str, Adapter] = {}  # outlines of what is written
-        nearest: dict[str, tuple[Adapter, Compression]] = {}
-        for (kind, name), part in self.parts.items():
-            if isinstance(part, Direct):
-                with memory_for(f"output {part.adapter.name!r}"):
-                    if not self._is_zero(part, kind, name, found):
-                        part.complete(self.originals[name].modules)
-                        held[part.adapter.name] = part.adapter
-        with memory_for("outputs that were put by"):
-            for label, adapter in self._put_by(found).each_output(compact=self.form.compact):
-                plain = adapter
-                if self.form.as_lora is not None and _has_gains(adapter):
-                    result = nearest_lora(adapter, self.form.as_lora)
-                    plain = recorded(adapter, result, self.form.as_lora)
-                    kept = dataclasses.replace(result, adapter=_outlined(result.adapter))
-                    nearest[label] = _outlined(adapter), kept
-                converted = self.form.converted(plain)
-                converted.plan(self.form.dtype).write(staging.place(self.target(label)))
-                held[label] = _outlined(converted)
-                del adapter, plain, converted  # before the next one is made
-                return_memory()
-        paths = {label: self.target(label) for label in self.keys.values()}
-        zero = [path for label, path in paths.items() if label not in held]
-        removed = [path for path in zero if path.exists() and made_by_devec(path)]
-        return Written(
-            splits=found.rows,
-            record=self.record,
-            unique={name: self._unique(name) for name in names_of_split(self.question)},
-            written={label: path for label, path in paths.items() if label in held},
-            provenance={label: held[label].provenance or {} for label in paths if label in held},
-            nearest=nearest,
-            processes=team.size,
-            doras=[label for label, adapter in held.items() if _has_gains(adapter)],
-            zero=zero,
-            removed=removed,
-            left=[path for path in zero if path.exists() and path not in removed],
-        )
-
-    def _unique(self, name: str) -> Adapter:
-        """The outline of a unique part."""
-        original = self.originals[name]
-        return part_of(original, outlines(original.modules), self.record, "unique")
-
-    def _is_zero(self, part: Direct, kind: Kind, name: str, found: Findings) -> bool:
-        """Whether nothing of a part is to be written."""
-        norms = found.parts.get((kind, name), Norms())
-        return not part.adapter.carried and norms.are_rounding_beside(found.of_original(name))
-
-    def _put_by(self, found: Findings) -> Decomposition:
-        """The parts that were put by, as a decomposition."""
-        shared: dict[str, Adapter] = {}
-        unique: dict[str, Adapter] = {}
-        common = None
-        for (kind, name), part in self.parts.items():
-            if isinstance(part, Direct):
-                continue
-            original = self.originals.get(name)
-            modules = part.modules({} if original is None else original.modules, self.order)
-            if original is not None:
-                home = unique if kind == "unique" else shared
-                home[name] = part_of(original, modules, self.record, kind)
-            elif kind == "common":
-                common = self._common(self.adapters, modules, "common")
-            elif modules:
-                pairs = combinations(self.adapters, 2)
-                pair = next(p for p in pairs if "+".join(a.name for a in p) == name)
-                shared[name] = self._common(pair, modules, name)
-        return Decomposition(
-            unique, shared, common, found.rows, self.record, found.norms, found.bias_norms
-        )
-
-    def _common(self, group: Sequence[Adapter], modules: Mapping[str, Delta], name: str) -> Adapter:
-        """The common vector of a group."""
-        return common_part(group, merged_layout(group), modules, self.record, name)

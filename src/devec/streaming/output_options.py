@@ -1,4 +1,4 @@
-"""In which form the parts of a decomposition are written."""
+"""Options for the files of the parts: type, rank, format."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from devec.lazy import outlines
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form in which parts are written.
+class OutputOptions:
+    """How parts are written.
 
     Attributes:
         dtype: Storage type; by default that of the inputs.
-        compact: Whether parts are cut to their true ranks.
-        as_lora: Rank of the nearest plain LoRAs that DoRAs are written as, if they are to be.
+        compact: Whether parts are cut to their numerical ranks.
+        as_lora: Rank of the nearest plain LoRAs that are written instead of DoRAs; None to write
+            DoRAs.
         format: A key of `devec.formats.convert.FORMATS`; by default that of the first input.
     """
 
@@ -36,11 +37,11 @@ class Form:
 
     @property
     def as_read(self) -> bool:
-        """Whether parts are written in the form of their originals."""
+        """Whether parts are written with the ranks and in the format of their originals."""
         return not self.compact and self.as_lora is None and self.format is None
 
     def suffix(self, adapters: Sequence[Adapter]) -> str:
-        """What the paths of outputs end with, known before anything is computed."""
+        """What the paths of outputs end with, from outlines alone."""
         first = adapters[0]
         if self.as_lora is not None:
             known = {
@@ -51,7 +52,7 @@ class Form:
         return layout.suffix if layout is not None else ""
 
     def converted(self, adapter: Adapter) -> Adapter:
-        """A part in the format asked for, under the record of the operation that made it."""
+        """A part in the requested format, with the record of the decomposition."""
         if self.format is None:
             return adapter
         return dataclasses.replace(convert(adapter, self.format), provenance=adapter.provenance)

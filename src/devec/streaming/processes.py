@@ -1,7 +1,7 @@
 """Several processes that share one job, as ``accelerate launch`` or ``torchrun`` start them.
 
-They run on one file system. Every process does a share of the work, the first one gathers what the
-others found and completes the result.
+The processes run on one file system. Each does a share of the work; the first one gathers the
+findings of all and completes the outputs.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-# One process may read and write much longer than others that wait for it.
+# How long a process waits for others, which may read and write for much longer.
 _PATIENCE = timedelta(days=1)
 
 
 def launched() -> int:
-    """How many processes were launched for this job."""
+    """Number of processes that were launched for this job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this is the first of the processes, which speaks for all."""
+    """Whether this is the first process, which prints and returns the results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Failure(NamedTuple):
-    """An error in one of the processes, as the others are told of it.
+    """An error in one process, as it is sent to the others.
 
     Attributes:
-        kind: What kind of error it is.
-        text: What it says.
+        kind: Name of the exception class.
+        text: The message.
     """
 
     kind: str
@@ -51,12 +51,12 @@ class Failure(NamedTuple):
 class Team:
     """The processes of a job; a context manager that closes their connections.
 
-    Threads of process groups that are still running when the interpreter has ended abort the
-    process, and a launcher then stops the others. So a team destroys its group, and the default
-    group, which torch cannot make twice in one job, is destroyed when the interpreter exits.
+    Threads of a process group that still run when the interpreter ends abort the process, and the
+    launcher then stops the others. So a team destroys its group when it is closed. The default
+    group, which torch cannot create twice in one job, is destroyed when the interpreter exits.
 
     Args:
-        size: How many were launched; one is alone.
+        size: Number of processes that were launched; 1 for no others.
 
     Raises:
         DevecError: If the others cannot be reached.
@@ -96,38 +96,38 @@ class Team:
         self.close()
 
     def close(self) -> None:
-        """Destroy the process group of this team, which is not used afterwards."""
+        """Destroy the process group of this team, which cannot be used afterwards."""
         self._group = None  # its threads end with the last reference
         self._destroy()
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """Whether this is the first process."""
         return self.rank == 0
 
     def share(self, items: Sequence[V]) -> Sequence[V]:
-        """The items that are this process's to do."""
+        """The items on which this process works."""
         return items[self.rank :: self.size]
 
     def device(self, wanted: str | torch.device | None) -> str | torch.device | None:
-        """The device of this process: of several GPUs its own."""
+        """The device of this process; of several GPUs a different one for each process."""
         if self.size > 1 and str(wanted) == "cuda":
             return self._device  # type: ignore[no-any-return]
         return wanted
 
     def gather(self, call: Callable[[], V], state: str = "nothing was written") -> list[V]:
-        """The results of a call in all processes, in every one of them.
+        """Call a function in all processes, and return all results to each of them.
 
         Args:
-            call: The call. Whatever error it ends with here, the others do not wait for it.
-            state: What is said of the outputs if another process is gone.
+            call: The function. If it raises an error here, the others do not wait for a result.
+            state: What the message says of the outputs if another process has ended.
 
         Returns:
-            All results, by rank.
+            The results, by rank.
 
         Raises:
-            DevecError: If another process failed, or is gone.
-            Exception: That which the call has raised here.
+            DevecError: If another process failed or has ended.
+            Exception: Any error of the function in this process.
         """
         if self.size == 1:
             return [call()]
@@ -146,7 +146,7 @@ class Team:
         return values
 
     def _exchanged(self, value: Any, state: str) -> list[Any]:  # noqa: ANN401
-        """What all processes give."""
+        """The values of all processes."""
         import torch
 
         values: list[Any] = [None] * self.size
@@ -162,7 +162,7 @@ class Team:
 
 
 def _destroy(group: Any) -> None:  # noqa: ANN401
-    """Destroy a process group if it is still there; None stands for the default group."""
+    """Destroy a process group if it still exists; None stands for the default group."""
     import torch
 
     if torch.distributed.is_initialized():

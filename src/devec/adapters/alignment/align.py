@@ -21,8 +21,8 @@ from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError
 from devec.naming.conventions import Naming
 from devec.naming.families import Family
-from devec.naming.module_id import parse
-from devec.naming.tables import TABLES, parts_of
+from devec.naming.module_id import parse_module_id
+from devec.naming.tables import TABLES, segments_of
 
 # From the layout of an adapter, its modules, the modules to write and the name of the family.
 LayoutBuilder = Callable[[Layout, Mapping[str, Delta], ModuleShapes, str], Layout]
@@ -139,13 +139,13 @@ def _carried_keys(adapter: AdapterData, layout: Layout, output: OutputNames) -> 
     before, known = layout.names.naming, {key: key for key in adapter.carried}
     if isinstance(layout, AlignedLayout):
         before, known = layout.inner.names.naming, dict(layout.carried)
-    if output.naming.agrees(before) and output.naming.one_model == before.one_model:
+    if output.naming.same_ids_as(before) and output.naming.one_model == before.one_model:
         return known
     result: dict[str, str] = {}
-    for key in adapter.carried if output.naming.for_comfy else ():
+    for key in adapter.carried if output.naming.is_comfy else ():
         module, _, end = key.rpartition(".")
-        name = parse(module)
-        segments = parts_of(name, (0, 1), output.family)
+        name = parse_module_id(module)
+        segments = segments_of(name, (0, 1), output.family)
         whole, inside, unnamed = output.whole((name.component, segments[0].name))
         prefix = output.naming.prefix(name.component, output.family)
         if key.startswith("bundle_emb."):

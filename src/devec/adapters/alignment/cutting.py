@@ -15,11 +15,11 @@ from devec.adapters.alignment.joining import Target
 from devec.adapters.data import AdapterData
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, located
-from devec.lazy import Lazy, outlines
+from devec.lazy import LazyMapping, outlines
 from devec.naming.conventions import Naming, diffusers_naming
 from devec.naming.families import Family, Segment, flat
-from devec.naming.module_id import DENOISERS, Name, parse
-from devec.naming.tables import dotted_names, parts_of, text_encoders
+from devec.naming.module_id import DENOISERS, ModuleId, parse_module_id
+from devec.naming.tables import dotted_names, segments_of, text_encoders
 
 SegmentKey = tuple[str, str]  # component, and name of the segment
 Slices = Mapping[SegmentKey, tuple[str, tuple[SegmentKey, ...]]]  # → name and segments of its slice
@@ -31,7 +31,7 @@ class SourceModule:
 
     Attributes:
         adapter: Index of the adapter.
-        id: Name of the module in the adapter.
+        id: ModuleId of the module in the adapter.
         name: The parsed name.
         segments: The segments, in the order of the rows.
         shape: Shape (out, in) of the weight.
@@ -39,7 +39,7 @@ class SourceModule:
 
     adapter: int
     id: str
-    name: Name
+    name: ModuleId
     segments: tuple[Segment, ...]
     shape: tuple[int, int]
 
@@ -77,10 +77,10 @@ def cut(
     """
     result = []
     for module, delta in outlines(adapter.modules).items():
-        name = parse(module)
+        name = parse_module_id(module)
         if component is not None:
             name = dataclasses.replace(name, component=component)
-        segments = parts_of(name, delta.shape, family)
+        segments = segments_of(name, delta.shape, family)
         result.append(SourceModule(index, module, name, segments, delta.shape))
     return result
 
@@ -129,7 +129,7 @@ class OutputNames:
             # a module that no table has may have any name in another scheme
             alike = family is None or schemes[module.adapter] == naming.scheme
             if len(module.keys) == 1 and not module.name.flat and alike:
-                self.dotted.setdefault(module.keys[0], module.name.current)
+                self.dotted.setdefault(module.keys[0], module.name.current_path)
 
     def whole(self, key: SegmentKey) -> tuple[str, tuple[Segment, ...], str]:
         """The module of the output that a segment belongs to.
@@ -148,7 +148,7 @@ class OutputNames:
         whole = segment.partition(":")[0]
         rows, columns = self.rows.get(key, 0), self.columns.get(key, 0)
         shape = (rows * (2 if whole != segment else 1), columns)
-        segments = table.parts(flat(known), shape)
+        segments = table.segments(flat(known), shape)
         return (flat(known) if self.naming.flat else known), segments, ""
 
     def _unknown(self, key: SegmentKey, table: Family | None) -> tuple[str, str]:
@@ -253,7 +253,7 @@ def sliced(
         slices: The slices.
 
     Returns:
-        Name of a slice → delta; lazy if the adapter is lazy and no DoRA.
+        ModuleId of a slice → delta; lazy if the adapter is lazy and no DoRA.
     """
     known, rows_in = outlines(adapter.modules), _rows_of_slices(modules, slices)
 
@@ -265,17 +265,19 @@ def sliced(
             return rows_of(sliceable(whole[module]), rows.start, rows.stop)
 
     # slicing a DoRA may read a base weight
-    if not isinstance(adapter.modules, Lazy) or any(d.gain is not None for d in known.values()):
+    if not isinstance(adapter.modules, LazyMapping) or any(
+        d.gain is not None for d in known.values()
+    ):
         loaded = dict(adapter.modules)
         return {name: delta_of(name, loaded) for name in rows_in}
     outlined = {name: delta_of(name, known) for name in rows_in}
-    return Lazy(outlined, lambda name: delta_of(name, adapter.modules))
+    return LazyMapping(outlined, lambda name: delta_of(name, adapter.modules))
 
 
 def _rows_of_slices(
     modules: Sequence[SourceModule], slices: Slices
 ) -> dict[str, tuple[str, slice | None]]:
-    """Name of a slice → the module that contains it, and its rows; None for all rows."""
+    """ModuleId of a slice → the module that contains it, and its rows; None for all rows."""
     result: dict[str, tuple[str, slice | None]] = {}
     for module in modules:
         start = 0

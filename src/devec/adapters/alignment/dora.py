@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from devec.deltas.base_weight import BaseWeight, RowsOfWeight, StackedWeight
+from devec.deltas.base_weight import BaseWeight, ConcatenatedWeight, WeightRows
 from devec.deltas.delta import Delta
-from devec.deltas.dora import as_magnitudes, axes_of, one_axis_only
+from devec.deltas.dora import as_magnitudes, axes_of, two_axes_reason
 from devec.deltas.gains import AxisGain, Gain, Magnitude
 from devec.errors import UnsupportedError
 
@@ -37,7 +37,7 @@ def rows_of(delta: Delta, start: int, stop: int) -> Delta:
     part = dataclasses.replace(delta, B=delta.B[rows], bias=bias, gain=None)
     if delta.gain is None:
         return part
-    base = RowsOfWeight(delta.gain.base, start, stop)
+    base = WeightRows(delta.gain.base, start, stop)
     if isinstance(delta.gain, Magnitude):
         return dataclasses.replace(part, gain=Magnitude(delta.gain.values[rows], "out", base))
     gain = Gain(base, dict(delta.gain.axes))
@@ -54,7 +54,7 @@ def with_magnitudes(deltas: Sequence[Delta], whole: BaseWeight) -> list[Delta]:
     result, start = [], 0
     for delta in deltas:
         stop = start + delta.shape[0]
-        result.append(as_magnitudes(delta, "out", RowsOfWeight(whole, start, stop)))
+        result.append(as_magnitudes(delta, "out", WeightRows(whole, start, stop)))
         start = stop
     return result
 
@@ -63,7 +63,7 @@ def one_axis(deltas: Sequence[Delta]) -> str:
     """The axis of the gains of slices, ``"out"`` or ``"in"``; empty if there are no gains."""
     axes = set().union(*map(axes_of, deltas))
     if len(axes) > 1:
-        raise UnsupportedError(one_axis_only())
+        raise UnsupportedError(two_axes_reason())
     return next(iter(axes), "")
 
 
@@ -71,7 +71,7 @@ def stacked_magnitude(deltas: Sequence[Delta]) -> Magnitude:
     """The magnitudes of consecutive rows, all of which have magnitudes of outputs."""
     gains = [delta.gain for delta in deltas if delta.gain is not None]
     values = [gain.values for gain in gains if isinstance(gain, Magnitude)]
-    return Magnitude(torch.cat(values), "out", StackedWeight([gain.base for gain in gains]))
+    return Magnitude(torch.cat(values), "out", ConcatenatedWeight([gain.base for gain in gains]))
 
 
 def common_gain(deltas: Sequence[Delta], product: Delta) -> Gain:
@@ -93,5 +93,5 @@ def common_gain(deltas: Sequence[Delta], product: Delta) -> Gain:
             "single DoRA represents; --as-lora RANK (devec.as_lora) writes the nearest plain LoRA "
             "and says how near it is"
         )
-    base = StackedWeight([gain.base for gain in gains])
+    base = ConcatenatedWeight([gain.base for gain in gains])
     return Gain(base, {"in": gains[0].axes["in"]}).beside(product.B, product.A)

@@ -24,7 +24,7 @@ from devec.base_model.model import BaseModel
 from devec.deltas.delta import Delta
 from devec.deltas.dora import require_representable
 from devec.errors import IncompatibleError, UnsupportedError, listed, located
-from devec.lazy import Lazy, outlines, renamed
+from devec.lazy import LazyMapping, outlines, renamed
 from devec.naming.conventions import Naming
 from devec.naming.families import Family
 from devec.naming.tables import TABLES
@@ -172,6 +172,6 @@ class AlignedLayout:
                 return present[module].joined(modules, base)
 
         # which slices share A, and so the ranks, depends on their values
-        if isinstance(modules, Lazy):
-            return Lazy({module: whole(module).outline for module in present}, whole)
+        if isinstance(modules, LazyMapping):
+            return LazyMapping({module: whole(module).outline for module in present}, whole)
         return {module: whole(module) for module in present}

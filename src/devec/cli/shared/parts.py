@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devec.decomposition.findings import ModuleSplit
     from devec.decomposition.question import Threshold
     from devec.decomposition.result import Decomposition
-    from devec.streaming.decompose_to import Written
+    from devec.streaming.written import WrittenDecomposition
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -30,7 +30,7 @@ def parse_threshold(text: str) -> Threshold:
         ) from None
 
 
-def print_parts(parts: Decomposition | Written) -> None:
+def print_parts(parts: Decomposition | WrittenDecomposition) -> None:
     """Print what adapters share, by group and type of module, and what was not compared."""
     table = new_table(
         "module",
@@ -76,7 +76,7 @@ def shared_energy(splits: Sequence[ModuleSplit]) -> float:
     return min(1.0, shared / total) if total else 0.0
 
 
-def _print_not_compared(parts: Decomposition | Written) -> None:
+def _print_not_compared(parts: Decomposition | WrittenDecomposition) -> None:
     """Print how many modules were not compared because some adapter lacks them."""
     modules = {module for adapter in parts.unique.values() for module in adapter.modules}
     partial = len(modules - {split.module for split in parts.splits})
@@ -84,7 +84,7 @@ def _print_not_compared(parts: Decomposition | Written) -> None:
         typer.echo(f"{partial} modules are not in all adapters; all of those is unique.")
 
 
-def _print_carried(parts: Decomposition | Written) -> None:
+def _print_carried(parts: Decomposition | WrittenDecomposition) -> None:
     """Print the carried tensors, which are written to the unique parts."""
     for name, adapter in parts.unique.items():
         if adapter.carried:

@@ -36,13 +36,13 @@ def storage_dtype(name: str | None) -> torch.dtype | None:
 def as_plain(adapter: Adapter, rank: int | None) -> Adapter:
     """An adapter, or its nearest plain LoRA of a rank if one is given; prints the errors."""
     from devec import as_lora
-    from devec.operations.as_lora import recorded
+    from devec.operations.as_lora import with_lora_record
 
     if rank is None or all(delta.gain is None for delta in outlines(adapter.modules).values()):
         return adapter
     result = as_lora(adapter, rank)
     print_nearest(adapter.name, adapter, result)
-    return recorded(adapter, result, rank)
+    return with_lora_record(adapter, result, rank)
 
 
 def write_result(

@@ -26,7 +26,7 @@ from devec.formats.peft.reading.keys import PeftKeys, sort_peft_keys
 from devec.formats.peft.slots import PeftSlot
 from devec.formats.peft.storage import WEIGHTS_NAME, recorded_family
 from devec.formats.rank_patterns import Config
-from devec.lazy import Lazy, mapped, only, outlines
+from devec.lazy import LazyMapping, mapped, outlines, selected
 
 _PICKLED_NAME = "adapter_model.bin"
 _UNUSED = (
@@ -92,7 +92,7 @@ def parse_peft(
         for path, kept, key in keys.repeated:
             require_same_magnitudes(path, tensors[kept], key, tensors[key])
         copies = {key: require_finite(key, tensors[key]) for key in keys.base_copies}
-        carried = mapped(only(tensors, keys.carried), require_finite)
+        carried = mapped(selected(tensors, keys.carried), require_finite)
         base = base_model(options.base, str(config.get("base_model_name_or_path") or ""))
         slots = slots_of(config, keys, outlines(tensors))
         weights = BaseWeights(base, recorded_family(config, slots)[1], copies)
@@ -130,7 +130,9 @@ class _PeftModules:
         deltas: dict[str, Delta] = {}
         for slot in self._slots:
             deltas |= self._read(slot, outlines(self._tensors))
-        return Lazy(deltas, self._delta) if isinstance(self._tensors, Lazy) else deltas
+        return (
+            LazyMapping(deltas, self._delta) if isinstance(self._tensors, LazyMapping) else deltas
+        )
 
     def _delta(self, module: str) -> Delta:
         slot, last = self._slot_of[module], self._last

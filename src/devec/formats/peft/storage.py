@@ -11,7 +11,7 @@ from devec.base_model.model import BaseModel, base_model
 from devec.formats.peft.dora import BaseWeights
 from devec.formats.peft.slots import PeftSlot
 from devec.formats.rank_patterns import Config
-from devec.naming.detection import family_of
+from devec.naming.detection import detect_family
 from devec.naming.families import Family
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -48,4 +48,4 @@ class PeftStorage:
 def recorded_family(config: Config, slots: Sequence[PeftSlot]) -> tuple[str, Family | None]:
     """The family of the base model: its name, empty if unknown, and its tables."""
     shapes = {slot.name: slot.shape for slot in slots}
-    return family_of(shapes, str(config.get("base_model_name_or_path") or ""))
+    return detect_family(shapes, str(config.get("base_model_name_or_path") or ""))

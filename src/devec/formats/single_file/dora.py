@@ -12,7 +12,7 @@ from devec.deltas.gains import Axis
 from devec.errors import UnsupportedError, listed
 from devec.formats.rewrites import Rewrite, as_stored_dora
 from devec.formats.single_file.slot import FileSlot
-from devec.naming.module_id import parse
+from devec.naming.module_id import parse_module_id
 
 
 def file_dora_rewrites(
@@ -40,8 +40,12 @@ def file_dora_rewrites(
         UnsupportedError: If the format has no such DoRA.
     """
     doras = [m for m, d in deltas.items() if d.gain is not None and slots[m].magnitude.everywhere]
-    everywhere = set() if unchanged else {parse(module).component for module in doras}
-    of_doras = [module for module in deltas if everywhere and parse(module).component in everywhere]
+    everywhere = set() if unchanged else {parse_module_id(module).component for module in doras}
+    of_doras = [
+        module
+        for module in deltas
+        if everywhere and parse_module_id(module).component in everywhere
+    ]
     biased = [module for module in of_doras if deltas[module].bias is not None]
     if biased:
         raise UnsupportedError(

@@ -27,8 +27,8 @@ from devec.naming.conventions import (
     Suffixes,
     naming_of,
 )
-from devec.naming.detection import family_of
-from devec.naming.module_id import parse
+from devec.naming.detection import detect_family
+from devec.naming.module_id import parse_module_id
 
 
 class FileLayout(FileStorage):
@@ -40,7 +40,7 @@ class FileLayout(FileStorage):
     @cached_property
     def names(self) -> ModuleNames:
         """Names of modules: their ids in the file."""
-        ids = {parse(slot.id).key: slot.id for slot in self.slots}
+        ids = {parse_module_id(slot.id).key: slot.id for slot in self.slots}
         return ModuleNames(self.naming, self.family, ids)
 
     @property
@@ -117,7 +117,7 @@ class FileLayout(FileStorage):
         """The same layout with another base model in its header, and its family."""
         metadata = {**self.metadata, "base_model_name_or_path": base}
         shapes = {slot.id: slot.shape for slot in self.slots}
-        family, table = family_of(shapes, base_hint(metadata))
+        family, table = detect_family(shapes, base_hint(metadata))
         naming = naming_of(
             shapes, table
         )  # the scheme of names is recognised by the family's tables

@@ -22,7 +22,7 @@ from devec.formats.single_file.header import ADAPTER_KEY, header_of_result, head
 from devec.formats.single_file.slot import FileSlot, exact_alpha, one_alpha, result_slot
 from devec.formats.single_file.storage import FileStorage
 from devec.lazy import outlines
-from devec.naming.module_id import parse
+from devec.naming.module_id import parse_module_id
 
 # UNets whose files diffusers reads with one alpha for all attention layers
 _ONE_ALPHA = ("sd", "sd2", "sdxl")
@@ -170,7 +170,7 @@ def _patterns(deltas: Mapping[str, Delta]) -> str:
     config: dict[str, dict[str, int]] = {}
     fields: dict[str, Any] = {}
     for module, delta in deltas.items():
-        name = parse(module)
+        name = parse_module_id(module)
         component = name.prefix.rstrip(".")
         config.setdefault(component, {})[name.path] = delta.rank
         if delta.gain is not None:

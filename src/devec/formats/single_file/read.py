@@ -36,7 +36,7 @@ from devec.formats.single_file.slot import FileSlot
 from devec.formats.single_file.storage import SUFFIX
 from devec.formats.single_file.stored_module import StoredModule, read_module
 from devec.formats.single_file.warnings import warn_of_fused, warn_of_truncation, warn_of_unknown
-from devec.lazy import Lazy, mapped, only, outlines
+from devec.lazy import LazyMapping, mapped, outlines, selected
 from devec.naming.conventions import (
     DIFFUSERS,
     KOHYA_SUFFIXES,
@@ -46,11 +46,11 @@ from devec.naming.conventions import (
     XLABS_SUFFIXES,
     Naming,
     Suffixes,
-    describe,
+    convention_name,
     naming_of,
 )
-from devec.naming.detection import conv_kernel, family_of
-from devec.naming.module_id import DENOISERS, parse
+from devec.naming.detection import conv_kernel, detect_family
+from devec.naming.module_id import DENOISERS, parse_module_id
 
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
@@ -107,7 +107,7 @@ def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) ->
     with located(where):
         keys = sort_file_keys({key: tuple(t.shape) for key, t in outlines(tensors).items()})
         whole = dict.fromkeys((*keys.carried, *keys.unknown))
-        carried = mapped(only(tensors, whole), require_finite)
+        carried = mapped(selected(tensors, whole), require_finite)
         configured = _configured(adapter_config(strings), keys.modules)
         stored = _FileModules(keys.modules, tensors, configured, options.max_rank)
         modules = {module: stored.outline(module) for module in keys.modules}
@@ -120,7 +120,7 @@ def parse_file(file: TensorFile, name: str, options: ReadOptions, where: str) ->
         with located(where):
             return _delta(module, stored.read(module), layout)
 
-    read = Lazy(deltas, read_delta) if isinstance(tensors, Lazy) else deltas
+    read = LazyMapping(deltas, read_delta) if isinstance(tensors, LazyMapping) else deltas
     warn_of_unknown(where, keys.unknown)
     if layout.convention == PEFT_KEYS and not configured and provenance is None:
         warn(
@@ -154,7 +154,7 @@ class _FileModules:
 
     def outline(self, module: str) -> StoredModule:
         """The outline of a module."""
-        if "up" in self._keys[module].parts or not isinstance(self._tensors, Lazy):
+        if "up" in self._keys[module].parts or not isinstance(self._tensors, LazyMapping):
             return self._read(module, outlines(self._tensors))
         self._rewritten[module] = self._read(module, self._tensors)
         return self._rewritten[module]
@@ -224,8 +224,8 @@ def _configured(
         components.setdefault(component, {})[field_name] = value
     result: dict[str, _Configured] = {}
     for module in modules:
-        name = parse(module)
-        own, path = name.prefix.rstrip("."), name.current
+        name = parse_module_id(module)
+        own, path = name.prefix.rstrip("."), name.current_path
         if own not in components:  # a model that the conventions do not name
             own = next((c for c in components if c and module.startswith(f"{c}.")), "")
             path = module.removeprefix(f"{own}.") if own else path
@@ -246,12 +246,12 @@ def _layout(
 ) -> FileLayout:
     """The layout of a file, from its modules."""
     shapes = {module: stored.delta.shape for module, stored in modules.items()}
-    family, table = family_of(shapes, base_hint(file.metadata))
+    family, table = detect_family(shapes, base_hint(file.metadata))
     ids = list(modules) or [key.rpartition(".")[0] for key in keys.carried]
     naming = naming_of(ids, table)
     _require_distinct_modules(modules)
     downs = {k.parts["down"].removeprefix(k.id) for k in keys.modules.values() if "down" in k.parts}
-    convention = describe(map(parse, ids), min(downs, default=""))
+    convention = convention_name(map(parse_module_id, ids), min(downs, default=""))
     # diffusers ignores keys that are not spelled like the first key of a file
     spelled = {down.startswith(".lora_A") for down in downs}
     one_style = convention in (DIFFUSERS, OLD_DIFFUSERS) and len(spelled) > 1
@@ -284,7 +284,7 @@ def _file_slot(
     down, up, alpha, bias = suffixes.keys(keys.id)
     kernel = stored.kernel
     if not kernel and not plain:
-        name = parse(keys.id)
+        name = parse_module_id(keys.id)
         own = name.component in DENOISERS
         kernel = conv_kernel(family, name.key[1], delta.shape[1]) if own else ()
     if "scale" in parts:  # only A1111 reads it
@@ -341,14 +341,14 @@ def _usual_suffixes(keys: Sequence[ModuleKeys], naming: Naming, *, one_style: bo
         return KOHYA_SUFFIXES
     down, up = (pairs[0].parts[part].removeprefix(pairs[0].id) for part in ("down", "up"))
     alike = KOHYA_SUFFIXES if has_alpha else PEFT_SUFFIXES
-    magnitude = (KOHYA_SUFFIXES if naming.for_comfy else PEFT_SUFFIXES).magnitude
+    magnitude = (KOHYA_SUFFIXES if naming.is_comfy else PEFT_SUFFIXES).magnitude
     return Suffixes(down, up, alike.alpha, alike.bias, magnitude)
 
 
 def _current(slot: FileSlot) -> FileSlot:
     """A slot of diffusers with the keys that it writes today."""
-    name = parse(slot.id)
-    module, magnitude = name.prefix + name.current, slot.magnitude
+    name = parse_module_id(slot.id)
+    module, magnitude = name.prefix + name.current_path, slot.magnitude
     down, up, _, bias = PEFT_SUFFIXES.keys(module)
     if magnitude.everywhere:
         magnitude = dataclasses.replace(magnitude, key=module + PEFT_SUFFIXES.magnitude)
@@ -359,11 +359,11 @@ def _require_distinct_modules(modules: Mapping[str, StoredModule]) -> None:
     """Refuse two ids of one module: readers apply only one of them, and not all the same."""
     seen: dict[tuple[str, str], str] = {}
     for module in modules:
-        name = parse(module)
+        name = parse_module_id(module)
         other = seen.setdefault(name.key, module)
-        known = parse(other)
+        known = parse_module_id(other)
         # a.b_c and a_b.c are two modules, though their flat names are one
-        apart = not name.flat and name.prefix == known.prefix and name.bare != known.bare
+        apart = not name.flat and name.prefix == known.prefix and name.bare_path != known.bare_path
         if other != module and not apart:
             raise FormatError(
                 f"{other!r} and {module!r} are two names of one module; remove one of them"

@@ -21,7 +21,7 @@ from devec.deltas.delta import Delta
 from devec.deltas.gains import Axis, Magnitude
 from devec.errors import FormatError, UnsupportedError
 from devec.formats.magnitudes import MAGNITUDE_PARTS, find_magnitudes
-from devec.linalg.hadamard_kronecker import Factors, hadamard_product, kronecker_product
+from devec.linalg.hadamard_kronecker import FactorPair, hadamard_product, kronecker_product
 from devec.linalg.precision import full_precision
 
 ModuleTensors = Mapping[str, Tensor]  # part → tensor
@@ -211,7 +211,7 @@ _KIND_READERS: dict[tuple[str, ...], Callable[[ModuleTensors, float | None, int]
 
 
 def _from_product(
-    kind: str, product: Factors, scaling: float, kernel: tuple[int, ...]
+    kind: str, product: FactorPair, scaling: float, kernel: tuple[int, ...]
 ) -> StoredModule:
     """A module whose product of several factors was rewritten to a pair."""
     return StoredModule(Delta(product.B, product.A, scaling), kind, kernel, product.error)

@@ -1,26 +1,30 @@
 """Train the demo pool: one small vision transformer, and one LoRA adapter for every task.
 
-    python -m devec.demo.train --out DIR
+    python -m experiments.train_demo_pool [--out DIR]
 
-writes what the package carries as `pool`, in about three minutes on one CPU core: `base` (a
-`ViTForImageClassification`), one PEFT directory a task, and `heldout.safetensors`.
+The program writes the pool that the package ships (`devec/demo/pool`), in about three minutes on
+one CPU core: `base` (a `ViTForImageClassification`), one PEFT directory for each task, and
+`heldout.safetensors`.
 
 Data: the test set of the UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak,
-1998, CC BY 4.0) as scikit-learn carries it, 1797 digits of 8 x 8 pixels. A fixed permutation sets
-the first 497 aside; nothing is trained or chosen on them. Sizes, ranks, rates and epochs were
-chosen on the last 300 of the others, training on the first 1000.
+1998, CC BY 4.0), as distributed with scikit-learn: 1797 digits of 8 x 8 pixels. A fixed permutation
+holds out the first 497; nothing is trained or chosen on them. Sizes, ranks, learning rates and
+epochs were chosen on the last 300 of the others, after training on the first 1000.
 
-Tasks: the same digits in the five looks of `domains`, and, unrelated, ten textures.
+Tasks: the same digits in the five visual domains of `devec.demo.domains`, and one unrelated task,
+ten textures.
 
-Base: trained on every look, but on 120 digits only. So it is competent in each domain, and what it
-lacks, how differently people write, is in part the same in all of them. It never sees a texture.
+Base model: trained on every domain, but on 120 digits only. It is therefore competent in each
+domain, and part of what it lacks (the variety of handwriting) is the same in all of them. It never
+sees a texture.
 
-Adapters: trained by PEFT on all 1300 training digits in one domain, drawn anew each epoch. They
-hold LoRA only; the classifier is the base's. Ranks are 4 and 8, alpha is twice the rank. Each has a
-seed of its own, for its initial factors and its order of images: what adapters share, they learned.
+Adapters: trained with PEFT on all 1300 training digits in one domain, rendered again in each epoch.
+They contain LoRA factors only; the classifier is that of the base model. Ranks are 4 and 8, alpha
+is twice the rank. Each adapter has its own seed for its initial factors and its order of images, so
+adapters share only what they have learned.
 
-Everything is seeded and runs on one thread: on one machine, with one version of each library, two
-runs write the same bytes. Elsewhere rounding differs, and accuracies with it.
+Everything is seeded and runs on one thread: two runs on one machine with the same library versions
+write the same bytes. On other machines rounding, and therefore the accuracies, may differ.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
@@ -45,12 +50,12 @@ BASE_DIGITS = 120
 BATCH = 64
 
 Sampler = Callable[[Generator], tuple[Tensor, Tensor]]
-"""Draws one epoch's images and labels."""
+"""Renders the images and labels of one epoch."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train: epochs, and the first rate of a cosine decay to zero."""
+    """Number of epochs, and the initial learning rate of a cosine decay to zero."""
 
     epochs: int
     rate: float
@@ -65,12 +70,14 @@ TARGETS = ["fc1", "fc2", "o_proj", "q_proj", "v_proj"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the pool, write it, and print what each part of it scores on the held-out sets.
+    """Train the pool, write it, and print the held-out accuracy of each of its models.
 
     Args:
-        arguments: command line, without the program's name; the process's own if None.
+        arguments: Command line without the program's name; `sys.argv[1:]` if None.
     """
-    parser = argparse.ArgumentParser(prog="python -m devec.demo.train", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train_demo_pool", description="Train the demo pool."
+    )
     parser.add_argument("--out", type=Path, default=POOL, help="directory to write the pool to")
     out = parser.parse_args(arguments).out
 
@@ -85,14 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_split() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split scikit-learn's digits, always in the same way.
+    """Split scikit-learn's digits by a fixed permutation.
 
     Returns:
-        The training and the held-out part, each with `digits`, (n, 8, 8), uint8 in 0..16, and
+        The training set and the held-out set, each with `digits`, (n, 8, 8), uint8 in 0..16, and
         `labels`, (n,), uint8.
     """
-    from sklearn.datasets import load_digits  # the one place that needs scikit-learn
-
     raw = load_digits()
     digits = torch.from_numpy(raw.images).to(torch.uint8)
     labels = torch.from_numpy(raw.target).to(torch.uint8)
@@ -105,12 +110,12 @@ def load_split() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def train_base(digits: Tensor, labels: Tensor, out: Path) -> None:
-    """Train the base on digits in all domains at once, and write it to `out / "base"`.
+    """Train the base model on digits in all domains at once, and write it to `out / "base"`.
 
     Args:
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        labels: what they are, (n,).
-        out: directory of the pool.
+        digits: Raw digits, (n, 8, 8), uint8 in 0..16.
+        labels: Their classes, (n,).
+        out: Directory of the pool.
     """
     torch.manual_seed(SEED)
     config = ViTConfig(
@@ -121,14 +126,14 @@ def train_base(digits: Tensor, labels: Tensor, out: Path) -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_labels=CLASSES,
-        initializer_range=0.1,  # about width ** -0.5; the usual 0.02 is for widths near 768
+        initializer_range=0.1,  # about width ** -0.5; the default 0.02 is for widths near 768
     )
     model = ViTForImageClassification(config)
 
     def sample(generator: Generator) -> tuple[Tensor, Tensor]:
-        looks = torch.stack([draw(look, digits, labels, generator)[0] for look in DOMAINS])
+        images = torch.stack([draw(domain, digits, labels, generator)[0] for domain in DOMAINS])
         chosen = torch.randint(len(DOMAINS), (len(digits),), generator=generator)
-        return looks[chosen, torch.arange(len(digits))], labels
+        return images[chosen, torch.arange(len(digits))], labels
 
     fit(model, sample, BASE_SCHEDULE, SEED)
     model.save_pretrained(out / "base")
@@ -143,20 +148,20 @@ def train_adapter(
     use_dora: bool = False,
     epochs: int | None = None,
 ) -> None:
-    """Train one task's adapter on the base in `out`, and write it to `out / task`.
+    """Train the adapter of one task on the base model in `out`, and write it to `out / task`.
 
     Args:
-        task: one of `TASKS`.
-        digits: raw digits, (n, 8, 8), uint8 in 0..16.
-        labels: what they are, (n,).
-        out: directory of the pool.
-        use_dora: whether the adapter is a DoRA; those of the pool are LoRAs.
-        epochs: how long to train; by default as long as the adapters of the pool.
+        task: One of `TASKS`.
+        digits: Raw digits, (n, 8, 8), uint8 in 0..16.
+        labels: Their classes, (n,).
+        out: Directory of the pool.
+        use_dora: Whether to train a DoRA; the adapters of the pool are LoRAs.
+        epochs: Number of epochs; by default that of the adapters of the pool.
     """
     seed = SEED + 1 + TASKS.index(task)
     torch.manual_seed(seed)
     base = load_base(out)
-    base.name_or_path = BASE_NAME  # PEFT records it; the path of this run means nothing elsewhere
+    base.name_or_path = BASE_NAME  # PEFT records it; a local path would mean nothing elsewhere
     config = LoraConfig(
         r=RANKS[task],
         lora_alpha=ALPHA_PER_RANK * RANKS[task],
@@ -166,19 +171,19 @@ def train_adapter(
     model = get_peft_model(base, config)
     schedule = Schedule(epochs or ADAPTER_SCHEDULE.epochs, ADAPTER_SCHEDULE.rate)
     fit(model, lambda generator: draw(task, digits, labels, generator), schedule, seed)
-    config.target_modules = TARGETS  # PEFT made it a set, whose order changes from run to run
+    config.target_modules = TARGETS  # PEFT converts it to a set, whose order varies between runs
     model.save_pretrained(out / task, save_embedding_layers=False)
     (out / task / "README.md").unlink()
 
 
 def fit(model: nn.Module, sample: Sampler, schedule: Schedule, seed: int) -> None:
-    """Train what is trainable in a model, in place.
+    """Train the trainable parameters of a model in place.
 
     Args:
-        model: an image classifier of transformers, with or without adapters.
-        sample: draws one epoch's images and labels.
-        schedule: how long and how fast.
-        seed: of the images and of their order.
+        model: An image classifier of transformers, with or without adapters.
+        sample: Renders the images and labels of one epoch.
+        schedule: Number of epochs and learning rate.
+        seed: Seed of the images and of their order.
     """
     generator = Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -195,11 +200,7 @@ def fit(model: nn.Module, sample: Sampler, schedule: Schedule, seed: int) -> Non
 
 
 def report(pool: Path) -> None:
-    """Print the held-out accuracy of the base and of every adapter on every task.
-
-    Args:
-        pool: directory of the pool.
-    """
+    """Print the held-out accuracy of the base model and of every adapter on every task."""
     sets = heldout_sets(pool)
     print("".join(f"{name:>10}" for name in ("", *sets)))
     for name in ("base", *TASKS):
