@@ -31,7 +31,7 @@ class SourceModule:
 
     Attributes:
         adapter: Index of the adapter.
-        id: ModuleId of the module in the adapter.
+        id: Name of the module in the adapter.
         name: The parsed name.
         segments: The segments, in the order of the rows.
         shape: Shape (out, in) of the weight.
@@ -64,17 +64,7 @@ class SourceModule:
 def cut(
     index: int, adapter: AdapterData, family: Family | None, component: str | None = None
 ) -> list[SourceModule]:
-    """The modules of an adapter with their segments.
-
-    Args:
-        index: Index of the adapter.
-        adapter: The adapter.
-        family: The tables of the base model's family.
-        component: The component that all modules belong to, if their names do not say it.
-
-    Returns:
-        The modules, in their order.
-    """
+    """The modules of an adapter with their segments; all of one component, if one is given."""
     result = []
     for module, delta in outlines(adapter.modules).items():
         name = parse_module_id(module)
@@ -199,15 +189,7 @@ class OutputNames:
 
 
 def slices_of(modules: Sequence[SourceModule], output: OutputNames) -> Slices:
-    """Segment → its slice: all segments that every adapter and the output store together.
-
-    Args:
-        modules: The modules of all adapters.
-        output: The names of the output.
-
-    Returns:
-        The slices, in the order of the modules.
-    """
+    """Segment → its slice: all segments that every adapter and the output store together."""
     groups: dict[SegmentKey, set[tuple[SegmentKey, ...]]] = {}
     for module in modules:
         for key in module.keys:
@@ -245,16 +227,7 @@ def _canonical(key: SegmentKey, output: OutputNames) -> str:
 def sliced(
     adapter: AdapterData, modules: Sequence[SourceModule], slices: Slices
 ) -> Mapping[str, Delta]:
-    """The modules of an adapter as slices: rows of B and of magnitudes, A shared.
-
-    Args:
-        adapter: The adapter.
-        modules: Its modules.
-        slices: The slices.
-
-    Returns:
-        ModuleId of a slice → delta; lazy if the adapter is lazy and no DoRA.
-    """
+    """Name of a slice → delta of an adapter: rows of B and of magnitudes, with A shared."""
     known, rows_in = outlines(adapter.modules), _rows_of_slices(modules, slices)
 
     def delta_of(name: str, whole: Mapping[str, Delta]) -> Delta:
@@ -277,7 +250,7 @@ def sliced(
 def _rows_of_slices(
     modules: Sequence[SourceModule], slices: Slices
 ) -> dict[str, tuple[str, slice | None]]:
-    """ModuleId of a slice → the module that contains it, and its rows; None for all rows."""
+    """Name of a slice → the module that contains it, and its rows; None for all rows."""
     result: dict[str, tuple[str, slice | None]] = {}
     for module in modules:
         start = 0
