@@ -513,7 +513,9 @@ def test_energy_is_that_of_the_whole_delta(energy):
 def test_a_dora_of_rank_zero_keeps_its_gains():
     module, (adapter, *_), (truth, *_) = pool(("out",))
     delta = replace(adapter.modules["m"].resolved())
-    gains = Delta(delta.B[:, :0], delta.A[:0], gain=delta.gain.beside(delta.B[:, :0], delta.A[:0]))
+    gains = Delta(
+        delta.B[:, :0], delta.A[:0], gain=delta.gain.with_factors(delta.B[:, :0], delta.A[:0])
+    )
     kept = devec.compress(Adapter("g", {"m": gains}), rank=3).adapter.modules["m"]
     assert kept.rank == 0
     assert apart(module.written(kept, "out"), truth - low_rank(delta)) < 1e-12

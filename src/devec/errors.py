@@ -9,24 +9,25 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from types import FrameType, TracebackType
 
-_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")  # noqa: PTH100, PTH118, PTH120
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class DevecError(ValueError):
     """Base class of all errors that devec raises on purpose.
 
-    A `ValueError`, so that callers that know nothing of devec can catch it. The message says what
-    was expected, what was received, in which module and file, and what to do.
+    It is a `ValueError`. The message says what was expected, what was received, in which module and
+    file, and what to do.
 
     Example:
         >>> import devec
         >>> try:
-        ...     devec.Adapter.from_pretrained("no-such-directory/adapter.safetensors")
+        ...     devec.combine([], [1.0])
         ... except devec.DevecError as error:
-        ...     print(type(error).__name__)
-        FormatError
+        ...     print(error)
+        combine needs one weight for each adapter; adapters: 0, weights: 1
     """
 
 
@@ -49,11 +50,13 @@ class OutputError(DevecError):
 class DevecWarning(UserWarning):
     """The result is correct, but the user should know something about it.
 
-    Warnings name the line that called devec. Filter them with the standard library.
+    Warnings name the line that called devec. The standard library filters them.
 
     Example:
         >>> import warnings, devec
-        >>> warnings.filterwarnings("ignore", category=devec.DevecWarning)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", devec.DevecWarning)
+        ...     # calls without warnings
     """
 
 

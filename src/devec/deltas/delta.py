@@ -119,7 +119,7 @@ class Delta:
         return dataclasses.replace(self, B=change(self.B), A=change(self.A), bias=bias, gain=gain)
 
     def same_as(self, other: Delta) -> bool:
-        """Whether all tensors and the scaling equal those of another delta; computes nothing."""
+        """Whether all tensors and the scaling equal those of another delta, as stored."""
         return (
             self.scaling == other.scaling
             and is_same_tensor(self.B, other.B)
@@ -164,7 +164,7 @@ class Delta:
             The delta, exact to rounding; a LoRA is returned unchanged.
 
         Raises:
-            DevecError: If the base weight cannot be read, or is not the one of the training.
+            DevecError: If the base weight cannot be read, or is not the one of training.
 
         Cost: O(out·in·rank) and one pass over the base weight for a DoRA.
 
@@ -362,8 +362,8 @@ class Delta:
             part: A result of `projected`.
 
         Returns:
-            The remainder, exact to rounding. A LoRA keeps its rank, A and scaling, which `part`
-            has in common with it; for a DoRA the ranks add.
+            The remainder, exact to rounding. A LoRA keeps rank, A and scaling, which equal those of
+            `part`; the ranks of a DoRA and `part` add.
 
         Example:
             >>> delta = Delta(torch.ones(3, 1), torch.ones(1, 2))
@@ -377,7 +377,9 @@ class Delta:
 
     def _require_same_shape(self, other: Delta) -> None:
         if self.shape != other.shape:
-            raise IncompatibleError(f"weights of shapes {self.shape} and {other.shape}")
+            raise IncompatibleError(
+                f"deltas of one module need one shape, got {self.shape} and {other.shape}"
+            )
 
 
 def _bias_inner(left: Delta, right: Delta) -> float:

@@ -39,25 +39,10 @@ _MARGIN = 1e-5
 
 @full_precision
 def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) -> Delta:
-    """A delta as one DoRA with scaling 1 and magnitudes on this axis, exact to rounding.
-
-    Args:
-        delta: The delta; returned unchanged if it already has magnitudes on this axis.
-        axis: Axis of the magnitudes.
-        base: Base weight, for a LoRA that is written among DoRAs.
-        group: Number of inputs that share a magnitude: the kernel size of a convolution.
-
-    Returns:
-        The delta with a `Magnitude`.
-
-    Raises:
-        UnsupportedError: If the delta has gains on the other axis.
-        IncompatibleError: If 1 + g is nearly zero in a row in which B·A is not.
-
-    Cost: O(out·rank²); one pass over the base weight for a LoRA, or if terms cancel.
-
-    Reference: Liu et al. 2024, arXiv 2402.09353, Eq. 5, solved for B and m.
-    """
+    """A delta as one DoRA with scaling 1 and magnitudes on this axis, exact to rounding."""
+    # Liu et al. 2024, arXiv 2402.09353, Eq. 5, solved for B and m. `base` is the base weight of a
+    # LoRA that is written among DoRAs; `group` inputs of a convolution, its kernel, share a
+    # magnitude. The cost is O(out·rank²), and one pass over W0 for a LoRA or if terms cancel.
     if isinstance(delta.gain, Magnitude) and delta.gain.axis == axis:
         return delta
     if delta.B.is_meta:
@@ -72,7 +57,7 @@ def as_magnitudes(delta: Delta, axis: Axis, base: BaseWeight, group: int = 1) ->
     D = 1 + gain.values
     small = D.abs() < _SMALLEST_MULTIPLIER
     if bool(small.any()) and bool((small & _changed_rows(B, A, gain)).any()):
-        raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too near zero")
+        raise IncompatibleError(f"1 + g is {float(D[small].abs().min()):.3g}, too close to zero")
     B = torch.where(small[:, None], 0, B)
     norms, roundoff = row_norms(gain, D, B, A, weight, group)
     sign = torch.where(D.reshape(-1, group)[:, 0] < 0, -1.0, 1.0)
@@ -121,16 +106,7 @@ def _with_direction(B: Tensor, A: Tensor, gain: AxisGain, zero: Tensor) -> Tenso
 
 @full_precision
 def require_representable(modules: Mapping[str, Delta]) -> None:
-    """Refuse sums of DoRAs that no single DoRA represents, before any of them is written.
-
-    Args:
-        modules: The modules of an adapter.
-
-    Raises:
-        UnsupportedError: If a module has gains on both axes.
-        IncompatibleError: If 1 + g is nearly zero in a module. The message names the module and the
-            largest coefficient by which the whole adapter could be multiplied instead.
-    """
+    """Raise a `DevecError` if no single DoRA represents a module, before any is written."""
     gained = [m for m, delta in outlines(modules).items() if isinstance(delta.gain, Gain)]
     nearest: dict[str, float] = {}
     for module in gained:

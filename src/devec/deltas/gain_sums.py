@@ -21,6 +21,7 @@ from devec.deltas.gains import (
     require_same_base,
     row_dots,
 )
+from devec.linalg.precision import full_precision
 
 
 @runtime_checkable
@@ -64,8 +65,9 @@ def sum_of_gains(left: Terms, right: Terms) -> Gain | None:
     return nonzero_gain(base, axes)
 
 
+@full_precision
 def gain_inner(left: Terms, right: Terms) -> float:
-    """The terms of ⟨ΔW1, ΔW2⟩_F in which gains take part."""
+    """The terms of ⟨ΔW1, ΔW2⟩_F that contain gains."""
     gains = _require_one_base(left, right)
     if not gains:
         return 0.0

@@ -95,7 +95,7 @@ class Gain:
         return nonzero_gain(self.base, axes)
 
     @full_precision
-    def beside(self, B: Tensor, A: Tensor) -> Gain:
+    def with_factors(self, B: Tensor, A: Tensor) -> Gain:
         """The same gains with the overlaps of other factors; O(out·in·rank)."""
         axes: dict[Axis, AxisGain] = {}
         for axis, gain in self.axes.items():

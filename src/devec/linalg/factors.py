@@ -72,8 +72,8 @@ def eig(
         values, vectors = torch.linalg.eig(matrices)
         return values, vectors
     # several threads in one decomposition wait for each other longer than they compute
-    found = list(shared_executor("eig", threads, 1).map(torch.linalg.eig, matrices))
-    return torch.stack([values for values, _ in found]), torch.stack([V for _, V in found])
+    results = list(shared_executor("eig", threads, 1).map(torch.linalg.eig, matrices))
+    return torch.stack([values for values, _ in results]), torch.stack([V for _, V in results])
 
 
 @full_precision
@@ -197,7 +197,7 @@ def _column_space_by_qr(B: Tensor, A: Tensor, rtol: float) -> ColumnSpace:
 
 @full_precision
 def core_svd(R_B: Float[Tensor, "p r"], R_A: Float[Tensor, "q r"]) -> ProductSVD:
-    """SVD of the core R_B · R_Aᵀ from the triangular factors of B and Aᵀ; rounding becomes zero."""
+    """SVD of the core R_B · R_Aᵀ, with singular values at the level of rounding set to zero."""
     core = R_B @ R_A.mT
     if not bool(core.isfinite().all()):
         raise IncompatibleError(

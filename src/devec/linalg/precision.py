@@ -60,8 +60,8 @@ class _Settings(NamedTuple):
 def _backends() -> list[Any]:
     """The backends with a precision of their own, available since torch 2.9."""
     homes = (torch.backends.cuda, torch.backends.mkldnn)
-    found: list[Any] = [getattr(home, "matmul", None) for home in homes]
-    return [backend for backend in found if hasattr(backend, "fp32_precision")]
+    backends: list[Any] = [getattr(home, "matmul", None) for home in homes]
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
 class _FullProducts:
@@ -87,10 +87,10 @@ class _FullProducts:
         """Enter: multiply float32 matrices in float32."""
         with self._lock:
             self._threads.add(get_ident())
-            found = _Settings.read()
-            if found.overall != "highest" and found != self._during:
-                self._before = found
-                found.make_full()
+            current = _Settings.read()
+            if current.overall != "highest" and current != self._during:
+                self._before = current
+                current.make_full()
                 self._during = _Settings.read()
 
     def leave(self) -> None:

@@ -15,7 +15,7 @@ class _ThreadState(local):
     in_worker_thread = False
 
 
-_STATE = _ThreadState()
+_THREAD = _ThreadState()
 _SETTING_LOCK = Lock()
 _EXECUTORS_LOCK = Lock()
 _EXECUTORS: dict[tuple[str, int, int], ThreadPoolExecutor] = {}
@@ -35,12 +35,12 @@ def shared_executor(name: str, size: int, count: int) -> ThreadPoolExecutor:
 
 def in_worker_thread() -> bool:
     """Whether the calling thread is a worker, which must not wait for tasks of its executor."""
-    return _STATE.in_worker_thread
+    return _THREAD.in_worker_thread
 
 
 def _start_worker(count: int) -> None:
     """Prepare a worker thread."""
-    _STATE.in_worker_thread = True
+    _THREAD.in_worker_thread = True
     use_threads(count)
 
 

@@ -154,5 +154,5 @@ def truncate_delta(original: Delta, choose: Callable[[Tensor, float], int]) -> T
     B, A = (factor.to(delta.dtype) for factor in svd.leading(rank))
     gain = None
     if isinstance(delta.gain, Gain) and original.gain is not None:
-        gain = dataclasses.replace(delta.gain.beside(B, A), base=original.gain.base)
+        gain = dataclasses.replace(delta.gain.with_factors(B, A), base=original.gain.base)
     return TruncatedDelta(Delta(B, A, bias=bias, gain=gain), lost, norm)

@@ -45,7 +45,7 @@ def rows_of(delta: Delta, start: int, stop: int) -> Delta:
         known = gain.axes["out"]
         gain.axes["out"] = AxisGain(known.values[rows], known.overlap[rows], known.squares[rows])
     return dataclasses.replace(
-        part, gain=gain.beside(part.B, part.A) if "in" in gain.axes else gain
+        part, gain=gain.with_factors(part.B, part.A) if "in" in gain.axes else gain
     )
 
 
@@ -94,4 +94,4 @@ def common_gain(deltas: Sequence[Delta], product: Delta) -> Gain:
             "and says how near it is"
         )
     base = ConcatenatedWeight([gain.base for gain in gains])
-    return Gain(base, {"in": gains[0].axes["in"]}).beside(product.B, product.A)
+    return Gain(base, {"in": gains[0].axes["in"]}).with_factors(product.B, product.A)
