@@ -26,6 +26,7 @@ def test_examples_of_docstrings_run(module):
 def test_public_functions_of_these_rooms_have_examples():
     shown = {name for name in devec.__all__ if ">>> " in (getattr(devec, name).__doc__ or "")}
     assert shown >= {
-        "Compression", "Delta", "DevecError", "DevecWarning", "ModuleOverlap", "Overlap", "as_lora",
-        "combine", "compress", "overlap",
+        "Adapter", "Compression", "Delta", "DevecError", "DevecWarning", "ModuleOverlap", "Overlap",
+        "as_lora", "combine", "compress", "convert", "cosine", "distance", "inner", "overlap",
+        "save_adapters",
     }  # fmt: skip
