@@ -247,7 +247,7 @@ def test_products_with_magnitudes_of_both_axes(tmp_path):
 
 
 def test_truncated_factors_of_a_dora_are_said_to_be_of_factors():
-    with pytest.warns(DevecWarning, match="DoRAs bring the sum with W0 to its norms"):
+    with pytest.warns(DevecWarning, match="for DoRAs, that of the factors before normalisation"):
         read(golden("lycoris_doha"), max_rank=1)
 
 
