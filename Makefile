@@ -3,15 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON_OLDEST ?= python3.10
+OLDEST := .venv-oldest
+# A process of the tests for each core; one that has nothing left takes over from its neighbour.
+PARALLEL := --numprocesses auto --dist worksteal
 # Quiet, offline and without a terminal's width in the output.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format notebooks benchmarks pool clean
+.PHONY: help demo test test-fast test-oldest check format notebooks benchmarks pool clean
 
 help:
 	@echo "make demo        decompose a small pool of adapters and measure the parts"
 	@echo "make test        run the tests, notebooks included"
+	@echo "make test-fast   run the tests that take no time"
+	@echo "make test-oldest run those with the oldest Python and packages allowed"
 	@echo "make check       format, lint, types, import directions, the built wheel"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make notebooks   execute the notebooks in place"
@@ -22,7 +28,13 @@ demo: $(VENV)/.installed
 	$(BIN)/devec demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -47,7 +59,7 @@ pool: $(VENV)/.installed-dev
 	$(BIN)/python -m experiments.train_demo_pool
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -61,4 +73,9 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@

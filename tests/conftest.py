@@ -3,8 +3,12 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread for each process of the tests, and for those that they start: as many of them run as
+# there are cores. What is about several threads sets their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import shape_checks
+from support import shape_checks
 
 # Before anything imports devec. pytest resolves the filters of its configuration even earlier, so
 # those that name a class of devec are added below.

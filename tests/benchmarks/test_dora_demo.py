@@ -7,6 +7,8 @@ from benchmarks import dora_demo
 from devec.demo.evaluate import load_base
 from devec.errors import UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 try:
     load_base()
 except UnsupportedError as error:

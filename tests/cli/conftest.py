@@ -5,14 +5,16 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from cases import Variant, WithHead, make_pool, save_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from devec.cli import main
+from support.adapters.cases import Variant, WithHead, make_pool, save_adapter
 
-CONFIG = "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass
@@ -83,3 +85,17 @@ def here(pool, tmp_path, monkeypatch):
     shutil.copytree(pool, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def bad(here):
+    """The working directory, with broken adapters in it."""
+    Path("text").mkdir()
+    Path("text/file.txt").write_text("hello")
+    weights = Path(shutil.copytree("b", "cut")) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    for name, change in (("nan", lambda t: t / 0), ("other", lambda t: t[[0, *range(30)]])):
+        weights = Path(shutil.copytree("b", name)) / WEIGHTS
+        tensors = {k: change(t) if "lora_B" in k else t for k, t in load_file(weights).items()}
+        save_file(tensors, weights)
+    return here

@@ -6,9 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from llama_doras import CONFIG, DORAS, WEIGHTS, apart, expected, loaded, save_models, truths
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.adapters.llama_doras import (
+    CONFIG,
+    DORAS,
+    WEIGHTS,
+    apart,
+    expected,
+    loaded,
+    save_models,
+    truths,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

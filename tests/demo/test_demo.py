@@ -13,6 +13,8 @@ from devec.demo.evaluate import POOL, TASKS, accuracy, heldout_sets, load_base
 from devec.demo.run import loaded, run
 from devec.errors import UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 try:
     load_base()
 except UnsupportedError as error:

@@ -5,10 +5,10 @@ import hashlib
 import json
 
 import pytest
-from cases import make_pool, save_adapter
 
 from devec import Adapter, __version__, combine, compress, decompose, save_adapters
 from devec.formats.card import adapter_name
+from support.adapters.cases import make_pool, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

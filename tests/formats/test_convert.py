@@ -4,22 +4,22 @@ import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from golden_pool import DORA
-from golden_truth import dense_truth
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from devec import Adapter, DevecError, convert, distance
 from devec.cli import main
 from devec.naming.families import flat
+from support.folding import folded
+from support.paths import GOLDEN
+from support.pools.golden_pool import DORA
+from support.truth.golden_truth import dense_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::devec.DevecWarning")
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 OTHERS = {"lycoris_full", *DORA}  # whole tensors; DoRAs have tests of their own
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors") if path.stem not in OTHERS)
 CARRIED = {"bundled_embeddings", "lycoris_norm"}
@@ -58,8 +58,8 @@ def assert_same_truth(got, want, tolerance=1e-6):
         assert_close(got[module], W, rtol=0, atol=tolerance * abs(W).max(), msg=module)
 
 
-@pytest.mark.parametrize("wanted", ["kohya", "diffusers"])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - CARRIED))
+@folded("wanted", ["kohya", "diffusers"])
 def test_every_convention_converts(tmp_path, name, wanted):
     original = golden(name)
     if name == "diffusers_flux_bias" and wanted == "kohya":

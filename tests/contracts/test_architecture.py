@@ -1,0 +1,109 @@
+"""The package imports light, from any door, and its public names are there.
+
+Which room may import which is held by import-linter's contracts (``.importlinter``).
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import devec
+from support import paths
+from support.patience import patience
+
+ROOT = Path(devec.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+LINES = 400  # of a file, at most
+LONGER = {
+    "notebooks/styles.py",
+    "src/devec/deltas/delta.py",
+    "src/devec/formats/peft/layout.py",
+    "src/devec/hosts/host.py",
+    "src/devec/naming/tables.py",
+}
+HEAVY = {"peft", "transformers", "diffusers", "accelerate", "matplotlib", "scipy", "numpy"}
+
+
+def imported_at_the_top(path):
+    """The packages that a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def test_optional_packages_are_imported_where_used():
+    heavy = {
+        str(path.relative_to(ROOT)): names
+        for path in SOURCES
+        if (names := HEAVY & set(imported_at_the_top(path))) and "demo" not in path.parts
+    }
+    assert not heavy
+
+
+def test_rooms_are_small():
+    rooms = [path.parent for path in SOURCES if path.name == "__init__.py"]
+    siblings = {room: len([*room.glob("*.py")]) for room in rooms}
+    assert max(siblings.values()) <= 13, siblings
+    assert siblings[ROOT] <= 8
+
+
+def test_files_are_short():
+    folders = ("src", "tests", "benchmarks", "examples", "notebooks")
+    files = [path for folder in folders for path in (paths.ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    longer = {p.relative_to(paths.ROOT).as_posix() for p, lines in lengths.items() if lines > LINES}
+    assert longer <= LONGER, longer - LONGER
+
+
+def run(code):
+    """What a fresh interpreter prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=patience()
+    )
+    return result.stdout.strip()
+
+
+@pytest.mark.slow
+def test_importing_devec_loads_neither_peft_nor_transformers():
+    code = (
+        "import sys, devec; devec.decompose, devec.Adapter; "
+        f"print(sorted({HEAVY - {'numpy'}} & set(sys.modules)))"
+    )
+    assert run(code) == "[]"
+
+
+@pytest.mark.slow
+def test_the_command_line_answers_without_torch():
+    code = (
+        "import sys\nfrom devec.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    )
+    assert run(code).splitlines()[-1] == "False"
+
+
+@pytest.mark.slow
+def test_adapters_are_read_whatever_else_was_imported():
+    pool = ROOT / "demo" / "pool"
+    code = (
+        "from devec.adapters.adapter import Adapter\n"
+        f"print(Adapter.from_pretrained({str(pool / 'ink')!r}).name)"
+    )
+    assert run(code) == "ink"
+
+
+@pytest.mark.parametrize("name", devec.__all__)
+def test_public_names_are_there_and_documented(name):
+    value = getattr(devec, name)
+    assert value is not None
+    assert name == "__version__" or value.__doc__
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'merge'"):
+        _ = devec.merge

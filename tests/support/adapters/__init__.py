@@ -1,0 +1,1 @@
+"""Adapters made by PEFT and written by hand, and what they do."""

@@ -1,0 +1,1 @@
+"""Makes the golden files: one small LoRA file for every convention."""

@@ -1,0 +1,1 @@
+"""Pools of adapters with their dense truth."""

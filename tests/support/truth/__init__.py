@@ -1,0 +1,1 @@
+"""Formulas, dense and in float64, that share nothing with devec."""
