@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.results import Row, Section, Table, render_section
 from benchmarks.settings import Settings
 from devec import Adapter, decompose
+from devec.adapters.data import contents_of
 
 MODULE = "model.layers.0.mlp.down_proj"
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
@@ -86,7 +87,7 @@ def warm_up() -> None:
         write_pool(folder, (512, 512), 64, torch.float32)
         pool = [Adapter.from_pretrained(folder / n, base=folder) for n in ("first", "second")]
         for part in decompose(pool).unique.values():
-            part.layout.stored(part.contents, None)  # type: ignore[union-attr]
+            part.layout.stored(contents_of(part), None)  # type: ignore[union-attr]
 
 
 def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads: int) -> Row:
@@ -106,7 +107,7 @@ def measure(shape: tuple[int, int], rank: int, base: str, repeats: int, threads:
             times["decompose"].append(time.perf_counter() - start)
             start = time.perf_counter()
             for part in parts.unique.values():
-                part.layout.stored(part.contents, None)  # type: ignore[union-attr]
+                part.layout.stored(contents_of(part), None)  # type: ignore[union-attr]
             times["write"].append(time.perf_counter() - start)
             grown = grown or peak() - before
     return {

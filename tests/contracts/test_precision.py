@@ -105,9 +105,9 @@ CALLS = {
 
 # What computes nothing, or is covered by the tests of files and hosts below.
 ELSEWHERE = {
-    "Adapter.contents", "Adapter.from_pretrained", "Adapter.label", "Adapter.loaded",
+    "Adapter.from_pretrained", "Adapter.label", "Adapter.loaded",
     "Adapter.map", "Adapter.output_path", "Adapter.plan", "Adapter.push_to_hub",
-    "Adapter.require_layout", "Adapter.save_pretrained", "Adapter.to", "Adapter.unlike",
+    "Adapter.save_pretrained", "Adapter.to", "Adapter.unlike",
     "Adapter.writer", "Decomposition.each_output", "Decomposition.nothing_shared",
     "Decomposition.spectrum", "Delta.dtype", "Delta.each", "Delta.on", "Delta.outline",
     "Delta.rank", "Delta.same_as", "Delta.shape", "Delta.to", "add_adapter", "combine_adapters",

@@ -22,7 +22,7 @@ from devec.adapters.algebra import (
     linear_combination,
     same_effect,
 )
-from devec.adapters.data import AdapterData
+from devec.adapters.data import AdapterData, contents_of, layout_of
 from devec.adapters.layout import MAX_RANK, Plan, ReadOptions
 from devec.arguments import inverse, number, whole_number
 from devec.deltas.delta import Delta
@@ -240,7 +240,7 @@ class Adapter(AdapterData):
             ...     (Path(folder) / "ink" / "adapter_model.safetensors").is_file()
             True
         """
-        self.require_layout()
+        layout_of(self)
         return lambda path: self.plan(dtype).write(path)
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
@@ -261,7 +261,7 @@ class Adapter(AdapterData):
             >>> len(Adapter.from_pretrained(POOL / "ink", lazy=True).plan().pieces)
             20
         """
-        return self.require_layout().plan(self.contents, dtype)
+        return layout_of(self).plan(contents_of(self), dtype)
 
     def loaded(self) -> Adapter:
         """The same adapter with all of its tensors in memory.

@@ -309,13 +309,7 @@ def merged_layout(adapters: Sequence[AdapterData]) -> Layout | None:
 
 
 def provenance(operation: str, inputs: Sequence[AdapterData], **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The JSON record of an operation for its outputs: parameters, and names and digests of inputs.
-
-    An input that was itself made by an operation is represented by its own record.
-
-    Returns:
-        The record.
-    """
+    """The JSON record of an operation: its parameters, and the digests or records of its inputs."""
     return {
         "operation": operation,
         "parameters": parameters,

@@ -28,9 +28,8 @@ class AdapterData:
 
     def __post_init__(self) -> None:
         for name in ("modules", "carried"):
-            if not isinstance(
-                value := getattr(self, name), LazyMapping
-            ):  # the caller may change it
+            value = getattr(self, name)
+            if not isinstance(value, LazyMapping):  # the caller may change it
                 object.__setattr__(self, name, dict(value))
 
     @property
@@ -38,20 +37,21 @@ class AdapterData:
         """The name, with the source if there is one, for messages."""
         return f"{self.name!r} ({self.source})" if self.source else repr(self.name)
 
-    @property
-    def contents(self) -> Contents:
-        """What a layout writes of the adapter."""
-        unchanged = bool(self.sha256)
-        return Contents(self.name, self.modules, self.carried, self.provenance, unchanged)
-
-    def require_layout(self) -> Layout:
-        """The layout; raises `IncompatibleError` for an adapter that was made in memory."""
-        if self.layout is None:
-            raise IncompatibleError(
-                f"adapter {self.name!r} was made in memory and has no file layout; give it one "
-                "with dataclasses.replace(adapter, layout=other.layout)"
-            )
-        return self.layout
-
 
 AdapterT = TypeVar("AdapterT", bound=AdapterData)
+
+
+def contents_of(adapter: AdapterData) -> Contents:
+    """What a layout writes of an adapter."""
+    unchanged = bool(adapter.sha256)
+    return Contents(adapter.name, adapter.modules, adapter.carried, adapter.provenance, unchanged)
+
+
+def layout_of(adapter: AdapterData) -> Layout:
+    """The layout of an adapter; an adapter that was made in memory is refused."""
+    if adapter.layout is None:
+        raise IncompatibleError(
+            f"adapter {adapter.name!r} was made in memory and has no file layout; give it one "
+            "with dataclasses.replace(adapter, layout=other.layout)"
+        )
+    return adapter.layout

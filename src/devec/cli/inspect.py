@@ -17,7 +17,7 @@ from devec.lazy import outlines
 
 if TYPE_CHECKING:
     from devec.adapters.adapter import Adapter
-    from devec.adapters.layout import About
+    from devec.adapters.layout import About, Layout
 
 
 def inspect_command(
@@ -36,21 +36,22 @@ def inspect_command(
     Prints the convention, base model, modules, ranks, alphas, types and norms, and the tensors that
     are carried over whole.
     """
+    from devec.adapters.data import layout_of
     from devec.files.staging import write_all
 
     require_report(json, [source], overwrite=overwrite)
     adapter = read_source(source, base, max_rank, allow_pickle=allow_pickle)
-    about = adapter.require_layout().about
-    report = _inspect_report(adapter, about, with_base=base is not None)
+    layout = layout_of(adapter)
+    report = _inspect_report(adapter, layout, with_base=base is not None)
     if json:
         write_all({json: json_writer(report)}, overwrite=overwrite)
-    typer.echo("\n".join(_lines(adapter, about, report)))
+    typer.echo("\n".join(_lines(adapter, layout.about, report)))
     _print_modules(report["modules"], by_type=not modules)
 
 
-def _inspect_report(adapter: Adapter, about: About, *, with_base: bool) -> dict[str, Any]:
+def _inspect_report(adapter: Adapter, layout: Layout, *, with_base: bool) -> dict[str, Any]:
     """The full report, a row for each module."""
-    layout = adapter.require_layout()
+    about = layout.about
     norms = {
         module: delta.norm() if with_base or delta.gain is None else None
         for module, delta in adapter.modules.items()

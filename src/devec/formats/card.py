@@ -30,17 +30,7 @@ _FIRST = [
 
 
 def read_record_beside(directory: Path) -> dict[str, Any] | None:
-    """The provenance record in an adapter directory.
-
-    Args:
-        directory: The adapter directory.
-
-    Returns:
-        The record; None if there is none.
-
-    Raises:
-        FormatError: If the record cannot be read.
-    """
+    """The provenance record in an adapter directory; None if there is none."""
     path = directory / RECORD_NAME
     if not path.exists():
         return None
@@ -52,14 +42,7 @@ def read_record_beside(directory: Path) -> dict[str, Any] | None:
 
 
 def write_card(directory: Path, name: str, config: Mapping[str, Any], record: Any) -> None:  # noqa: ANN401
-    """Write the model card and the provenance record.
-
-    Args:
-        directory: The output directory.
-        name: Name of the adapter.
-        config: Its configuration.
-        record: The record; None for an adapter stored as it was read.
-    """
+    """Write the model card and the provenance record; without one, the adapter is unchanged."""
     if record is not None:
         record = {"devec_version": __version__, **record}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

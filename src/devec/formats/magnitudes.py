@@ -57,20 +57,7 @@ class MagnitudeSlot:
     def write(
         self, magnitude: Magnitude, kernel: tuple[int, ...], dtype: torch.dtype | None
     ) -> Tensor:
-        """The stored tensor, in the shape that was read or the usual one.
-
-        Args:
-            magnitude: The magnitudes.
-            kernel: Shape of a convolution's kernel.
-            dtype: Requested storage type.
-
-        Returns:
-            The tensor.
-
-        Raises:
-            UnsupportedError: If magnitudes on this axis cannot be stored under the key.
-            OutputError: If a value is too large for the storage type.
-        """
+        """The stored tensor, in the shape that was read or the usual one."""
         if magnitude.axis == "in" and not self.key.endswith(DORA_SCALE):
             raise UnsupportedError(of_outputs_only())
         values, shape = magnitude.values, self.shape
@@ -83,13 +70,8 @@ class MagnitudeSlot:
 
 
 def magnitude_dtype(values: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The storage type of magnitudes: as requested, but never narrower than their own type.
-
-    They are few, and their rounding errors are a fraction of W0, not of ΔW.
-
-    Returns:
-        The type.
-    """
+    """The storage type of magnitudes: as requested, but never narrower than their own type."""
+    # they are few, and their rounding errors are a fraction of W0, not of ΔW
     return values.dtype if wanted is None else torch.promote_types(values.dtype, wanted)
 
 

@@ -40,15 +40,7 @@ class FilePlan:
     beside: Callable[[Path], None] | None = None
 
     def outlines(self) -> dict[str, Tensor]:
-        """Key → outline of every tensor of the output.
-
-        Returns:
-            The outlines.
-
-        Raises:
-            IncompatibleError: If two pieces have a key in common.
-            OutputError: If there is nothing to write.
-        """
+        """Key → outline of every tensor; refused if there is none, or if pieces share a key."""
         every: dict[str, Tensor] = {}
         for piece in self.pieces:
             stored = self.outlines_of(piece)

@@ -12,15 +12,7 @@ Config = dict[str, Any]
 
 
 def rank_and_scaling(config: Config, name: str) -> tuple[int, float]:
-    """The rank r that PEFT gives a module, and its scaling: alpha/r, or alpha/√r for rsLoRA.
-
-    Args:
-        config: The configuration.
-        name: The module's name in the base model.
-
-    Returns:
-        Rank and scaling.
-    """
+    """The rank r that PEFT gives a module, and its scaling: alpha/r, or alpha/√r for rsLoRA."""
     rank = _first_match(config.get("rank_pattern"), name, config["r"])
     alpha = _first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

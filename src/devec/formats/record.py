@@ -15,18 +15,7 @@ RECORD_NAME = "devec.json"
 
 
 def parse_record(text: str, where: str) -> dict[str, Any]:
-    """Parse a record and check its structure.
-
-    Args:
-        text: The JSON text.
-        where: Origin of the text, for messages.
-
-    Returns:
-        The record.
-
-    Raises:
-        FormatError: If it is not a record as devec writes them.
-    """
+    """The provenance record in a JSON text, with its structure checked."""
     try:
         record = json_object(text, where)
     except FormatError as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from devec.adapters.adapter import Adapter
 from devec.adapters.alignment.layout import AlignedLayout
+from devec.adapters.data import contents_of, layout_of
 from devec.adapters.layout import ModuleShape, ReadOptions
 from devec.base_model.live import live_model
 from devec.base_model.model import base_model
@@ -219,7 +220,7 @@ class Host:
         carried = {k: tensor.clone() for k, tensor in adapter.carried.items() if k not in bases}
         layout = dataclasses.replace(layout, base=base_model(model), base_copies={})
         dtype = _widest_dtype(model, adapter) if foreign else None
-        return layout.stored(dataclasses.replace(adapter, carried=carried).contents, dtype)
+        return layout.stored(contents_of(dataclasses.replace(adapter, carried=carried)), dtype)
 
     def _renamed(self, adapter: Adapter) -> Adapter:
         """An adapter whose modules are named as in the files of the host."""
@@ -233,9 +234,8 @@ class Host:
             return adapter
         if not self.of_diffusers:
             return _joined(convert(adapter, "peft"))
-        return _joined(
-            convert(adapter, "diffusers", component=_COMPONENT[layout.names.naming.one_model])
-        )
+        component = _COMPONENT[layout.names.naming.one_model]
+        return _joined(convert(adapter, "diffusers", component=component))
 
     def _assigned(self, adapter: Adapter) -> dict[str, dict[str, str]]:
         """Model → layer → module of the adapter that changes it."""
@@ -339,12 +339,13 @@ def _converted_state(
     model: nn.Module, adapter: Adapter, modules: Mapping[str, str], *, foreign: bool
 ) -> PeftState:
     """Configuration and tensors for PEFT of the modules of an adapter that change one model."""
-    layout = adapter.require_layout()
+    layout = layout_of(adapter)
     deltas: dict[str, Delta] = {n: adapter.modules[m] for n, m in modules.items()}
     part = dataclasses.replace(adapter, modules=deltas, carried={})
     shapes = {n: ModuleShape(deltas[n].shape, layout.kernel(m)) for n, m in modules.items()}
-    plain = dataclasses.replace(peft_layout_for(layout, deltas, shapes, ""), base=base_model(model))
-    return plain.stored(part.contents, _widest_dtype(model, part) if foreign else None)
+    plain = peft_layout_for(layout, deltas, shapes, "")
+    plain = dataclasses.replace(plain, base=base_model(model))
+    return plain.stored(contents_of(part), _widest_dtype(model, part) if foreign else None)
 
 
 def _require_unmerged(model: nn.Module, modules: NamedModules) -> None:
@@ -358,7 +359,7 @@ def _require_unmerged(model: nn.Module, modules: NamedModules) -> None:
 
 
 def _joined(adapter: Adapter) -> Adapter:
-    """An adapter with whole modules, if alignment or a conversion has cut them into pieces."""
+    """An adapter with whole modules, if alignment or a conversion has cut them into slices."""
     layout = adapter.layout
     return layout.joined(adapter) if isinstance(layout, AlignedLayout) else adapter
 

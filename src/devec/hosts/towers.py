@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from devec.adapters.layout import Layout
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
+from devec.formats.peft.layout import PeftLayout
 
 Shape = tuple[int, int]
 
@@ -63,10 +65,9 @@ def class_of(model: Any) -> str:  # noqa: ANN401
     return type(inner).__name__
 
 
-def declared_class(layout: Any) -> str:  # noqa: ANN401
+def declared_class(layout: Layout | None) -> str:
     """Class of the model that an adapter was trained in, by its configuration, or empty."""
-    config = getattr(layout, "config", None)
-    mapping = config.get("auto_mapping") if isinstance(config, dict) else None
+    mapping = layout.config.get("auto_mapping") if isinstance(layout, PeftLayout) else None
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return name if isinstance(name, str) else ""
 

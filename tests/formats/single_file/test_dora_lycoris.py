@@ -147,6 +147,6 @@ def test_products_with_magnitudes_of_both_axes(tmp_path):
             assert_close_deltas(effects("sd15", out), weighted((0.5, truth)), 1e-12)
 
 
-def test_truncation_of_a_dora_is_reported_for_its_factors():
-    with pytest.warns(DevecWarning, match="DoRAs bring the sum with W0 to its norms"):
+def test_truncated_factors_of_a_dora_are_said_to_be_of_factors():
+    with pytest.warns(DevecWarning, match="for DoRAs, that of the factors before normalisation"):
         read(golden("lycoris_doha"), max_rank=1)

@@ -15,7 +15,7 @@ from devec.adapters.alignment.cutting import (
     slices_of,
 )
 from devec.adapters.alignment.layout import AlignedLayout
-from devec.adapters.data import AdapterData, AdapterT
+from devec.adapters.data import AdapterData, AdapterT, layout_of
 from devec.adapters.layout import Layout, ModuleNames, ModuleShape, ModuleShapes, extended
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError
@@ -37,7 +37,7 @@ def aligned(adapters: Sequence[AdapterT]) -> Sequence[AdapterT]:
     Returns:
         The adapters themselves if the same modules have the same names in all of them.
     """
-    layouts = [adapter.require_layout() for adapter in adapters]
+    layouts = list(map(layout_of, adapters))
     if _agree(layouts):
         return adapters
     written = _unaligned(layouts[0])
@@ -76,7 +76,7 @@ def realigned(
         The adapters, their modules the slices, their layouts `AlignedLayout`. Modules without a
         name in the convention of the output are refused when they are written.
     """
-    layouts = [adapter.require_layout() for adapter in adapters]
+    layouts = list(map(layout_of, adapters))
     names = [layout.names for layout in layouts]
     family = _family(names)
     family_name = family.name if family else next((n.family for n in names if n.family), "")

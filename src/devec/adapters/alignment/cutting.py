@@ -64,17 +64,7 @@ class SourceModule:
 def cut(
     index: int, adapter: AdapterData, family: Family | None, component: str | None = None
 ) -> list[SourceModule]:
-    """The modules of an adapter with their segments.
-
-    Args:
-        index: Index of the adapter.
-        adapter: The adapter.
-        family: The tables of the base model's family.
-        component: The component that all modules belong to, if their names do not say it.
-
-    Returns:
-        The modules, in their order.
-    """
+    """The modules of an adapter with their segments; all of one component, if one is given."""
     result = []
     for module, delta in outlines(adapter.modules).items():
         name = parse_module_id(module)
@@ -199,15 +189,7 @@ class OutputNames:
 
 
 def slices_of(modules: Sequence[SourceModule], output: OutputNames) -> Slices:
-    """Segment → its slice: all segments that every adapter and the output store together.
-
-    Args:
-        modules: The modules of all adapters.
-        output: The names of the output.
-
-    Returns:
-        The slices, in the order of the modules.
-    """
+    """Segment → its slice: all segments that every adapter and the output store together."""
     groups: dict[SegmentKey, set[tuple[SegmentKey, ...]]] = {}
     for module in modules:
         for key in module.keys:
@@ -245,16 +227,7 @@ def _canonical(key: SegmentKey, output: OutputNames) -> str:
 def sliced(
     adapter: AdapterData, modules: Sequence[SourceModule], slices: Slices
 ) -> Mapping[str, Delta]:
-    """The modules of an adapter as slices: rows of B and of magnitudes, A shared.
-
-    Args:
-        adapter: The adapter.
-        modules: Its modules.
-        slices: The slices.
-
-    Returns:
-        Name of a slice → delta; lazy if the adapter is lazy and no DoRA.
-    """
+    """Name of a slice → delta of an adapter: rows of B and of magnitudes, with A shared."""
     known, rows_in = outlines(adapter.modules), _rows_of_slices(modules, slices)
 
     def delta_of(name: str, whole: Mapping[str, Delta]) -> Delta:

@@ -62,6 +62,7 @@ def read_source(
     import dataclasses
 
     from devec import Adapter
+    from devec.adapters.data import layout_of
     from devec.adapters.layout import MAX_RANK
     from devec.files.locate import exists
 
@@ -74,7 +75,7 @@ def read_source(
         base=base,
         lazy=True,
     )
-    layout = adapter.require_layout()
+    layout = layout_of(adapter)
     if base is None or (exists(base) and layout.about.base_model):
         return adapter  # a path is no better name than the one on record
     return dataclasses.replace(adapter, layout=layout.rebased(base))

@@ -44,13 +44,8 @@ def print_errors(adapter: Adapter, result: Compression) -> None:
 
 
 def module_type(module: str) -> str:
-    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``.
-
-    In names with underscores for dots, a number after a plural is an index.
-
-    Returns:
-        The name.
-    """
+    """A module's name with its indices replaced, e.g. ``layers.*.self_attn.q_proj``."""
+    # in names with underscores for dots, a number after a plural is an index
     dotted = r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)|(?<=\[)\d+(?=\])"
     return re.sub(dotted if "." in module else r"(?<=s_)\d+(?=_|$)", "*", module)
 

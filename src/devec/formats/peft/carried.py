@@ -42,14 +42,8 @@ def replaced(config: Config, keys: Iterable[str], modules: Iterable[str]) -> lis
 
 
 def of_base(config: Config, keys: Iterable[str]) -> list[str]:
-    """The keys of whole tensors that are base weights: no field of the configuration trains them.
-
-    PEFT saves embeddings like this if the vocabulary was resized, and loads them into the base
-    model.
-
-    Returns:
-        The keys.
-    """
+    """The keys of whole tensors that are base weights: no field of the configuration names them."""
+    # PEFT saves embeddings like this if the vocabulary was resized, and loads them into the model
     biases = config.get("bias", "none") != "none"
     saved = tuple(config.get("modules_to_save") or ())
     return [
@@ -81,14 +75,8 @@ def keys_beside(config: Config, keys: Iterable[str], adapted: Collection[str]) -
 
 
 def bias_field(config: Config, keys: Iterable[str]) -> str:
-    """The value of ``bias`` in a configuration for these keys.
-
-    It is ``"all"`` if a bias belongs to a layer without factors: with ``"lora_only"`` PEFT would
-    load that bias and not save it again.
-
-    Returns:
-        The value.
-    """
+    """The value of ``bias`` in a configuration for these keys."""
+    # with "lora_only" PEFT would load the bias of a layer without factors and not save it again
     field: str = config.get("bias", "none")
     alone = any(_is_bias(key) and ".base_layer." not in key for key in keys)
     return "all" if field == "lora_only" and alone else field

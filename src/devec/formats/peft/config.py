@@ -210,15 +210,7 @@ def _require_plain(config: Config, where: str) -> None:
 
 
 def require_dora_fits(config: Config, where: str) -> None:
-    """Refuse the configuration of a DoRA with fields that PEFT does not support beside it.
-
-    Args:
-        config: The configuration.
-        where: Its origin, for messages.
-
-    Raises:
-        UnsupportedError: If it has such a field.
-    """
+    """Refuse the configuration of a DoRA with fields that PEFT does not support beside it."""
     beside = [field for field in _NEVER_DORA if config.get(field)]
     if beside:
         raise UnsupportedError(
@@ -259,17 +251,8 @@ def _pattern(config: Config, field: str, where: str) -> dict[str, Any]:
 
 
 def targets(config: Config, name: str) -> bool:
-    """Whether ``target_modules`` names a module; True if the configuration does not tell.
-
-    A list is matched against the endings of the name, a string as a pattern.
-
-    Args:
-        config: The configuration.
-        name: The module's name in the base model.
-
-    Returns:
-        Whether it names the module.
-    """
+    """Whether ``target_modules`` names a module; True if the configuration does not tell."""
+    # as in PEFT, a list is matched against endings of the name, a string is a pattern
     wanted = config.get("target_modules")
     if not wanted:
         return wanted is None or not config.get("target_parameters")
@@ -287,27 +270,14 @@ def is_saved_whole(config: Config, name: str) -> bool:
 
 
 def experts_input_side(config: Config) -> str:
-    """The axis of a stacked parameter that A acts on, ``"first"`` or ``"second"``.
-
-    PEFT changed it in version 0.19, under the same keys. Versions before 0.18 are not recorded.
-
-    Returns:
-        The axis.
-    """
+    """The axis of a stacked parameter that A acts on, ``"first"`` or ``"second"``."""
+    # PEFT changed it in version 0.19, under the same keys; versions before 0.18 are not recorded
     numbers = re.findall(r"\d+", str(config.get("peft_version") or "0"))
     return "second" if [int(n) for n in numbers[:2]] >= [0, 19] else "first"
 
 
 def require_agreement(field: str, values: Sequence[Any]) -> None:
-    """Refuse adapters that differ in a field.
-
-    Args:
-        field: Name of the field, for the message.
-        values: Its value in each adapter.
-
-    Raises:
-        UnsupportedError: If they differ.
-    """
+    """Refuse adapters that differ in a field."""
     if any((value or None) != (values[0] or None) for value in values):
         raise UnsupportedError(
             f"the adapters differ in {field} ({listed([str(v) for v in values])}), so no single "

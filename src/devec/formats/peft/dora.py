@@ -33,31 +33,13 @@ def magnitude_owner(key: str) -> str:
 
 
 def require_same_magnitudes(path: str, known: Tensor, key: str, tensor: Tensor) -> None:
-    """Check that magnitudes stored twice are the same.
-
-    Args:
-        path: Path of the module.
-        known: The magnitudes.
-        key: Key of the second copy.
-        tensor: The second copy.
-
-    Raises:
-        FormatError: If they differ.
-    """
+    """Refuse magnitudes of a module that are stored twice and differ."""
     if known.shape != tensor.shape or not torch.equal(known.double(), tensor.double()):
         raise FormatError(f"{key!r} is not the same as the other magnitudes of {path!r}")
 
 
 def require_everywhere(config: Config, factors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Check that all modules have magnitudes if the configuration says so, and else none.
-
-    Args:
-        config: The configuration.
-        factors: Name of a module → its tensors.
-
-    Raises:
-        FormatError: If tensors and configuration contradict each other.
-    """
+    """Check that all modules have magnitudes if the configuration says so, and else none."""
     declared = bool(config.get("use_dora"))
     other = [name for name, tensors in factors.items() if ("magnitude" in tensors) != declared]
     if other and declared:

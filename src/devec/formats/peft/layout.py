@@ -92,18 +92,7 @@ class PeftLayout(PeftStorage):
         return peft_layout_for(other, modules, shapes, family, self.config)
 
     def merged(self, others: Sequence[Layout]) -> PeftLayout:
-        """The layout of a combination with other adapters: this one with the slots of all.
-
-        Args:
-            others: Layouts of the others.
-
-        Returns:
-            The layout.
-
-        Raises:
-            IncompatibleError: If an adapter of another format is among them, or layers differ.
-            UnsupportedError: If their configurations cannot be combined.
-        """
+        """The layout of a combination with other adapters: this one with the slots of all."""
         layouts = [self, *all_of_class(others, PeftLayout)]
         for name in POOL_FIELDS:
             require_agreement(name, [layout.config.get(name) for layout in layouts])
@@ -119,14 +108,7 @@ class PeftLayout(PeftStorage):
         )
 
     def carrying(self, other: Layout) -> PeftLayout:
-        """The layout of a result that keeps the carried tensors of another adapter.
-
-        Args:
-            other: The layout of that adapter.
-
-        Returns:
-            This layout; its configuration names the tensors.
-        """
+        """This layout, with a configuration that names the carried tensors of another adapter."""
         config = dict(self.config)
         if isinstance(other, PeftLayout):
             for name in CARRIED_FIELDS:

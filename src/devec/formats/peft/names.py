@@ -26,15 +26,8 @@ def depth(name: str) -> int:
 
 
 def attentions_in(names: Iterable[str], parameters: Collection[str]) -> set[str]:
-    """Names of the modules that are nn.MultiheadAttention: they contain an adapted projection.
-
-    Args:
-        names: Names of all layers with factors.
-        parameters: Those of them that are parameters; a module inside may have the same name.
-
-    Returns:
-        The names.
-    """
+    """Names of the modules that are nn.MultiheadAttention: they contain an adapted projection."""
+    # a module inside a parameter may have the same name
     known = set(names)
     return {
         name for name in known.difference(parameters) if f"{name}{_WRAPPED}.{_OUT_PROJ}" in known

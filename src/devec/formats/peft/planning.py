@@ -46,21 +46,7 @@ from devec.lazy import joined, outlines, renamed
 def planned(
     storage: PeftStorage, contents: Contents, dtype: torch.dtype | None
 ) -> tuple[Config, FilePlan]:
-    """The configuration, and the plan of the weights file, made from outlines.
-
-    Args:
-        storage: How the adapter is stored.
-        contents: The adapter, whose modules are among the slots.
-        dtype: Storage type of the factors; by default that of the input.
-
-    Returns:
-        Configuration and plan.
-
-    Raises:
-        OutputError: If no module is left.
-        IncompatibleError: If a module has no slot.
-        UnsupportedError: If PEFT cannot store it.
-    """
+    """The configuration to write, and the plan of the weights file, from outlines alone."""
     known = {name: delta.outline for name, delta in outlines(contents.modules).items()}
     require_shapes_fit({n: slot.shape for slot in storage.slots for n in slot.modules}, known)
     dora = any(delta.gain is not None for delta in known.values())

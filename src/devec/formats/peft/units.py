@@ -34,16 +34,7 @@ def deltas_by_slot(units: Units, modules: Mapping[str, Delta]) -> dict[PeftSlot,
 
 
 def require_apart(config: Config, deltas: SlotDeltas, carried: Iterable[str]) -> None:
-    """Refuse deltas of layers that are trained whole: PEFT does not adapt those.
-
-    Args:
-        config: The configuration to write.
-        deltas: Slot → its deltas.
-        carried: Keys of the whole trained tensors, without PEFT's prefix.
-
-    Raises:
-        IncompatibleError: If there are such deltas.
-    """
+    """Refuse deltas of layers that are trained whole: PEFT does not adapt those."""
     twice = replaced(config, carried, [slot.name for slot, own in deltas.items() if own])
     if twice:
         raise IncompatibleError(
@@ -81,19 +72,7 @@ def named_ranks(deltas: SlotDeltas) -> tuple[dict[str, int], int | None]:
 
 
 def merged_slots(groups: Iterable[Sequence[PeftSlot]]) -> tuple[PeftSlot, ...]:
-    """The slots of several adapters of one base model, one for each path.
-
-    Args:
-        groups: The slots of each adapter.
-
-    Returns:
-        The slots.
-
-    Raises:
-        IncompatibleError: If a layer has different kinds in two adapters.
-        UnsupportedError: If a layer is adapted inside a wrapper in one adapter and outside in
-            another.
-    """
+    """The slots of several adapters of one base model, one for each path."""
     slots: dict[str, PeftSlot] = {}
     for slot in (slot for group in groups for slot in group):
         known = slots.setdefault(slot.path, slot)
@@ -120,17 +99,7 @@ def _require_one_path(slots: Iterable[PeftSlot]) -> None:
 
 
 def merged_copies(groups: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The base weights that several adapters store beside their factors, by key.
-
-    Args:
-        groups: The base weights of each adapter.
-
-    Returns:
-        Key → tensor.
-
-    Raises:
-        IncompatibleError: If two adapters have different weights under one key.
-    """
+    """Key → base weight stored beside the factors of any adapter; refused if adapters differ."""
     copies: dict[str, Tensor] = {}
     for key, tensor in (item for group in groups for item in group.items()):
         if not torch.equal(copies.setdefault(key, tensor), tensor):

@@ -19,17 +19,7 @@ from devec.formats.rank_patterns import Config, alternation, rank_pattern
 
 
 def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None) -> Config:
-    """A configuration for an adapter of another format.
-
-    Args:
-        modules: Names of the modules in the base model.
-        rank: The rank of all modules.
-        alpha: The alpha of all modules.
-        base: The base model, if it is on record.
-
-    Returns:
-        The configuration.
-    """
+    """A configuration for an adapter of another format, with one rank and alpha for all modules."""
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -45,20 +35,10 @@ def new_config(modules: Sequence[str], rank: int, alpha: float, base: str | None
 
 
 def result_config(config: Config, *, carried: bool) -> Config:
-    """The configuration of a result, without the fields that only hold for the input.
-
-    The initialisation is a plain one, since loading must not run any other.
-
-    Args:
-        config: The input's configuration.
-        carried: Whether the result keeps the input's carried tensors.
-
-    Returns:
-        The configuration.
-    """
+    """The configuration of a result, without the fields that only hold for the input."""
     changes: Config = {field: None for field in TRAINING_ONLY_FIELDS if config.get(field)}
     if config.get("init_lora_weights", True) is not True:
-        changes["init_lora_weights"] = True
+        changes["init_lora_weights"] = True  # loading must not run any other
     if not carried:
         if config.get("modules_to_save") and config.get("task_type") in TASKS_WITH_HEADS:
             changes["task_type"] = None

@@ -58,17 +58,7 @@ def record_in_header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Diffusers' ranks and alphas, ``{"unet.r": …, "unet.rank_pattern": {…}}``; empty if none.
-
-    Args:
-        metadata: The strings of the header.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        FormatError: If it is not a JSON object of numbers and patterns.
-    """
+    """Diffusers' ranks and alphas, ``{"unet.r": …, "unet.rank_pattern": {…}}``; empty if none."""
     if ADAPTER_KEY not in metadata:
         return {}
     config = json_object(metadata[ADAPTER_KEY], f"{ADAPTER_KEY!r} in the header")
@@ -101,15 +91,7 @@ def _require_number(key: str, value: Any) -> None:  # noqa: ANN401
 
 
 def header_unchanged(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
-    """The header of an adapter that is written unchanged, with the hashes of the output.
-
-    Args:
-        metadata: The strings of the header that was read.
-        digest: SHA-256 of the data, whose order may differ.
-
-    Returns:
-        The strings.
-    """
+    """The header of an adapter that is written unchanged, with the hashes of the output."""
     kept = {k: v for k, v in metadata.items() if k not in ("sshs_legacy_hash", ADAPTER_KEY)}
     return {**kept, "format": "pt", **_hashes(metadata, digest)}
 

@@ -73,17 +73,7 @@ class FileLayout(FileStorage):
         return self.slot_of[module].kernel
 
     def merged(self, others: Sequence[Layout]) -> FileLayout:
-        """The layout of a combination with other adapters: this one with the slots of all.
-
-        Args:
-            others: Layouts of the others, whose names agree.
-
-        Returns:
-            The layout.
-
-        Raises:
-            IncompatibleError: If one of the others is not that of a single file, or kernels differ.
-        """
+        """The layout of a combination with other adapters: this one with the slots of all."""
         layouts = [self, *all_of_class(others, FileLayout)]
         slots = dict(self.slot_of)
         for slot in (slot for layout in layouts[1:] for slot in layout.slots):

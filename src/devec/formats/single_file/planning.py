@@ -29,20 +29,7 @@ _ONE_ALPHA = ("sd", "sd2", "sdxl")
 
 
 def planned_file(storage: FileStorage, contents: Contents, dtype: torch.dtype | None) -> FilePlan:
-    """The plan of the file, made from outlines.
-
-    Args:
-        storage: How the adapter is stored.
-        contents: The adapter, whose modules are among the slots.
-        dtype: Storage type of the factors; by default that of the input.
-
-    Returns:
-        The plan.
-
-    Raises:
-        IncompatibleError: If a module has no slot, or no DoRA represents it.
-        UnsupportedError: If the format has no such DoRA.
-    """
+    """The plan of the file, from outlines alone."""
     known = outlines(contents.modules)
     require_shapes_fit({slot.id: slot.shape for slot in storage.slots}, known)
     deltas = {s.id: known[s.id].outline for s in storage.slots if s.id in known}

@@ -116,16 +116,8 @@ def exact_alpha(delta: Delta, dtype: torch.dtype) -> Tensor | None:
 
 
 def one_alpha(deltas: Mapping[str, Delta]) -> dict[str, Rewrite]:
-    """How to give all deltas the most frequent alpha; the remaining factor goes into B.
-
-    diffusers mixes up different alphas of attention layers in UNets.
-
-    Args:
-        deltas: Module → delta or its outline.
-
-    Returns:
-        Module → rewrite; modules that have the alpha are left out.
-    """
+    """Module → rewrite to the most frequent alpha, for the modules that have another."""
+    # diffusers mixes up different alphas of attention layers in UNets
     alphas = Counter(delta.scaling * delta.rank for delta in deltas.values() if delta.scaling)
     if len(alphas) < 2:
         return {}
