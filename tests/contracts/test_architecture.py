@@ -16,14 +16,7 @@ from support.patience import patience
 
 ROOT = Path(devec.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
-LINES = 400  # of a file, at most
-LONGER = {
-    "notebooks/styles.py",
-    "src/devec/deltas/delta.py",
-    "src/devec/formats/peft/layout.py",
-    "src/devec/hosts/host.py",
-    "src/devec/naming/tables.py",
-}
+LINES, BODY = 400, 40  # of a file and of a function's body, at most
 HEAVY = {"peft", "transformers", "diffusers", "accelerate", "matplotlib", "scipy", "numpy"}
 
 
@@ -47,18 +40,71 @@ def test_optional_packages_are_imported_where_used():
 
 def test_rooms_are_small():
     rooms = [path.parent for path in SOURCES if path.name == "__init__.py"]
-    siblings = {room: len([*room.glob("*.py")]) for room in rooms}
+    siblings = {
+        room: len([*room.glob("*.py"), *room.glob("*/__init__.py")])
+        for room in rooms
+        if room != ROOT
+    }
     assert max(siblings.values()) <= 13, siblings
-    assert siblings[ROOT] <= 8
+    assert len([*ROOT.glob("*.py")]) <= 8
+    assert len([*ROOT.glob("*/__init__.py")]) <= 13
 
 
 def test_files_are_short():
-    folders = ("src", "tests", "benchmarks", "examples", "notebooks")
+    folders = ("src", "tests", "benchmarks", "examples", "experiments", "notebooks", "docs")
     files = [path for folder in folders for path in (paths.ROOT / folder).rglob("*.py")]
     assert len(files) > 200
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    longer = {p.relative_to(paths.ROOT).as_posix() for p, lines in lengths.items() if lines > LINES}
-    assert longer <= LONGER, longer - LONGER
+    assert not {str(path): lines for path, lines in lengths.items() if lines > LINES}
+
+
+def body_lines(function):
+    """The number of lines of a function below its docstring."""
+    first, *rest = function.body
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    body = rest if documented and rest else function.body
+    return body[-1].end_lineno - body[0].lineno + 1
+
+
+def test_functions_are_short():
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and body_lines(node) > BODY
+    ]
+    assert not long
+
+
+WAY = """
+import os, sys, threading
+import devec
+root, rooms = os.path.dirname(devec.__file__) + os.sep, {}
+
+def enter(frame, event, _):
+    file = frame.f_code.co_filename
+    if event == "call" and file.startswith(root) and frame.f_code.co_name != "<module>":
+        rooms[file.removeprefix(root).split(os.sep)[0]] = None
+
+threading.setprofile(enter)
+sys.setprofile(enter)
+from devec import cli
+cli.main()
+sys.setprofile(None)
+print(*rooms)
+"""
+
+
+@pytest.mark.slow
+def test_a_decomposition_enters_few_rooms(tmp_path):
+    pool = ROOT / "demo" / "pool"
+    arguments = ["decompose", pool / "ink", pool / "chalk", "--out", tmp_path / "out"]
+    code = f"import sys; sys.argv = {['devec', *map(str, arguments)]}\n" + WAY.replace(
+        "cli.main()", "try:\n    cli.main()\nexcept SystemExit:\n    pass"
+    )
+    rooms = run(code).splitlines()[-1].split()
+    assert "decomposition" in rooms
+    assert len(rooms) <= 16, rooms
 
 
 def run(code):

@@ -102,8 +102,12 @@ def decompose_command(
             progress=step,
             team=team,
         )
-    if written is None:  # another process prints the results
-        return
+    if written is not None:  # only the first process prints the results
+        _print_results(written, json)
+
+
+def _print_results(written: WrittenDecomposition, json: Path | None) -> None:
+    """Print what was measured and written."""
     for label, (part, result) in written.nearest.items():
         print_nearest(label, part, result)
     print_parts(written)
