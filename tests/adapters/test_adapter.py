@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devec import Adapter, Delta, DevecError, combine, cosine, distance, inner
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import dense, make_pool, relative_error, save_kohya
 
@@ -100,7 +100,7 @@ def dora(base, name="d"):
 
 
 def test_doras_of_different_base_models_are_not_equal():
-    one, two = (InMemoryWeight(torch.randn(8, 6), source) for source in ("one", "two"))
+    one, two = (HeldWeight(torch.randn(8, 6), source) for source in ("one", "two"))
     a, b = dora(one), dora(two)
     assert a == dora(one)
     assert a != b

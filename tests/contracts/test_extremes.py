@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from devec import Adapter, Delta, DevecError, as_lora, compress, decompose, overlap, save_adapters
 from devec.decomposition.findings import Norms
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from devec.linalg.batched import column_bases
 from devec.streaming.decompose_to import decompose_to
@@ -96,7 +96,7 @@ def test_common_of_doras_is_right_at_any_norm(scale):
         A = scale * normal(3, IN, seed=20 + index) / 8
         V = double(W) + double(B) @ double(A)
         norms = np.linalg.norm(V, axis=1)
-        gain = Magnitude(torch.tensor(norms, dtype=torch.float32), "out", InMemoryWeight(W, "base"))
+        gain = Magnitude(torch.tensor(norms, dtype=torch.float32), "out", HeldWeight(W, "base"))
         pool.append(Adapter(name, {"m0": Delta(B, A, 1.0, None, gain)}))
         m = double(gain.values)
         truth.append((m / norms)[:, None] * V - double(W))
@@ -344,7 +344,7 @@ def test_a_dora_that_is_not_finite_is_refused_by_name():
     B, A, W = normal(OUT, 3, seed=0), normal(3, IN, seed=1), normal(OUT, IN, seed=2)
     m = (W + B @ A).norm(dim=1)
     m[3] = math.nan
-    a = Adapter("a", {"m": Delta(B, A, 1.0, None, Magnitude(m, "out", InMemoryWeight(W, "base")))})
+    a = Adapter("a", {"m": Delta(B, A, 1.0, None, Magnitude(m, "out", HeldWeight(W, "base")))})
     for call in (
         lambda: decompose([a, Adapter("b", {"m": Delta(B, A)})]),
         lambda: overlap([a, Adapter("b", {"m": Delta(B, A)})]),

@@ -15,7 +15,7 @@ from devec import (
     overlap,
     save_adapters,
 )
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.dora import as_magnitudes
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import make_pool
@@ -66,7 +66,7 @@ def test_no_dense_delta_is_formed(name):
 def doras(k, axis="out"):
     """A pool of DoRAs, and the base weight they share."""
     W = torch.randn(2 * OUT, IN)  # more rows than are ever formed at once
-    adapters, base = [], InMemoryWeight(W)
+    adapters, base = [], HeldWeight(W)
     for i in range(k):
         B = torch.cat([torch.eye(2 * OUT, 2), torch.randn(2 * OUT, 2)], dim=1)
         m = torch.rand(2 * OUT if axis == "out" else IN) + W.norm(dim=1 if axis == "out" else 0)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import devec
 from devec import Adapter, Delta
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.dora import as_magnitudes
 from devec.deltas.gains import Magnitude
 from devec.linalg.hadamard_kronecker import hadamard_product, kronecker_product
@@ -28,7 +28,7 @@ def normal(*shape, seed):
 
 
 W0 = normal(*SHAPE, seed=0) / 12
-BASE = InMemoryWeight(W0, "base")
+BASE = HeldWeight(W0, "base")
 
 
 def lora(name, seed):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import devec
 from devec import Adapter, Delta
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.dora import as_magnitudes
 from devec.deltas.gains import Magnitude
 from devec.errors import IncompatibleError
@@ -174,7 +174,7 @@ def test_a_row_that_vanishes_is_refused():
 def test_doras_of_different_base_models_do_not_add():
     module = Module()
     (a, _), (b, _) = module.dora(), module.dora()
-    other = b.on(InMemoryWeight(module.base.tensor, "another model"))
+    other = b.on(HeldWeight(module.base.tensor, "another model"))
     with pytest.raises(IncompatibleError, match=r"memory \d+ and another model"):
         a + other
     with pytest.raises(IncompatibleError, match=r"memory \d+ and another model"):
@@ -193,7 +193,7 @@ def test_the_precision_is_that_of_the_wider_factor(dtypes, axis):
     W, B, A = W.float(), B.float().to(dtypes[0]), A.float().to(dtypes[1])
     V = W.double() + B.double() @ A.double()
     m = V.norm(dim=1 if axis == "out" else 0) * 1.1
-    delta = Delta(B, A, 1.0, None, Magnitude(m, axis, InMemoryWeight(W, "base")))
+    delta = Delta(B, A, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
     truth = dora_truth(*(x.double().numpy() for x in (W, B, A)), 1.0, m.numpy(), axis)
     assert delta.dtype == torch.float64
     assert relative_error(dense_change(delta), truth) < 1e-13

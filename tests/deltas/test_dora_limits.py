@@ -10,7 +10,7 @@ import torch
 import devec
 from devec import Adapter, Delta
 from devec.base_model.model import base_model
-from devec.deltas.base_weight import ConcatenatedWeight, InMemoryWeight, WeightRows
+from devec.deltas.base_weight import ConcatenatedWeight, HeldWeight, WeightRows
 from devec.deltas.dora import _largest_coefficient, as_magnitudes, require_representable
 from devec.deltas.gains import Gain
 from devec.errors import IncompatibleError, UnsupportedError
@@ -151,7 +151,7 @@ def test_equal_tensors_need_no_base_weight():
 def test_magnitudes_far_from_the_norms_are_warned_of():
     module = Module()
     delta, _ = module.dora()
-    other = delta.on(InMemoryWeight(100 * module.base.tensor))
+    other = delta.on(HeldWeight(100 * module.base.tensor))
     with pytest.warns(devec.DevecWarning, match="probably not the base model"):
         other.norm()
 

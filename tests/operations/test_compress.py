@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from devec import Adapter, Delta, as_lora, combine, compress, decompose, distance, overlap
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import dense, relative_error
 
@@ -82,7 +82,7 @@ def test_the_nearest_lora_has_no_columns_of_rounding():
     B = torch.zeros(32, 2)
     m = W.norm(dim=1)
     m[3], m[7] = 2 * m[3], 0.5 * m[7]
-    gain = Magnitude(m, "out", InMemoryWeight(W, "base"))
+    gain = Magnitude(m, "out", HeldWeight(W, "base"))
     result = as_lora(Adapter("d", {"x": Delta(B, A, 1.0, None, gain)}), 8)
     delta = result.adapter.modules["x"]
     assert delta.rank == 2

@@ -9,7 +9,7 @@ import torch
 
 import devec
 from devec import Adapter, Delta, DevecError
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import relative_error
 from support.adapters.dense_doras import apart, dense_change, low_rank, pool
@@ -128,7 +128,7 @@ def test_how_the_factors_are_written_does_not_matter(decades, axis):
     W = W.float()
     dim = 1 if axis == "out" else 0
     m = ((W.double() + B @ A).norm(dim=dim) * 1.1).float()
-    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, InMemoryWeight(W, "base")))
+    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
     truth = dora_truth(*(x.double().numpy() for x in (W, b, a)), 1.0, m.double().numpy(), axis)
     V = W + b @ a
     norms = V.norm(dim=dim)

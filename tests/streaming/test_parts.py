@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from devec import Delta, DevecError
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from devec.lazy import outlines
 from devec.streaming.spool import Spool, read_spools
@@ -20,7 +20,7 @@ def lora(seed, rank=3, dtype=torch.float32, bias=False):
     return Delta(B, A, 0.5, torch.randn(OUT, generator=generator) if bias else None)
 
 
-BASE = InMemoryWeight(torch.arange(1, 36.0).reshape(OUT, IN) / 9)
+BASE = HeldWeight(torch.arange(1, 36.0).reshape(OUT, IN) / 9)
 KINDS = {
     "plain": lora(0),
     "bias": lora(1, bias=True),

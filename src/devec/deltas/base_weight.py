@@ -35,7 +35,7 @@ class BaseWeight(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class InMemoryWeight:
+class HeldWeight:
     """A base weight in memory.
 
     Attributes:
@@ -55,9 +55,9 @@ class InMemoryWeight:
         return norms.to(basis_dtype(norms.device)).square().sum(dim=0)
 
     @cached_property
-    def transpose(self) -> InMemoryWeight:
+    def transpose(self) -> HeldWeight:
         """The transposed weight, shape (in, out)."""
-        return InMemoryWeight(self.tensor.mT, self.source)
+        return HeldWeight(self.tensor.mT, self.source)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "out in"]:
         """The weight; copied only if dtype or device differ."""
@@ -110,7 +110,7 @@ class ConcatenatedWeight:
 
 def transposed(weight: BaseWeight) -> BaseWeight:
     """The transposed weight, shape (in, out)."""
-    if isinstance(weight, InMemoryWeight):
+    if isinstance(weight, HeldWeight):
         return weight.transpose
     return weight.weight if isinstance(weight, _TransposedWeight) else _TransposedWeight(weight)
 

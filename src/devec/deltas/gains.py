@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from devec.deltas.base_weight import BaseWeight, InMemoryWeight, transposed
+from devec.deltas.base_weight import BaseWeight, HeldWeight, transposed
 from devec.errors import FormatError, IncompatibleError, warn
 from devec.linalg.dtypes import BLOCK_ROWS, CANCELLATION, RANK_RTOL, basis_dtype, working_dtype
 from devec.linalg.factors import has_nearly_dependent_rows
@@ -139,8 +139,8 @@ def base_overlap(A: Float[Tensor, "rank in"], base: BaseWeight) -> Float[Tensor,
 def zero_gain(A: Float[Tensor, "rank in"], base: BaseWeight) -> AxisGain:
     """Gains of zero beside a factor A; `FormatError` if W is not finite. O(out·in·rank)."""
     dtype = working_dtype(A)
-    if not isinstance(base, InMemoryWeight) or base.tensor.dtype != dtype:
-        base = InMemoryWeight(base.read(dtype, A.device))
+    if not isinstance(base, HeldWeight) or base.tensor.dtype != dtype:
+        base = HeldWeight(base.read(dtype, A.device))
     squares = base.row_squares
     if not bool(torch.isfinite(squares).all()):
         rows = int((~torch.isfinite(squares)).sum())

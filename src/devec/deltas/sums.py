@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from devec.deltas.base_weight import BaseWeight, InMemoryWeight
+from devec.deltas.base_weight import BaseWeight, HeldWeight
 from devec.deltas.delta import Delta
 from devec.deltas.gains import require_same_base
 from devec.linalg.dtypes import working_dtype
@@ -21,7 +21,7 @@ def resolve_together(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         require_same_base(gains[0], gain)
     factors = [factor for delta in deltas.values() for factor in (delta.B, delta.A)]
     W = gains[0].base.read(working_dtype(*factors), factors[0].device)
-    weight = InMemoryWeight(W, gains[0].base.source)
+    weight = HeldWeight(W, gains[0].base.source)
     return {name: delta.on(weight).resolved() for name, delta in deltas.items()}
 
 

@@ -43,9 +43,9 @@ def as_lora(adapter: Adapter, rank: int) -> Compression:
 
     Example:
         >>> import torch, devec
-        >>> from devec.deltas.base_weight import InMemoryWeight
+        >>> from devec.deltas.base_weight import HeldWeight
         >>> from devec.deltas.gains import Magnitude
-        >>> magnitude = Magnitude(torch.full((4,), 2.0), "out", InMemoryWeight(torch.eye(4)))
+        >>> magnitude = Magnitude(torch.full((4,), 2.0), "out", HeldWeight(torch.eye(4)))
         >>> delta = devec.Delta(torch.zeros(4, 1), torch.zeros(1, 4), gain=magnitude)  # ΔW = I
         >>> result = devec.as_lora(devec.Adapter("one", {"q_proj": delta}), rank=3)
         >>> result.adapter.modules["q_proj"], round(result.error, 4)

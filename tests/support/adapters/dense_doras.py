@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from devec import Adapter, Delta
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.dora import as_magnitudes
 from devec.deltas.gains import Gain, Magnitude
 from support.truth.reference import dora_truth
@@ -18,7 +18,7 @@ class Module:
     def __init__(self, seed=0, out=OUT, columns=IN):
         self.rng = np.random.default_rng(seed)
         self.W = self.rng.standard_normal((out, columns))
-        self.base = InMemoryWeight(torch.from_numpy(self.W))
+        self.base = HeldWeight(torch.from_numpy(self.W))
         self.common = self.rng.standard_normal((out, 2))
 
     def factors(self, rank):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from devec import Adapter, Delta
-from devec.deltas.base_weight import InMemoryWeight
+from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Gain, Magnitude
 
 NAMES = "abcde"
@@ -72,7 +72,7 @@ class Pool:
     seed: int
     adapters: list[Adapter]
     truth: Mapping[str, Mapping[str, Change]]
-    bases: Mapping[str, InMemoryWeight]
+    bases: Mapping[str, HeldWeight]
 
     def __str__(self):
         lines = [f"seed {self.seed}"]
@@ -298,7 +298,7 @@ def draw_pool(seed, *, stored=False):
         # small whole numbers over four are the same in every storage type
         planted = rng.integers(-9, 10, (shape[0], min(3, shape[0]))) / 4
         of_base = torch.bfloat16 if rng.random() < 0.3 else torch.float32
-        base = bases[module] = InMemoryWeight(
+        base = bases[module] = HeldWeight(
             torch.tensor(rng.standard_normal(shape) / 2).to(of_base), "base"
         )
         for name, (dtype, kind, decades, biased) in traits.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from devec.base_model.model import BaseModel
-from devec.deltas.base_weight import BaseWeight, InMemoryWeight
+from devec.deltas.base_weight import BaseWeight, HeldWeight
 from devec.deltas.delta import Delta
 from devec.deltas.dora import axes_of
 from devec.errors import FormatError, UnsupportedError, listed
@@ -83,7 +83,7 @@ class BaseWeights:
         if copy is None or copy.ndim != 2:
             return known
         W = copy.mT if is_embedding else copy
-        return InMemoryWeight(W, known.source) if W.shape == slot.shape else known
+        return HeldWeight(W, known.source) if W.shape == slot.shape else known
 
 
 def peft_dora_rewrites(
