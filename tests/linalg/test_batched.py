@@ -323,12 +323,12 @@ def test_what_the_caller_has_chosen_for_a_model_does_not_matter():
 
 
 def precisions():
-    """In what float32 may be multiplied: said for all, by CUDA, and of each backend."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    """In what float32 may be multiplied: for all, by CUDA, and by each backend since torch 2.9."""
+    backends = (getattr(b, "matmul", None) for b in (torch.backends.cuda, torch.backends.mkldnn))
     return (
         torch.get_float32_matmul_precision(),
         torch.backends.cuda.matmul.allow_tf32,
-        *(backend.fp32_precision for backend in backends),
+        *(b.fp32_precision for b in backends if hasattr(b, "fp32_precision")),
     )
 
 

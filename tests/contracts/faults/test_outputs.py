@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -70,6 +71,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, plain, monkeypatch, call, after):
     adapters = from_files(plain)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
+        if call == "mkdir" and sys.version_info < (3, 11):  # whose paths keep the function
+            patch.setattr(pathlib._NormalAccessor, "mkdir", staticmethod(failing))
         with pytest.raises(
             OutputError, match=r"cannot write .*No space left on device.*nothing was"
         ):

@@ -29,6 +29,8 @@ def pair(module=MODULE, rows=8, columns=6, rank=2):
 
 def saved(tmp_path, tensors, metadata=None, name="a.safetensors"):
     path = tmp_path / name
+    if any(t.is_complex() for t in tensors.values()):  # which older ones do not write
+        pytest.importorskip("safetensors", minversion="0.7")
     save_file({key: t.contiguous().clone() for key, t in tensors.items()}, path, metadata)
     return path
 

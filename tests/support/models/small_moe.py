@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 # Which has all of these models.
-transformers = pytest.importorskip("transformers", minversion="4.57")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 TOKENS = torch.arange(12)[None]
 SIZES = {

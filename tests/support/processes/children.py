@@ -56,6 +56,8 @@ class Child:
         """Wait until it has ended; returns its exit code, for a signal minus its number."""
         self.process.join(patience())
         if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGABRT)  # faulthandler prints what each thread does
+            self.process.join(10)
             self.process.kill()
             raise AssertionError(f"it does not end: {self.printed}")
         return self.process.exitcode
@@ -116,7 +118,7 @@ def _run(log, arguments, environment, before):
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    faulthandler.enable()
+    faulthandler.enable(all_threads=True)
     os.environ.update(environment, DEVEC_SIGNALLED=str(log / "signalled"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:

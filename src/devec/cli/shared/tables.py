@@ -88,8 +88,10 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    hidden = not (console.is_terminal and is_first())
-    with Progress(console=console, transient=True, disable=hidden) as progress:
+    if not (console.is_terminal and is_first()):
+        yield lambda *_: None
+        return
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda *_: progress.advance(task)
 
