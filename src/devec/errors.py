@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import local
 from types import FrameType, TracebackType
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
@@ -94,7 +97,30 @@ def listed(names: list[str], limit: int = 5) -> str:
 
 def warn(message: str) -> None:
     """Issue a `DevecWarning` that names the user's line, the one that called into devec."""
-    warnings.warn(message, DevecWarning, stacklevel=_frames_of_devec() + 1)
+    if _OF_THREAD.collected is not None:
+        _OF_THREAD.collected.append(message)
+    else:
+        warnings.warn(message, DevecWarning, stacklevel=_frames_of_devec() + 1)
+
+
+class _OfThread(local):
+    """The messages that the calling thread collects, if it does."""
+
+    collected: list[str] | None = None
+
+
+_OF_THREAD = _OfThread()
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the messages of `warn` in this thread, for a thread that the user's line called."""
+    messages: list[str] = []
+    before, _OF_THREAD.collected = _OF_THREAD.collected, messages
+    try:
+        yield messages
+    finally:
+        _OF_THREAD.collected = before
 
 
 def _frames_of_devec() -> int:

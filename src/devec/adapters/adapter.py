@@ -10,7 +10,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from devec.files.staging import Writer, write_all
 from devec.lazy import outlines
 from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
-
-Reader = Callable[[Path, str, ReadOptions], "Adapter | None"]
-
-# Formats are built on adapters, so their readers are named here and imported on first use; in order
-# of precedence. A reader returns None for files that are not of its format.
-_READERS = {
-    "devec.formats.peft.read": "read_peft",
-    "devec.formats.single_file.read": "read_file",
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +115,9 @@ class Adapter(AdapterData):
         max_rank = whole_number(max_rank, "max_rank")
         if max_rank < 1:
             raise IncompatibleError(f"max_rank must be at least 1, got {max_rank}")
-        for read in _readers():
+        from devec.formats import readers  # which build on adapters
+
+        for read in readers():
             adapter = read(local, name, ReadOptions(max_rank, allow_pickle, base))
             if adapter is not None:
                 return adapter if lazy else adapter.loaded()
@@ -385,11 +377,6 @@ class Adapter(AdapterData):
         return differing_modules(self, other)
 
     __hash__ = None  # type: ignore[assignment]  # equality is up to rounding
-
-
-def _readers() -> list[Reader]:
-    """The readers of all formats, in order of precedence."""
-    return [getattr(import_module(name), function) for name, function in _READERS.items()]
 
 
 def _hub_name(path: str | Path) -> str:
