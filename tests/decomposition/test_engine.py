@@ -1,17 +1,17 @@
 """The engine splits every stack once, and gives each part to its sink."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
-from devec import Adapter, Delta
+from devec import Adapter, Delta, DevecWarning
 from devec.decomposition.engine import run
 from devec.decomposition.in_memory import MemorySink
 from devec.decomposition.question import PartName
 from devec.decomposition.request import validated
-from devec.decomposition.scopes import SCOPES
-from devec.decomposition.stacks.build import stacks_of
+from devec.errors import warn
 
 MODULES = ("k", "q", "v")
 
@@ -40,55 +40,71 @@ class Recorder:
 
 
 def prepared(scope="all", target=None):
-    """A question, its stacks and a recording sink for every part."""
-    question, adapters = validated(pool(), 0.5, "chain", scope, target)
-    modules = {adapter.name: adapter.modules for adapter in adapters}
-    work = list(stacks_of(modules, None, batched=SCOPES[scope].batched))
-    return question, work, {name: Recorder() for name in question.parts}
+    """A request, and a recording sink for every part."""
+    request = validated(pool(), 0.5, "chain", scope, target)
+    return request, {name: Recorder() for name in request.parts}
 
 
 @pytest.mark.parametrize(
     ("scope", "target"), [("all", None), ("pairwise", None), ("iterative", "a")]
 )
 def test_every_sink_gets_the_modules_of_its_part_once(scope, target):
-    question, work, sinks = prepared(scope, target)
-    list(run(question, work, sinks))
+    request, sinks = prepared(scope, target)
+    run(request, sinks)
     for name, sink in sinks.items():
         having = [{m for a in pool() if a.name == one for m in a.modules} for one in name.of]
         assert sorted(sink.modules) == sorted(set.intersection(*having)), name
 
 
-def test_findings_come_in_the_order_of_the_stacks_and_progress_after_them():
-    question, work, sinks = prepared()
-    done, rows = [], []
-    for findings in run(question, work, sinks, progress=done.append):
-        rows += [row.module for row in findings.rows]
-        assert len(done) < len(MODULES)
-    assert rows == ["k", "q"]  # the last module is not in all adapters
+def test_progress_names_every_module_once_in_the_order_of_the_findings():
+    request, sinks = prepared()
+    done = []
+    findings = run(request, sinks, progress=done.append)
+    assert [row.module for row in findings.rows] == ["k", "q"]  # the last is not in all adapters
     assert done == list(MODULES)
 
 
 def test_shapes_are_kept_in_the_place_of_shared_bases():
-    question, work, sinks = prepared()
-    (row, *_) = [row for one in run(question, work, sinks, keep_bases=False) for row in one.rows]
+    request, sinks = prepared()
+    row, *_ = run(request, sinks, keep_bases=False).rows
     assert row.basis.device.type == "meta"
     assert row.basis.shape[0] == 6
 
 
+def test_a_process_splits_its_share_of_the_stacks():
+    request, sinks = prepared()
+    findings = run(request, sinks, share=lambda stacks: stacks[:1])
+    assert [row.module for row in findings.rows] == ["k", "q"]
+    assert all(set(sink.modules) <= {"k", "q"} for sink in sinks.values())
+
+
 def test_stacks_are_split_within_the_context_and_released_after_errors():
-    question, work, sinks = prepared()
+    request, sinks = prepared()
     within = []
 
     @contextmanager
     def around(stack):
-        within.append(stack.modules)
+        within.append(stack)
         yield
         raise RuntimeError("after the stack")
 
     with pytest.raises(RuntimeError, match="after the stack"):
-        list(run(question, work, sinks, around=around))
+        run(request, sinks, around=around)
     assert within
-    assert not any(stack._measured for stack in work)
+    assert not any(stack._measured for stack in within)
+
+
+def test_warnings_of_worker_threads_are_issued_in_the_calling_thread():
+    request, sinks = prepared()
+
+    def warned(_):
+        warn("of a part")
+
+    for sink in sinks.values():
+        sink.accept = warned
+    with pytest.warns(DevecWarning, match="of a part") as caught:
+        run(request, sinks)
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
 
 
 def test_a_sink_in_memory_orders_modules_and_makes_zeros_of_originals():

@@ -248,7 +248,7 @@ def test_parts_of_modules_that_are_split_together_have_memory_of_their_own():
 
 @pytest.mark.parametrize("scope", ["all", "pairwise"])
 def test_nothing_is_kept_of_modules_that_are_done(monkeypatch, scope):
-    module = importlib.import_module("devec.decomposition.in_memory")
+    module = importlib.import_module("devec.decomposition.engine")
     held = []
 
     def kept(*arguments, **options):

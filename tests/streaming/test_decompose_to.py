@@ -16,6 +16,7 @@ from support.checks.streamed import (
     from_files,
     from_files_to_files,
     tree,
+    with_report,
 )
 from support.checks.streams import assert_streams_as_in_memory
 from support.pools.golden_pool import golden
@@ -239,8 +240,8 @@ def test_modules_are_counted_and_a_report_is_written(tmp_path, peft_pool):
     def report(written):
         return lambda path: path.write_text(json.dumps(sorted(written.written)))
 
-    written = from_files_to_files(
-        out, peft_pool(), progress=done.append, report=(tmp_path / "report.json", report)
+    written = with_report(
+        out, peft_pool(), (tmp_path / "report.json", report), progress=done.append
     )
     assert sorted(done) == ["first.layer", "second.layer"]
     assert json.loads((tmp_path / "report.json").read_text()) == sorted(written.written)
@@ -249,10 +250,10 @@ def test_modules_are_counted_and_a_report_is_written(tmp_path, peft_pool):
 
 def test_a_report_in_the_place_of_an_output_is_refused(tmp_path, peft_pool):
     with pytest.raises(DevecError, match=r"--json"):
-        from_files_to_files(
+        with_report(
             tmp_path / "out",
             peft_pool(),
-            report=(tmp_path / "out" / "common", lambda _: lambda path: path.write_text("")),
+            (tmp_path / "out" / "common", lambda _: lambda path: path.write_text("")),
         )
     assert not list(tmp_path.iterdir())
 

@@ -28,6 +28,7 @@ from devec.cli.shared.sources import begin_reading, read_sources
 from devec.cli.shared.tables import print_nearest, progress_bar
 
 if TYPE_CHECKING:
+    from devec.streaming.job import Report
     from devec.streaming.written import WrittenDecomposition
 
 
@@ -73,7 +74,9 @@ def decompose_command(
     """
     require_report(json, sources, overwrite=overwrite)
     begin_reading(sources)
-    from devec.streaming.decompose_to import decompose_to
+    from devec.decomposition.request import validated
+    from devec.streaming.job import run_job
+    from devec.streaming.output_options import OutputOptions
     from devec.streaming.processes import Team, launched
 
     gc.freeze()  # objects that libraries have created so far are never garbage
@@ -83,27 +86,25 @@ def decompose_command(
     modules = {m for a in adapters for m in a.modules}
     bar = progress_bar("decomposing", -(-len(modules) // launched()))
     with Team(launched()) as team, bar as step:
-        written = decompose_to(
+        written = run_job(
             out,
-            adapters,
-            threshold=level,
-            method=method,
-            scope=scope,
-            target=target,
-            dtype=storage_type,
-            compact=compact,
-            as_lora=as_lora,
-            format=format,
+            lambda: validated(adapters, level, method, scope, target),
+            lambda: OutputOptions(storage_type, compact, as_lora, format),
             device=device,
             overwrite=overwrite,
-            report=(json, lambda written: json_writer(_decomposition_report(written)))
-            if json
-            else None,
+            report=_report(json),
             progress=step,
             team=team,
         )
     if written is not None:  # only the first process prints the results
         _print_results(written, json)
+
+
+def _report(path: Path | None) -> Report | None:
+    """The report to write, if there is a path for it."""
+    if path is None:
+        return None
+    return path, lambda written: json_writer(_decomposition_report(written))
 
 
 def _print_results(written: WrittenDecomposition, json: Path | None) -> None:

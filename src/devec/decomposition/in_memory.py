@@ -10,12 +10,9 @@ from torch import Tensor
 
 from devec.adapters.adapter import Adapter
 from devec.decomposition.engine import run
-from devec.decomposition.findings import Findings
 from devec.decomposition.question import Threshold
 from devec.decomposition.request import validated
-from devec.decomposition.result import Decomposition, assemble, module_order, zero_part
-from devec.decomposition.scopes import SCOPES
-from devec.decomposition.stacks.build import stacks_of
+from devec.decomposition.result import Decomposition, assemble, zero_part
 from devec.deltas.delta import Delta
 from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
@@ -77,21 +74,16 @@ def decompose(
         >>> devec.distance(parts.unique["ink"] + parts.shared["ink"], pool[0]) < 1e-5
         True
     """
-    question, adapters = validated(adapters, threshold, method, scope, target)
+    request = validated(adapters, threshold, method, scope, target)
     if device is not None:
         require_device(device)
-    pool = {adapter.name: adapter.modules for adapter in adapters}
-    work = list(stacks_of(pool, device, batched=SCOPES[scope].batched))
-    sinks = {name: MemorySink() for name in question.parts}
-    findings = Findings()
-    for of_stack in run(question, work, sinks, progress=progress):
-        findings.add(of_stack)
-    order = module_order(adapters)
+    sinks = {name: MemorySink() for name in request.parts}
+    findings = run(request, sinks, device=device, progress=progress)
     parts = {
-        name: sink.modules(pool[name.owner] if len(name.of) == 1 else {}, order)
+        name: sink.modules(request.pool.get(name.adapter or "", {}), request.modules)
         for name, sink in sinks.items()
     }
-    return assemble(question, adapters, parts, findings)
+    return assemble(request, parts, findings)
 
 
 class MemorySink:

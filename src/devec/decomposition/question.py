@@ -1,4 +1,4 @@
-"""What a decomposition computes: which directions count as shared, and which parts follow."""
+"""What a decomposition asks of every module, and the names of the parts that it makes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class PartName(NamedTuple):
     of: tuple[str, ...]
 
     @property
+    def adapter(self) -> str | None:
+        """The adapter that it is part of; None for parts of several."""
+        return self.of[0] if len(self.of) == 1 else None
+
+    @property
     def owner(self) -> str:
         """The adapter, or ``"A+B"`` for a pair."""
         return "+".join(self.of)
@@ -39,31 +44,22 @@ class PartName(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """Which directions count as shared in a module, and which parts are made of a pool.
+    """Which directions count as shared in a module.
 
     Attributes:
         names: Names of the adapters of the pool, in order.
         threshold: Smallest squared cosine that counts as shared, or ``"auto"``.
         method: The method that finds shared subspaces.
-        scope: A key of `devec.decomposition.scopes.SCOPES`.
         target: Name of the adapter to split; empty for scopes that split no single adapter.
-        parts: The parts that may result. Which of them are not zero is known in the end only.
     """
 
     names: tuple[str, ...]
     threshold: Threshold
     method: Method
-    scope: str
-    target: str
-    parts: tuple[PartName, ...]
+    target: str = ""
 
     def threshold_for(self, n: int, ranks: Sequence[int]) -> float:
         """The threshold for subspaces of R^n of these dimensions."""
         if self.threshold != "auto":
             return self.threshold
         return self.method.bound(n, ranks, chance_level) if all(ranks) else math.inf
-
-    @property
-    def split_adapters(self) -> list[str]:
-        """Names of the adapters that have a unique and a shared part."""
-        return [part.owner for part in self.parts if part.kind == "unique"]

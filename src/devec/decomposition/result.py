@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from devec.adapters.adapter import Adapter
-from devec.adapters.algebra import merged_layout, provenance
+from devec.adapters.algebra import merged_layout
 from devec.decomposition.findings import EMPTY_RTOL, Findings, ModuleSplit, Norms, is_rounding
-from devec.decomposition.question import Kind, PartName, Question
+from devec.decomposition.question import Kind, PartName
+from devec.decomposition.request import Request
 from devec.deltas.delta import Delta
 from devec.operations.compress import truncate_adapter
 
@@ -117,52 +118,32 @@ class Decomposition:
 
 
 def assemble(
-    question: Question,
-    adapters: Sequence[Adapter],
-    parts: Mapping[PartName, Mapping[str, Delta]],
-    findings: Findings,
+    request: Request, parts: Mapping[PartName, Mapping[str, Delta]], findings: Findings
 ) -> Decomposition:
     """The decomposition that parts make up.
 
     Args:
-        question: The question.
-        adapters: The pool on common modules.
-        parts: Modules of the parts, in the order of `module_order`; those of a common vector or a
-            pair without the modules in which nothing is shared. Parts may be missing.
+        request: The request.
+        parts: Modules of the parts, in the order of the pool; those of a common vector or of a pair
+            without the modules in which nothing is shared. Parts may be missing.
         findings: The findings of all stacks.
     """
-    record, by_name = record_of(question, adapters), {a.name: a for a in adapters}
     unique: dict[str, Adapter] = {}
     shared: dict[str, Adapter] = {}
     common = None
     for name, modules in parts.items():
-        group = [by_name[one] for one in name.of]
-        if name.kind == "common":
-            common = _common_vector(group, modules, record, "common")
-        elif len(group) == 1:
+        if name.adapter is not None:
             home = unique if name.kind == "unique" else shared
-            home[name.owner] = part_of(group[0], modules, record, name.kind)
+            original = request.originals[name.adapter]
+            home[name.adapter] = part_of(original, modules, request.record, name.kind)
+        elif name.kind == "common":
+            common = _common_vector(request, name, modules, "common")
         elif modules:
-            shared[name.owner] = _common_vector(group, modules, record, name.owner)
-    order = {module: index for index, module in enumerate(module_order(adapters))}
+            shared[name.owner] = _common_vector(request, name, modules, name.owner)
+    order = {module: index for index, module in enumerate(request.modules)}
     rows = sorted(findings.rows, key=lambda row: order[row.module])
-    return Decomposition(unique, shared, common, rows, record, findings.norms, findings.bias_norms)
-
-
-def module_order(adapters: Sequence[Adapter]) -> list[str]:
-    """The modules of a pool, in the order in which its adapters have them."""
-    return list(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
-
-
-def record_of(question: Question, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The record of the operation that outputs keep."""
-    return provenance(
-        "decompose",
-        adapters,
-        threshold=question.threshold,
-        method=question.method.name,
-        scope=question.scope,
-        target=question.target or None,
+    return Decomposition(
+        unique, shared, common, rows, request.record, findings.norms, findings.bias_norms
     )
 
 
@@ -189,11 +170,12 @@ def zero_part(delta: Delta) -> Delta:
 
 
 def _common_vector(
-    group: Sequence[Adapter], modules: Mapping[str, Delta], record: Mapping[str, Any], name: str
+    request: Request, part: PartName, modules: Mapping[str, Delta], name: str
 ) -> Adapter:
     """The common vector of several adapters, stored like the first of them."""
-    provenance = {**record, "part": "common", "of": [adapter.name for adapter in group]}
-    return Adapter(name, modules, layout=merged_layout(group), provenance=provenance)
+    layout = merged_layout([request.originals[one] for one in part.of])
+    provenance = {**request.record, "part": "common", "of": list(part.of)}
+    return Adapter(name, modules, layout=layout, provenance=provenance)
 
 
 def _compacted(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +10,7 @@ import torch
 from devec.adapters.adapter import Adapter
 from devec.decomposition.question import Threshold
 from devec.decomposition.request import validated
-from devec.errors import IncompatibleError
-from devec.files.staging import Staging
-from devec.linalg.dtypes import require_device
-from devec.streaming.job import Job, Report
+from devec.streaming.job import run_job
 from devec.streaming.output_options import OutputOptions
 from devec.streaming.processes import Team
 from devec.streaming.written import WrittenDecomposition
@@ -34,15 +30,13 @@ def decompose_to(
     format: str | None = None,
     device: torch.device | str | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
     progress: Callable[[str], None] | None = None,
-    team: Team | None = None,
-) -> WrittenDecomposition | None:
+) -> WrittenDecomposition:
     """Split a pool of adapters and write the parts, without holding an adapter in memory.
 
     The result is that of `decompose` and `save_adapters`. Adapters that were read with
-    ``lazy=True`` are read, split and written module by module, several at a time on several cores,
-    or by several processes.
+    ``lazy=True`` are read, split and written module by module, several at a time on several cores.
+    ``torchrun -m devec decompose …`` shares the work between processes.
 
     Args:
         out: Directory for the outputs: ``NAME-unique``, ``NAME-shared`` and ``common``; for scope
@@ -59,16 +53,12 @@ def decompose_to(
             written as DoRAs.
         format: Format of the outputs, a key of `devec.formats.convert.FORMATS`; by default that of
             the first input.
-        device: Where to compute; of several GPUs every process takes its own.
+        device: Where to compute; by default where the tensors are.
         overwrite: Whether existing outputs may be replaced.
-        report: Path of a report, and a function from the result to its writer; it is written
-            together with the outputs.
         progress: Called with the name of each module when it is done.
-        team: The processes that share the work, each of which makes this call; by default this
-            process alone.
 
     Returns:
-        What was measured and written; None in all but the first of several processes.
+        What was measured and written.
 
     Raises:
         IncompatibleError: If the adapters do not fit together or an argument is out of range.
@@ -94,38 +84,15 @@ def decompose_to(
         >>> sorted(written.written)
         ['chalk-shared', 'chalk-unique', 'common', 'ink-shared', 'ink-unique']
     """
-    team = Team() if team is None else team
-    jobs: list[Job] = []
-    results: list[WrittenDecomposition] = []
-    with ExitStack() as closing:
-
-        def begin() -> tuple[str, Mapping[str, Path]]:
-            options = OutputOptions(dtype, compact, as_lora, format)
-            question, pool = validated(adapters, threshold, method, scope, target)
-            if device is not None:
-                require_device(device)
-            job = Job(question, pool, Path(out), options)
-            jobs.append(job)
-            targets = job.targets(report[0] if report else None)
-            unfinished = job.begin(team, Staging(targets, overwrite=overwrite), closing)
-            return job.sameness(device), unfinished
-
-        def end() -> None:
-            if team.is_first:
-                results.append(job.finish(shares, team, report))
-
-        begun = team.gather(begin)
-        _require_same([sameness for sameness, _ in begun])
-        (job,), (_, unfinished) = jobs, begun[0]
-        shares = team.gather(lambda: job.share(team, unfinished, closing, device, progress))
-        team.gather(end, "the outputs were written, or all of them were not")
-    return results[0] if results else None
-
-
-def _require_same(jobs: Sequence[str]) -> None:
-    """Refuse processes that were given different arguments, or read different files."""
-    if len(set(jobs)) > 1:
-        raise IncompatibleError(
-            "the processes were not given the same sources and options, or a source was changed "
-            "between one reading it and another; run again"
+    with Team() as team:
+        written = run_job(
+            Path(out),
+            lambda: validated(adapters, threshold, method, scope, target),
+            lambda: OutputOptions(dtype, compact, as_lora, format),
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+            team=team,
         )
+    assert written is not None  # this process is the first
+    return written

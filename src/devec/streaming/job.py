@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,17 +20,17 @@ from devec.adapters.layout import Plan
 from devec.decomposition.engine import run
 from devec.decomposition.findings import Findings, Norms
 from devec.decomposition.memory import memory_for
-from devec.decomposition.question import PartName, Question
-from devec.decomposition.result import assemble, module_order, part_of, record_of
-from devec.decomposition.scopes import SCOPES
-from devec.decomposition.stacks.build import stacks_of
-from devec.decomposition.stacks.stack import Pool, Stack
+from devec.decomposition.question import PartName
+from devec.decomposition.request import Request
+from devec.decomposition.result import Decomposition, assemble, part_of
+from devec.decomposition.stacks.stack import Stack
 from devec.deltas.delta import Delta
 from devec.errors import IncompatibleError, listed
 from devec.files.staging import Staging, Writer, output_errors
 from devec.formats.record import made_by_devec
 from devec.lazy import outlines
 from devec.linalg.buffers import MemoryBlocks, return_memory, reuse_memory
+from devec.linalg.dtypes import require_device
 from devec.linalg.precision import full_precision
 from devec.operations.as_lora import as_lora as nearest_lora
 from devec.operations.as_lora import with_lora_record
@@ -55,31 +55,24 @@ class Share:
 class _Outputs:
     """What was written: outlines by label, and the LoRAs that were written instead of DoRAs."""
 
-    outlines: dict[str, Adapter]
-    nearest: dict[str, tuple[Adapter, Compression]]
+    outlines: dict[str, Adapter] = field(default_factory=dict)
+    nearest: dict[str, tuple[Adapter, Compression]] = field(default_factory=dict)
 
 
 class Job:
     """One decomposition from files to files.
 
     Args:
-        question: What counts as shared, and which parts are made.
-        adapters: The pool on common modules.
+        request: The pool, what counts as shared, and which parts are made.
         out: Directory of the outputs.
         options: How parts are written.
     """
 
-    def __init__(
-        self, question: Question, adapters: Sequence[Adapter], out: Path, options: OutputOptions
-    ) -> None:
+    def __init__(self, request: Request, out: Path, options: OutputOptions) -> None:
         """Find the paths of all outputs."""
-        self.question, self.adapters, self.options = question, adapters, options
-        self.record = record_of(question, adapters)
-        self.originals = {a.name: a for a in adapters}
-        self.pool: Pool = {a.name: a.modules for a in adapters}
-        self.order = module_order(adapters)
-        suffix = options.suffix(adapters)
-        self.paths = {part.label: out / f"{part.label}{suffix}" for part in question.parts}
+        self.request, self.options = request, options
+        suffix = options.suffix(request.adapters)
+        self.paths = {part.label: out / f"{part.label}{suffix}" for part in request.parts}
         self.sinks: dict[PartName, FileSink | SpoolSink] = {}
         self.staging: Staging
         self._blocks = MemoryBlocks()
@@ -106,7 +99,8 @@ class Job:
     def sameness(self, device: str | torch.device | None) -> str:
         """A text that is equal in all processes that share one job."""
         kind = None if device is None else torch.device(device).type  # which determines the stacks
-        return repr((self.record, self.options, self.order, sorted(self.paths), kind))
+        request = self.request
+        return repr((request.record, self.options, request.modules, sorted(self.paths), kind))
 
     def begin(self, team: Team, staging: Staging, closing: ExitStack) -> Mapping[str, Path]:
         """In the first process, create the unfinished outputs and spools.
@@ -132,24 +126,21 @@ class Job:
         progress: Callable[[str], None] | None,
     ) -> Share:
         """Split this process's share of the modules."""
-        findings, device = Findings(), team.device(device)
-        batched = SCOPES[self.question.scope].batched
-        work = team.share(list(stacks_of(self.pool, device, batched=batched)))
         with ExitStack() as within:
             if not team.is_first:  # where no staging explains errors
                 within.enter_context(output_errors([self.paths[label] for label in unfinished]))
                 self._open(unfinished, closing, team)
             files = [sink for sink in self.sinks.values() if isinstance(sink, FileSink)]
             within.enter_context(flushing(files))
-            for of_stack in run(
-                self.question,
-                work,
+            findings = run(
+                self.request,
                 self.sinks,
+                device=team.device(device),
+                share=team.share,
                 around=self._with_memory,
                 keep_bases=False,
                 progress=progress,
-            ):
-                findings.add(of_stack)
+            )
         self._blocks.clear()
         return Share(findings, {name: sink.accepted() for name, sink in self.sinks.items()})
 
@@ -157,13 +148,14 @@ class Job:
         self, shares: Sequence[Share], team: Team, report: Report | None
     ) -> WrittenDecomposition:
         """In the first process, complete all outputs and the report, and give them their names."""
-        findings = self._gathered(shares)
-        written = self._result(findings, self._complete(findings), team)
-        outputs = list(written.written.values())
+        outputs = _Outputs()
+        parts = self._complete(self._gathered(shares), outputs)
+        written = self._result(parts, outputs, team)
+        paths = list(written.written.values())
         if report is not None:
             report[1](written)(self.staging.staged_path(report[0]))
-            outputs.append(report[0])
-        self.staging.commit(outputs, written.removed)
+            paths.append(report[0])
+        self.staging.commit(paths, written.removed)
         return written
 
     @contextmanager
@@ -176,7 +168,7 @@ class Job:
 
     def _open(self, unfinished: Mapping[str, Path], closing: ExitStack, team: Team) -> None:
         """Open the sinks of all parts."""
-        for name in self.question.parts:
+        for name in self.request.parts:
             path = unfinished[name.label]
             made = self._planned(name)
             if made is None:
@@ -190,13 +182,13 @@ class Job:
 
     def _planned(self, name: PartName) -> tuple[Adapter, Plan] | None:
         """A part of one adapter and its plan; None if its shapes are known in the end only."""
-        original = self.originals.get(name.owner)
-        if original is None or len(name.of) > 1 or name.kind == "common":
+        if name.adapter is None:
             return None
+        original = self.request.originals[name.adapter]
         layout, known = original.layout, outlines(original.modules)
         if not self.options.as_read or layout is None or layout.joins or _has_gains(original):
             return None
-        part = part_of(original, known, self.record, name.kind)
+        part = part_of(original, known, self.request.record, name.kind)
         part = dataclasses.replace(part, name=name.label)
         if not (part.modules or part.carried):
             return None
@@ -214,30 +206,28 @@ class Job:
             findings.add(share.findings)
         return findings
 
-    def _complete(self, findings: Findings) -> _Outputs:
-        """Complete all outputs that are not zero."""
-        outputs = _Outputs({}, {})
+    def _complete(self, findings: Findings, outputs: _Outputs) -> Decomposition:
+        """Complete all outputs that are not zero; returns the parts that were spooled."""
         spooled: dict[PartName, Mapping[str, Delta]] = {}
         for name, sink in self.sinks.items():
-            original = self.originals.get(name.owner) if len(name.of) == 1 else None
-            modules = {} if original is None else original.modules
+            originals = self.request.pool.get(name.adapter or "", {})
             if isinstance(sink, SpoolSink):
-                spooled[name] = sink.modules(modules, self.order)
+                spooled[name] = sink.modules(originals, self.request.modules)
             elif not self._is_zero(name, findings):
                 with memory_for(f"output {name.label!r}"):
-                    sink.complete(modules)
+                    sink.complete(originals)
                 outputs.outlines[name.label] = sink.adapter
-        parts = assemble(self.question, self.adapters, spooled, findings)
+        parts = assemble(self.request, spooled, findings)
         with memory_for("outputs that were spooled"):
             for label, adapter in parts.each_output(compact=self.options.compact):
                 self._write(label, adapter, outputs)
                 del adapter  # frees memory before the next one is read
                 return_memory()
-        return outputs
+        return parts
 
     def _is_zero(self, name: PartName, findings: Findings) -> bool:
         """Whether a part of one adapter is zero to rounding and carries no tensors."""
-        norms, original = findings.parts.get(name, Norms()), self.originals[name.owner]
+        norms, original = findings.parts.get(name, Norms()), self.request.originals[name.owner]
         carried = name.kind == "unique" and original.carried
         return not carried and norms.are_rounding_beside(findings.of_original(name.owner))
 
@@ -253,16 +243,15 @@ class Job:
         converted.plan(self.options.dtype).write(self.staging.staged_path(self.paths[label]))
         outputs.outlines[label] = _outlined(converted)
 
-    def _result(self, findings: Findings, outputs: _Outputs, team: Team) -> WrittenDecomposition:
+    def _result(self, parts: Decomposition, outputs: _Outputs, team: Team) -> WrittenDecomposition:
         """The result that callers get."""
         made = outputs.outlines
         zero = [path for label, path in self.paths.items() if label not in made]
         removed = [path for path in zero if path.exists() and made_by_devec(path)]
-        order = {module: index for index, module in enumerate(self.order)}
         return WrittenDecomposition(
-            splits=sorted(findings.rows, key=lambda row: order[row.module]),
-            record=self.record,
-            unique={name: self._unique(name) for name in self.question.split_adapters},
+            splits=parts.splits,
+            record=parts.record,
+            unique=self._unique(),
             written={label: path for label, path in self.paths.items() if label in made},
             provenance={
                 label: made[label].provenance or {} for label in self.paths if label in made
@@ -275,10 +264,78 @@ class Job:
             left=[path for path in zero if path.exists() and path not in removed],
         )
 
-    def _unique(self, name: str) -> Adapter:
-        """The outline of a unique part."""
-        original = self.originals[name]
-        return part_of(original, outlines(original.modules), self.record, "unique")
+    def _unique(self) -> dict[str, Adapter]:
+        """Name of an adapter → the outline of its unique part."""
+        originals = {
+            name.adapter: self.request.originals[name.adapter]
+            for name in self.request.parts
+            if name.kind == "unique" and name.adapter is not None
+        }
+        return {
+            name: part_of(original, outlines(original.modules), self.request.record, "unique")
+            for name, original in originals.items()
+        }
+
+
+def run_job(
+    out: Path,
+    request: Callable[[], Request],
+    options: Callable[[], OutputOptions],
+    *,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+    progress: Callable[[str], None] | None = None,
+    team: Team,
+) -> WrittenDecomposition | None:
+    """Decompose from files to files, in one of the processes that share the work.
+
+    Args:
+        out: Directory of the outputs.
+        request: Validates and returns the request; errors reach the other processes.
+        options: Validates and returns how parts are written.
+        device: Where to compute; of several GPUs every process takes its own.
+        overwrite: Whether existing outputs may be replaced.
+        report: Path of a report, and a function from the result to its writer; it is written
+            together with the outputs.
+        progress: Called with the name of each module when it is done.
+        team: The processes, each of which makes this call.
+
+    Returns:
+        What was measured and written; None in all but the first process.
+    """
+    jobs: list[Job] = []
+    results: list[WrittenDecomposition] = []
+    with ExitStack() as closing:
+
+        def begin() -> tuple[str, Mapping[str, Path]]:
+            job = Job(request(), out, options())
+            if device is not None:
+                require_device(device)
+            jobs.append(job)
+            targets = job.targets(report[0] if report else None)
+            unfinished = job.begin(team, Staging(targets, overwrite=overwrite), closing)
+            return job.sameness(device), unfinished
+
+        def end() -> None:
+            if team.is_first:
+                results.append(job.finish(shares, team, report))
+
+        begun = team.gather(begin)
+        _require_same([sameness for sameness, _ in begun])
+        (job,), (_, unfinished) = jobs, begun[0]
+        shares = team.gather(lambda: job.share(team, unfinished, closing, device, progress))
+        team.gather(end, "the outputs were written, or all of them were not")
+    return results[0] if results else None
+
+
+def _require_same(jobs: Sequence[str]) -> None:
+    """Refuse processes that were given different arguments, or read different files."""
+    if len(set(jobs)) > 1:
+        raise IncompatibleError(
+            "the processes were not given the same sources and options, or a source was changed "
+            "between one reading it and another; run again"
+        )
 
 
 def _outlined(adapter: Adapter) -> Adapter:

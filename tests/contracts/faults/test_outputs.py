@@ -22,7 +22,7 @@ from devec.streaming import sinks
 from devec.streaming.decompose_to import decompose_to
 from devec.streaming.output_options import OutputOptions
 from support.checks.leftovers import assert_nothing_but, before_reading, module_of
-from support.checks.streamed import contents, from_files, from_files_to_files
+from support.checks.streamed import contents, from_files, from_files_to_files, with_report
 from support.patience import patience
 
 pytestmark = [
@@ -235,5 +235,5 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, plain):
         return write
 
     with pytest.raises(OutputError, match="No space left"):
-        from_files_to_files(tmp_path / "out", plain, report=(tmp_path / "r.json", report))
+        with_report(tmp_path / "out", plain, (tmp_path / "r.json", report))
     assert_nothing_but(tmp_path, "in")

@@ -7,9 +7,12 @@ import torch
 from safetensors import safe_open
 
 from devec import Adapter, as_lora, convert, decompose, save_adapters
+from devec.decomposition.request import validated
 from devec.operations.as_lora import with_lora_record
 from devec.streaming.decompose_to import decompose_to
+from devec.streaming.job import run_job
 from devec.streaming.output_options import OutputOptions
+from devec.streaming.processes import Team
 
 WEIGHTS = ".safetensors"
 
@@ -41,6 +44,16 @@ def from_files_to_files(out, paths, form=None, base=None, **options):
     """Decompose a pool from files to files; returns what was found and written."""
     form = OutputOptions() if form is None else form
     return decompose_to(out, from_files(paths, base=base), **vars(form), **options)
+
+
+def with_report(out, paths, report, **options):
+    """Decompose a pool with a report beside its outputs, as the command line does."""
+
+    def request():
+        return validated(from_files(paths), 0.85, "chain", "all", None)
+
+    with Team() as team:
+        return run_job(out, request, OutputOptions, report=report, team=team, **options)
 
 
 def tree(directory):

@@ -204,10 +204,10 @@ def little_memory(room):
 
     import torch
 
-    import devec.streaming.decompose_to
+    import devec.streaming.job
 
     torch.set_num_threads(1)
-    original = devec.streaming.decompose_to.decompose_to
+    original = devec.streaming.job.run_job
 
     def limited(*arguments, **options):
         X = torch.randn(64, 8)
@@ -216,4 +216,4 @@ def little_memory(room):
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         return original(*arguments, **options)
 
-    devec.streaming.decompose_to.decompose_to = limited
+    devec.streaming.job.run_job = limited
