@@ -37,6 +37,14 @@ class ModuleSplit:
             values (on the device ``"meta"``) where results were written to files.
         norms: For each adapter of the group, ‖ΔW‖_F.
         shared_norms: For each adapter of the group, ‖Z Zᵀ ΔW‖_F.
+
+    Example:
+        >>> import torch, devec
+        >>> B, A = torch.eye(4)[:, :2], torch.ones(2, 3)
+        >>> pool = [devec.Adapter(name, {"layer": devec.Delta(B, A)}) for name in ("a", "b")]
+        >>> (split,) = devec.decompose(pool).splits
+        >>> split.module, split.group, split.ranks, split.shared_rank
+        ('layer', ('a', 'b'), (1, 1), 1)
     """
 
     module: str

@@ -34,6 +34,16 @@ class Decomposition:
         record: Inputs, operation and parameters, as outputs keep them.
         norms: Adapter name → module → ‖ΔW‖_F of the original, for adapters that were split.
         bias_norms: Adapter name → module → ‖Δb‖ of the original, where it changes biases.
+
+    Example:
+        >>> import devec
+        >>> from devec.demo.evaluate import POOL
+        >>> pool = [devec.Adapter.from_pretrained(POOL / name) for name in ("ink", "chalk")]
+        >>> parts = devec.decompose(pool, threshold=0.5)
+        >>> sorted(parts.unique), sorted(parts.shared), parts.common.name
+        (['chalk', 'ink'], ['chalk', 'ink'], 'common')
+        >>> any(split.shared_rank for split in parts.splits)
+        True
     """
 
     unique: Mapping[str, Adapter]
@@ -86,7 +96,22 @@ class Decomposition:
         return dict(self.each_output(compact=compact))
 
     def each_output(self, *, compact: bool = False) -> Iterator[tuple[str, Adapter]]:
-        """Yield what `outputs` returns one output at a time; one compact part is in memory."""
+        """The outputs of `outputs`, one at a time, so that one compact part is in memory.
+
+        Args:
+            compact: Whether to cut every module to its numerical rank (see `outputs`).
+
+        Yields:
+            Name and adapter of each output.
+
+        Example:
+            >>> import devec
+            >>> from devec.demo.evaluate import POOL
+            >>> pool = [devec.Adapter.from_pretrained(POOL / name) for name in ("ink", "chalk")]
+            >>> outputs = devec.decompose(pool, threshold=0.5).each_output(compact=True)
+            >>> next(outputs)[0]
+            'ink-unique'
+        """
         parts = {f"{name}-unique": (name, adapter) for name, adapter in self.unique.items()}
         parts |= {f"{name}-shared": (name, adapter) for name, adapter in self.shared.items()}
         for label, (owner, adapter) in parts.items():
