@@ -239,7 +239,7 @@ def test_auto_is_not_proposed_to_who_used_it(run, faint):
 def test_full_ranks_are_reported_as_meaningless(run):
     text = run("decompose", "full0", "full1", "--out", "out", "--threshold", "auto").wrote().out
     assert "inf" not in sentence(text)
-    assert "already apart" not in sentence(text)
+    assert "no more than chance" not in sentence(text)
 
 
 def test_a_zero_adapter_is_named(run):
