@@ -3,7 +3,8 @@
     python docs/pictures/packages.py
 
 The rows are the layers of `.importlinter`, and the arrows are the imports that grimp finds. An
-arrow that follows from others (a imports b, b imports c, so a may import c) is left out.
+arrow that follows from others (a imports b, b imports c, so a may import c) is left out, and so are
+the exceptions that the contract declares.
 """
 
 from __future__ import annotations
@@ -44,20 +45,28 @@ INK, MUTED, BAND = "#22303c", "#5f6b75", "#f1eee6"
 
 def layers() -> list[list[str]]:
     """The layers of the contract from top to bottom, without `__main__`, which is a script."""
-    contract = configparser.ConfigParser()
-    contract.read(ROOT / ".importlinter")
-    lines = contract["importlinter:contract:packages"]["layers"].split("\n")
-    rows = [[name.strip() for name in line.split("|")] for line in lines if line.strip()]
+    rows = [[name.strip() for name in line.split("|")] for line in contract("layers")]
     return [row for row in rows if row != ["__main__"]]
+
+
+def contract(option: str) -> list[str]:
+    """The lines of an option of the contract of packages."""
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    lines = contracts["importlinter:contract:packages"].get(option, "").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def imports() -> set[tuple[str, str]]:
     """Pairs of packages of which the first imports the second."""
+    exceptions = contract("ignore_imports")
     graph = grimp.build_graph("devec", cache_dir=None)
     found = set()
     for module in graph.modules:
         for other in graph.find_modules_directly_imported_by(module):
             pair = tuple(f"{name}.".split(".")[1] for name in (module, other))
+            if f"{module} -> {other}" in exceptions:
+                continue
             if pair[0] != pair[1] and set(pair) <= set(ROLES):
                 found.add(pair)
     return found
