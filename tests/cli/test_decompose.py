@@ -242,6 +242,18 @@ def test_full_ranks_are_reported_as_meaningless(run):
     assert "no more than chance" not in sentence(text)
 
 
+def test_an_overlap_within_chance_is_called_so(run, faint):
+    text = run("decompose", *faint(100, 0.001), "--out", "out").wrote().out
+    assert "That is no more than chance" in sentence(text)
+    assert "Try" not in sentence(text)
+
+
+def test_modules_that_an_adapter_lacks_are_counted(run):
+    text = run("decompose", "a", "deep0", "--out", "out").wrote().out
+    modules = len(read("a").modules) + len(read("deep0").modules)
+    assert f"{modules} modules are missing from some adapters; they are unique" in text
+
+
 def test_a_zero_adapter_is_named(run):
     text = run("decompose", "a", "zero", "--out", "out").wrote().out
     assert "zero" in text.replace("zero-", "")
