@@ -17,9 +17,9 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo        decompose a small pool of adapters and measure the parts"
 	@echo "make test        run the tests, notebooks included"
-	@echo "make test-fast   run the tests that take no time"
-	@echo "make test-oldest run those with the oldest Python and packages allowed"
-	@echo "make check       format, lint, types, import directions, the built wheel"
+	@echo "make test-fast   run the fast tests"
+	@echo "make test-oldest run the tests with the oldest Python and packages allowed"
+	@echo "make check       format, lint, types, import directions, schemas, the built wheel"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make docs        build the pages into docs/_build/html"
 	@echo "make figures     fill in what the pages quote: results, notebooks, commands"
@@ -60,7 +60,7 @@ figures: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 
 pictures: $(VENV)/.installed-dev
-	$(BIN)/python docs/pictures/rooms.py
+	$(BIN)/python docs/pictures/packages.py
 	$(BIN)/python docs/pictures/parts.py
 
 notebooks: $(VENV)/.installed-dev

@@ -202,7 +202,7 @@ def generated(kind: str, what: str) -> str:
 
 
 def fill(page: Path) -> bool:
-    """Write a page anew where one of its blocks has changed; returns whether it has."""
+    """Write a page again if one of its blocks has changed; return whether one has."""
     before = page.read_text(encoding="utf-8")
     after = BLOCK.sub(
         lambda m: f"{m['mark']}\n{generated(m['kind'], m['what'])}\n\n{m['end']}", before

@@ -23,7 +23,7 @@ def test_examples_of_docstrings_run(module):
     assert result.failed == 0
 
 
-def test_public_functions_of_these_rooms_have_examples():
+def test_these_public_names_have_examples():
     shown = {name for name in devec.__all__ if ">>> " in (getattr(devec, name).__doc__ or "")}
     assert shown >= {
         "Adapter", "Compression", "Delta", "DevecError", "DevecWarning", "ModuleOverlap", "Overlap",

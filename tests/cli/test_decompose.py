@@ -239,7 +239,19 @@ def test_auto_is_not_proposed_to_who_used_it(run, faint):
 def test_full_ranks_are_reported_as_meaningless(run):
     text = run("decompose", "full0", "full1", "--out", "out", "--threshold", "auto").wrote().out
     assert "inf" not in sentence(text)
-    assert "already apart" not in sentence(text)
+    assert "no more than chance" not in sentence(text)
+
+
+def test_an_overlap_within_chance_is_called_so(run, faint):
+    text = run("decompose", *faint(100, 0.001), "--out", "out").wrote().out
+    assert "That is no more than chance" in sentence(text)
+    assert "Try" not in sentence(text)
+
+
+def test_modules_that_an_adapter_lacks_are_counted(run):
+    text = run("decompose", "a", "deep0", "--out", "out").wrote().out
+    modules = len(read("a").modules) + len(read("deep0").modules)
+    assert f"{modules} modules are missing from some adapters; they are unique" in text
 
 
 def test_a_zero_adapter_is_named(run):

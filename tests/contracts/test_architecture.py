@@ -1,6 +1,6 @@
-"""The package imports light, from any door, and its public names are there.
+"""Importing devec is cheap, its packages, files and functions are small, its public names exist.
 
-Which room may import which is held by import-linter's contracts (``.importlinter``).
+The contracts of import-linter (``.importlinter``) say which package may import which.
 """
 
 import ast
@@ -38,12 +38,12 @@ def test_optional_packages_are_imported_where_used():
     assert not heavy
 
 
-def test_rooms_are_small():
-    rooms = [path.parent for path in SOURCES if path.name == "__init__.py"]
+def test_packages_are_small():
+    packages = [path.parent for path in SOURCES if path.name == "__init__.py"]
     siblings = {
-        room: len([*room.glob("*.py"), *room.glob("*/__init__.py")])
-        for room in rooms
-        if room != ROOT
+        package: len([*package.glob("*.py"), *package.glob("*/__init__.py")])
+        for package in packages
+        if package != ROOT
     }
     assert max(siblings.values()) <= 13, siblings
     assert len([*ROOT.glob("*.py")]) <= 8
@@ -76,35 +76,35 @@ def test_functions_are_short():
     assert not long
 
 
-WAY = """
+ENTERED = """
 import os, sys, threading
 import devec
-root, rooms = os.path.dirname(devec.__file__) + os.sep, {}
+root, packages = os.path.dirname(devec.__file__) + os.sep, {}
 
 def enter(frame, event, _):
     file = frame.f_code.co_filename
     if event == "call" and file.startswith(root) and frame.f_code.co_name != "<module>":
-        rooms[file.removeprefix(root).split(os.sep)[0]] = None
+        packages[file.removeprefix(root).split(os.sep)[0]] = None
 
 threading.setprofile(enter)
 sys.setprofile(enter)
 from devec import cli
 cli.main()
 sys.setprofile(None)
-print(*rooms)
+print(*packages)
 """
 
 
 @pytest.mark.slow
-def test_a_decomposition_enters_few_rooms(tmp_path):
+def test_a_decomposition_enters_few_packages(tmp_path):
     pool = ROOT / "demo" / "pool"
     arguments = ["decompose", pool / "ink", pool / "chalk", "--out", tmp_path / "out"]
-    code = f"import sys; sys.argv = {['devec', *map(str, arguments)]}\n" + WAY.replace(
+    code = f"import sys; sys.argv = {['devec', *map(str, arguments)]}\n" + ENTERED.replace(
         "cli.main()", "try:\n    cli.main()\nexcept SystemExit:\n    pass"
     )
-    rooms = run(code).splitlines()[-1].split()
-    assert "decomposition" in rooms
-    assert len(rooms) <= 16, rooms
+    packages = run(code).splitlines()[-1].split()
+    assert "decomposition" in packages
+    assert len(packages) <= 16, packages
 
 
 def run(code):

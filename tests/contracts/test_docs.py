@@ -148,11 +148,34 @@ def test_measured_figures_stand_in_generated_blocks(page):
     assert [line for line in prose(written_by_hand(page)) if figure.search(line)] == []
 
 
-def test_the_files_that_the_architecture_names_exist():
-    named = re.findall(r"`([a-z_]+/[\w/.]*)`", read("docs/architecture.md"))
-    assert len(named) > 10
+def files_named_in(text):
+    """Paths in code spans, of files or directories."""
+    paths = re.findall(r"`(?:[^\s`]+ )*([.\w]+/[\w./]*)`", text)
+    return [path for path in paths if not path.startswith((".venv/", "user/"))]
+
+
+def missing(names):
+    """The paths that are in neither the repository nor the package."""
     roots = (ROOT, ROOT / "src" / "devec")
-    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+    return [name for name in names if not any((root / name).exists() for root in roots)]
+
+
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("docs/architecture.md", 40), ("CONTRIBUTING.md", 3), ("SECURITY.md", 0), ("README.md", 0)],
+)
+def test_the_files_that_a_page_names_exist(page, least):
+    named = files_named_in((ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) >= least
+    assert missing(named) == []
+
+
+def test_the_life_of_an_adapter_is_told_in_few_files():
+    section = read("docs/architecture.md").partition("## The life of one adapter")[2]
+    named = files_named_in(section.partition("\n## ")[0])
+    files = {name for name in named if name.endswith(".py")}
+    assert 6 < len(files) <= 12, files
+    assert missing(files) == []
 
 
 def test_every_public_name_is_in_the_reference():

@@ -12,10 +12,10 @@ from support.pages import DOCS
 PICTURES = DOCS / "pictures"
 
 
-def test_the_picture_of_the_rooms_shows_the_imports():
+def test_the_picture_of_the_packages_shows_the_imports():
     pytest.importorskip("grimp")
-    drawn = runpy.run_path(str(PICTURES / "rooms.py"))["draw"]()
-    assert drawn == (PICTURES / "rooms.svg").read_text(encoding="utf-8")
+    drawn = runpy.run_path(str(PICTURES / "packages.py"))["draw"]()
+    assert drawn == (PICTURES / "packages.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

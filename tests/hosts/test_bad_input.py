@@ -328,7 +328,9 @@ def test_empty_parts_are_reported():
     model = make_model("llama")
     for name in PAIR:
         add(model, name, 0, ["q_proj"])
-    with pytest.warns(DevecWarning, match="'anime_unique', 'pixel_unique' would hold nothing"):
+    with pytest.warns(
+        DevecWarning, match="'anime_unique', 'pixel_unique' are zero and are not added"
+    ):
         devec.decompose_adapters(model, PAIR)
     assert {"anime_shared", "common"} <= model.peft_config.keys()
 

@@ -184,8 +184,8 @@ def nothing_shared(splits: Sequence[ModuleSplit], threshold: Threshold) -> str:
     if best.edge >= 1:
         ranks = " + ".join(str(rank) for rank in best.ranks)
         return (
-            f"Nothing is shared beyond chance: in {best.module} and everywhere else the ranks "
-            f"({ranks} of {len(best.basis)}) fill the space, so that any two subspaces meet. "
+            f"Nothing is shared: in {best.module} and everywhere else the ranks "
+            f"({ranks} of {len(best.basis)}) fill the space, so that no overlap is beyond chance. "
             "Try a number as threshold."
         )
     found = (
@@ -194,11 +194,14 @@ def nothing_shared(splits: Sequence[ModuleSplit], threshold: Threshold) -> str:
         f"{best.edge:.3f}."
     )
     if all(split.largest <= split.edge for split in compared):
-        return f"{found} That is no more than chance: these adapters are already apart."
+        return f"{found} That is no more than chance: these adapters share nothing beyond it."
     if best.largest > best.threshold:
-        return f"{found} But not every adapter holds that direction beyond chance."
+        return f"{found} But not every adapter contains that direction beyond chance."
     unit = 10.0 ** (math.floor(math.log10(best.largest)) - 1)
     lower = f"{math.floor(best.largest / unit) * unit:.2g}"
     if threshold == "auto":
-        return f"{found} A threshold of {lower} would take it, though chance may give as much."
+        return (
+            f"{found} With a threshold of {lower} it would count as shared, but random subspaces "
+            "can overlap as much."
+        )
     return f"{found} Try a threshold of {lower}, or auto."

@@ -70,7 +70,7 @@ class Decomposition:
 
     @property
     def nothing_shared(self) -> bool:
-        """Whether no direction exceeded the threshold anywhere."""
+        """Whether no direction reached the threshold anywhere."""
         return not any(split.shared_rank for split in self.splits)
 
     def outputs(self, *, compact: bool = False) -> dict[str, Adapter]:

@@ -108,7 +108,7 @@ def decompose_adapters(
     if parts.nothing_shared:
         warn(nothing_shared(parts.splits, threshold))
     elif zero:
-        warn(f"{listed(zero, 20)} would hold nothing and are not added")
+        warn(f"{listed(zero, 20)} are zero and are not added")
     _warn_of_doras(outputs)
     return parts
 

@@ -19,7 +19,7 @@ def random_edge(n: int, p: int, q: int) -> float:
     """Asymptotic upper edge of the squared cosines between two random subspaces.
 
     (√(a(1-b)) + √(b(1-a)))² with a = p/n and b = q/n: the limit of the largest squared cosine as n
-    grows. For p + q ≥ n the subspaces intersect and the edge is 1.
+    grows. For p + q = n this is 1. For p + q > n any two subspaces intersect, and the edge is 1.
 
     Args:
         n: Dimension of the space, positive.
@@ -64,8 +64,9 @@ def chance_level(n: int, p: int, q: int) -> float:
     Returns:
         The percentile, in (0, 1). Exact to 2e-6 in probability if one dimension is at most
         `LARGEST_EXACT`, the other at most 1024 and n at most 16384. Otherwise approximate: 0.4 % to
-        1 % of random subspaces exceed it (measured for p from 5 on). Infinity if p + q ≥ n: such
-        subspaces always intersect, so no overlap is beyond chance.
+        1 % of random subspaces exceed it (measured for p from 5 on). Infinity if p + q ≥ n: for
+        p + q > n any two subspaces intersect, so no overlap is beyond chance, and for p + q = n the
+        asymptotic edge is 1 and no level is set.
 
     Cost: below 0.1 s for the exact law, O(1) otherwise; results are cached.
 

@@ -45,5 +45,5 @@ class WrittenDecomposition:
 
     @property
     def nothing_shared(self) -> bool:
-        """Whether no direction exceeded the threshold anywhere."""
+        """Whether no direction reached the threshold anywhere."""
         return not any(split.shared_rank for split in self.splits)

@@ -145,7 +145,7 @@ THRESHOLD = 0.85
 
 
 def rewritten(kind, path, target, convention):
-    """A file written anew, by hand: one LoRA for every layer of diffusers, without alpha."""
+    """A file written again, by hand: one LoRA for every layer of diffusers, without alpha."""
     tensors, ranks = {}, set()
     plain = Adapter.from_pretrained(path).save_pretrained(path.with_name("plain.safetensors"))
     for module_id, (scale, B, A) in factors(plain).items():

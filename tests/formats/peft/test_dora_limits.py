@@ -134,7 +134,7 @@ def test_magnitudes_that_are_missing(dora):
 def test_magnitudes_that_the_config_denies(dora):
     denied = with_config(dora, use_dora=False)
     refused(denied, WEIGHTS, "use_dora is not true", "'first.layer', 'second.layer'")
-    refused(denied, "which of the two is wrong cannot be told")
+    refused(denied, "which of the two is wrong cannot be determined")
     refused(with_config(dora, use_dora="yes"), CONFIG, "use_dora should be true or false")
 
 

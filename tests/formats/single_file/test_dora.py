@@ -206,7 +206,7 @@ def test_one_alpha_leaves_magnitudes_alone(tmp_path):
     assert_close_deltas(effects("sd15", out), want, 1e-12)
     alphas = {float(t) for key, t in load_file(out).items() if key.endswith(".alpha")}
     assert len(alphas) == 1
-    for module in (LINEAR, CONV):  # not computed anew
+    for module in (LINEAR, CONV):  # not computed again
         kept = load_file(path)[f"{module}.dora_scale"]
         torch.testing.assert_close(load_file(out)[f"{module}.dora_scale"], kept, rtol=0, atol=0)
 

@@ -39,7 +39,7 @@ def stored(path):
 def sibling(name, path):
     """A file like a golden one, whose deltas nearly share one direction or more with its deltas.
 
-    Every factor of the output side keeps one vector, but for noise; all else is drawn anew.
+    Every factor of the output side keeps one vector, but for noise; all else is drawn again.
     """
     tensors, metadata = stored(golden(name))
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

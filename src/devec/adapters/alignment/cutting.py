@@ -158,8 +158,8 @@ class OutputNames:
             return dotted_names()[name], ""
         return name, (
             f"module {name!r} has no name in the convention of the output: it has none for this "
-            "layer, or which of its underscores stand for dots cannot be told. Write another "
-            "format (--format), or name an adapter of another convention first"
+            "layer, or which of its underscores stand for dots cannot be determined. Write "
+            "another format (--format), or name an adapter of another convention first"
         )
 
     def targets(self, slices: Slices) -> dict[str, Target]:

@@ -81,7 +81,7 @@ def _print_not_compared(parts: Decomposition | WrittenDecomposition) -> None:
     modules = {module for adapter in parts.unique.values() for module in adapter.modules}
     partial = len(modules - {split.module for split in parts.splits})
     if partial:
-        typer.echo(f"{partial} modules are not in all adapters; all of those is unique.")
+        typer.echo(f"{partial} modules are missing from some adapters; they are unique as a whole.")
 
 
 def _print_carried(parts: Decomposition | WrittenDecomposition) -> None:

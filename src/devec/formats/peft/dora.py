@@ -50,7 +50,8 @@ def require_everywhere(config: Config, factors: Mapping[str, Mapping[str, Tensor
     if other:
         raise FormatError(
             f"use_dora is not true in {CONFIG_NAME}, but the file has magnitudes "
-            f"(lora_magnitude_vector) of {listed(other)}; which of the two is wrong cannot be told"
+            f"(lora_magnitude_vector) of {listed(other)}; which of the two is wrong cannot be "
+            "determined"
         )
 
 

@@ -190,7 +190,7 @@ class _FileModules:
                 raise FormatError(
                     f"{ADAPTER_KEY} in the header says use_dora {declared.is_dora}, but there "
                     f"are {'no' if declared.is_dora else 'some'} magnitudes; which of the two is "
-                    "wrong cannot be told"
+                    "wrong cannot be determined"
                 )
             return stored
 

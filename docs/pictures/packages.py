@@ -1,9 +1,10 @@
-"""Draw the packages of devec and their imports: docs/pictures/rooms.svg.
+"""Draw the packages of devec and their imports: docs/pictures/packages.svg.
 
-    python docs/pictures/rooms.py
+    python docs/pictures/packages.py
 
-The floors are the layers of `.importlinter`, the arrows are the imports that grimp finds. An arrow
-that follows from others (a imports b, b imports c, so a may import c) is left out.
+The rows are the layers of `.importlinter`, and the arrows are the imports that grimp finds. An
+arrow that follows from others (a imports b, b imports c, so a may import c) is left out, and so are
+the exceptions that the contract declares.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from xml.sax.saxutils import escape
 import grimp
 
 ROOT = Path(__file__).parents[2]
-PICTURE = Path(__file__).with_name("rooms.svg")
+PICTURE = Path(__file__).with_name("packages.svg")
 
-ROLES = {  # room → where it stands on its floor, and what it is for
+ROLES = {  # package → its horizontal position, and its purpose
     "cli": (300, "one file a command"),
     "demo": (420, "a small pool to try"),
     "streaming": (160, "files in, files out"),
@@ -35,29 +36,37 @@ ROLES = {  # room → where it stands on its floor, and what it is for
     "linalg": (370, "plain tensors"),
     "naming": (810, "names of modules"),
     "lazy": (230, "read on access"),
-    "errors": (520, "what users are told"),
+    "errors": (520, "errors and warnings"),
 }
 WIDTH, STEP, BOX = 960, 84, (172, 46)
 COLOURS = {"paper": "#fbfaf7", "edge": "#d8d4ca", "box": "#ffffff", "line": "#8a8578"}
-INK, MUTED, FLOOR = "#22303c", "#5f6b75", "#f1eee6"
+INK, MUTED, BAND = "#22303c", "#5f6b75", "#f1eee6"
 
 
-def floors() -> list[list[str]]:
-    """The layers of the contract, from the top, without what is no room of its own."""
-    contract = configparser.ConfigParser()
-    contract.read(ROOT / ".importlinter")
-    lines = contract["importlinter:contract:rooms"]["layers"].split("\n")
-    rows = [[name.strip() for name in line.split("|")] for line in lines if line.strip()]
+def layers() -> list[list[str]]:
+    """The layers of the contract from top to bottom, without `__main__`, which is a script."""
+    rows = [[name.strip() for name in line.split("|")] for line in contract("layers")]
     return [row for row in rows if row != ["__main__"]]
 
 
+def contract(option: str) -> list[str]:
+    """The lines of an option of the contract of packages."""
+    contracts = configparser.ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    lines = contracts["importlinter:contract:packages"].get(option, "").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
 def imports() -> set[tuple[str, str]]:
-    """Pairs of rooms of which the first imports the second."""
+    """Pairs of packages of which the first imports the second."""
+    exceptions = contract("ignore_imports")
     graph = grimp.build_graph("devec", cache_dir=None)
     found = set()
     for module in graph.modules:
         for other in graph.find_modules_directly_imported_by(module):
             pair = tuple(f"{name}.".split(".")[1] for name in (module, other))
+            if f"{module} -> {other}" in exceptions:
+                continue
             if pair[0] != pair[1] and set(pair) <= set(ROLES):
                 found.add(pair)
     return found
@@ -65,10 +74,10 @@ def imports() -> set[tuple[str, str]]:
 
 def needed(arrows: set[tuple[str, str]]) -> list[tuple[str, str]]:
     """The arrows that do not follow from others."""
-    after = {room: {b for a, b in arrows if a == room} for room in ROLES}
+    after = {name: {b for a, b in arrows if a == name} for name in ROLES}
 
-    def below(room: str) -> set[str]:
-        return after[room].union(*map(below, after[room]))
+    def below(name: str) -> set[str]:
+        return after[name].union(*map(below, after[name]))
 
     return sorted(
         (a, b) for a, b in arrows if not any(b in below(other) for other in after[a] - {b})
@@ -77,12 +86,10 @@ def needed(arrows: set[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def draw() -> str:
     """The picture as SVG."""
-    rows = floors()
-    y = {room: 40 + STEP * floor for floor, row in enumerate(rows) for room in row}
+    rows = layers()
+    y = {name: 40 + STEP * layer for layer, row in enumerate(rows) for name in row}
     if y.keys() != ROLES.keys():
-        raise ValueError(
-            f"rooms without a place in the picture, or gone: {y.keys() ^ ROLES.keys()}"
-        )
+        raise ValueError(f"the picture and the layers differ in {sorted(y.keys() ^ ROLES.keys())}")
     height = 40 + STEP * len(rows) - 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
@@ -95,12 +102,12 @@ def draw() -> str:
         f'stroke="{COLOURS["edge"]}"/>',
     ]
     parts += [
-        f'<rect x="14" y="{28 + STEP * floor}" width="{WIDTH - 28}" height="70" rx="8" '
-        f'fill="{FLOOR}"/>'
-        for floor in range(len(rows))
+        f'<rect x="14" y="{28 + STEP * layer}" width="{WIDTH - 28}" height="70" rx="8" '
+        f'fill="{BAND}"/>'
+        for layer in range(len(rows))
     ]
     parts += [arrow(ROLES[a][0], y[a], ROLES[b][0], y[b]) for a, b in needed(imports())]
-    parts += [box(room, x, y[room], role) for room, (x, role) in ROLES.items()]
+    parts += [box(name, x, y[name], role) for name, (x, role) in ROLES.items()]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -116,13 +123,13 @@ def arrow(x0: float, y0: float, x1: float, y1: float) -> str:
     )
 
 
-def box(room: str, x: float, y: float, role: str) -> str:
-    """A room with its name and what it is for."""
+def box(name: str, x: float, y: float, role: str) -> str:
+    """A package with its name and its purpose."""
     return (
         f'<rect x="{x - BOX[0] / 2}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="7" '
         f'fill="{COLOURS["box"]}" stroke="{COLOURS["edge"]}"/>'
         f'<text x="{x}" y="{y + 20}" text-anchor="middle" font-size="15" font-weight="bold" '
-        f'fill="{INK}">{escape(room)}</text>'
+        f'fill="{INK}">{escape(name)}</text>'
         f'<text x="{x}" y="{y + 37}" text-anchor="middle" font-size="12.5" fill="{MUTED}">'
         f"{escape(role)}</text>"
     )
