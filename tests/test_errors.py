@@ -51,12 +51,14 @@ def caught(tmp_path_factory):
     return str(path), json.loads(ran.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_a_warning_names_the_line_that_called_devec(call, caught):
     path, warnings = caught
     assert ["DevecWarning", path, CALLS[call]] in warnings
 
 
+@pytest.mark.slow
 def test_no_warning_names_another_line(caught):
     path, warnings = caught
     assert {(file, line) for _, file, line in warnings} == {(path, n) for n in CALLS.values()}

@@ -81,6 +81,7 @@ def run_command(line):
         assert words[:1] in ([], ["pip"], ["cd"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_examples_run(page):
@@ -93,6 +94,7 @@ def test_examples_run(page):
                 run_command(line)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_files_of_the_command_are_those_of_decompose_to():
     names = ("ink", "chalk", "sign")
@@ -107,6 +109,7 @@ def test_the_files_of_the_command_are_those_of_decompose_to():
     )
 
 
+@pytest.mark.slow
 def test_the_demo_in_the_quickstart_is_the_demo(capsys):
     """Within rounding: accuracies may differ by a digit image or two between processors."""
     from devec.cli.demo import demo_command

@@ -20,6 +20,7 @@ LIVE, DORA = "docs/guides/live-models.md", "docs/guides/dora.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
 
 
+@pytest.mark.slow
 def test_the_example_of_doras_runs(tmp_path, monkeypatch):
     save_models(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -235,6 +235,7 @@ def test_several_parts_load_beside_each_other(tmp_path, kind):
     assert relative_error(together, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_adapter_read_is_the_adapter_saved(tmp_path):
     for kind, variant in CASES:
         path = save_adapter(tmp_path / f"{kind}-{variant}", kind, variant, 0)
