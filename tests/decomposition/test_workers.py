@@ -1,6 +1,7 @@
 """Work in threads: results and errors in order, little memory at a time."""
 
 import threading
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -39,6 +40,27 @@ def test_calls_within_a_call_run_in_its_thread():
         return {threading.current_thread().name, *in_parallel(inner, work(2))}
 
     assert all(len(names) == 1 for names in in_parallel(outer, work(3)))
+
+
+def test_no_work_begins_after_an_error(monkeypatch):
+    """Not even work whose future an interruption has kept from being remembered."""
+    submitted, begun = [], []
+
+    class Interrupted(BaseException):
+        pass
+
+    class Executor:
+        def submit(self, function, stack):
+            submitted.append((function, stack))
+            raise Interrupted
+
+    monkeypatch.setattr(cpu_workers, "shared_executor", lambda *_: Executor())
+    with pytest.raises(Interrupted):
+        list(in_parallel(begun.append, work()))
+    ((function, stack),) = submitted
+    with pytest.raises(CancelledError):
+        function(stack)
+    assert not begun
 
 
 def test_stacks_that_need_much_memory_are_worked_on_one_by_one(monkeypatch):

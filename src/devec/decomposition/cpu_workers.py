@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from threading import Semaphore
+from concurrent.futures import CancelledError, Future, wait
+from threading import Event, Semaphore
 from typing import TypeVar
 
 import torch
@@ -30,9 +30,12 @@ def on_cpu(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
     """
     workers = _workers(work)
     gate = Semaphore(workers)  # there are threads for small modules and for large ones
+    stopped = Event()  # also for work of which a signal has kept the future from this function
 
     def compute(stack: Stack) -> V:
         with gate, torch.no_grad():
+            if stopped.is_set():
+                raise CancelledError
             return call(stack)
 
     if in_worker_thread():
@@ -48,6 +51,7 @@ def on_cpu(call: Callable[[Stack], V], work: Sequence[Stack]) -> Iterator[V]:
         for future in futures:  # in order, so that of several errors the same is raised each time
             yield future.result()
     finally:
+        stopped.set()
         wait([future for future in futures if not future.cancel()])
 
 
