@@ -1,7 +1,9 @@
 """Adapters are vectors."""
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from devec import Adapter, Delta, DevecError, combine, cosine, distance, inner
 from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import dense, make_pool, relative_error, save_kohya
+from support.adapters.dense_doras import pool
 
 weights = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-2)
 seeds = st.integers(0, 500)
@@ -192,3 +195,16 @@ def test_adapters_add_to_adapters_only(other):
         adapter(1) + other
     with pytest.raises(TypeError, match="unsupported operand"):
         adapter(1) - other
+
+
+def test_equality_of_doras_is_of_effect():
+    _, (a, b), _ = pool(("out", "lora"))
+    assert a == 1.0 * a == (a + b) - b
+    assert a != 1.001 * a
+    assert a != Adapter("a", {"m": dataclasses.replace(a.modules["m"], gain=None)})
+
+
+def test_norms_of_whole_doras_add_in_squares():
+    _, adapters, truths = pool(("out", "in"))
+    both = Adapter("both", {"first": adapters[0].modules["m"], "second": adapters[1].modules["m"]})
+    assert both.norm() == pytest.approx(math.hypot(*map(np.linalg.norm, truths)), rel=1e-10)

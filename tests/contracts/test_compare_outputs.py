@@ -64,3 +64,37 @@ def test_a_number_of_a_report_and_a_word_may_not(trees):
 def test_files_that_only_one_has_are_named(trees):
     (trees[1] / "printed.txt").rename(trees[1] / "more.txt")
     assert found(trees) == {"more.txt": "new", "printed.txt": "missing"}
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ('"task_type": null', None),
+        ('"header": {}', None),
+        ('"base_copies": []', None),
+        ('"task_type": "CAUSAL_LM"', "1 fields, first /task_type: 'absent', now 'CAUSAL_LM'"),
+        ('"other": null', "1 fields, first /other: 'absent', now None"),
+    ],
+)
+def test_reports_may_have_more_fields_if_they_are_listed_and_empty(trees, field, said):
+    (trees[1] / "report.json").write_text(f'{{"rows": [{{"rank": 2}}], {field}}}')
+    assert found(trees).get("report.json") == said
+
+
+def test_a_field_of_an_adapter_may_not_be_added_though_it_is_empty(trees):
+    for tree, text in zip(trees, ('{"r": 2}', '{"r": 2, "task_type": null}'), strict=True):
+        (tree / "adapter_config.json").write_text(text)
+    assert "task_type" in found(trees)["adapter_config.json"]
+
+
+def test_a_field_of_a_report_may_not_disappear(trees):
+    (trees[0] / "report.json").write_text('{"rows": [{"rank": 2}], "task_type": null}')
+    assert "/task_type: None, now 'absent'" in found(trees)["report.json"]
+
+
+def test_only_what_both_refuse_is_reworded(trees):
+    (trees[0] / "refused.txt").write_text("no")
+    assert not compare_outputs.is_reworded("refused.txt", found(trees)["refused.txt"])
+    (trees[1] / "refused.txt").write_text("never")
+    assert compare_outputs.is_reworded("refused.txt", found(trees)["refused.txt"])
+    assert not compare_outputs.is_reworded("printed.txt", "text: 'no', now 'never'")

@@ -197,3 +197,29 @@ def test_the_precision_is_that_of_the_wider_factor(dtypes, axis):
     truth = dora_truth(*(x.double().numpy() for x in (W, B, A)), 1.0, m.numpy(), axis)
     assert delta.dtype == torch.float64
     assert relative_error(dense_change(delta), truth) < 1e-13
+
+
+@pytest.mark.parametrize("decades", [0, 1, 2, 3])
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_how_the_factors_are_written_does_not_matter(decades, axis):
+    """The error is that of float32 factors, whose products are formed densely in float32."""
+    g = torch.Generator().manual_seed(0)
+    W, B, A = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((64, 48), (64, 6), (6, 48))
+    )
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
+    G = Q * 10.0 ** -torch.linspace(0, decades, 6, dtype=torch.float64) @ Q.mT
+    b, a = (B @ G).float(), torch.linalg.solve(G, A).float()
+    W = W.float()
+    dim = 1 if axis == "out" else 0
+    m = ((W.double() + B @ A).norm(dim=dim) * 1.1).float()
+    delta = Delta(b, a, 1.0, None, Magnitude(m, axis, HeldWeight(W, "base")))
+    truth = dora_truth(*(x.double().numpy() for x in (W, b, a)), 1.0, m.double().numpy(), axis)
+    V = W + b @ a
+    norms = V.norm(dim=dim)
+    plain = (m / norms)[:, None] * V - W if axis == "out" else V * (m / norms) - W
+    error = relative_error(dense_change(delta), truth)
+    assert error < max(3 * relative_error(plain, truth), 1e-6)
+    doubled = relative_error(dense_change(delta + delta), 2 * truth)
+    assert doubled < max(3 * relative_error(plain, truth), 1e-6)
+    assert delta.norm() == pytest.approx(np.linalg.norm(truth), rel=1e-6 * 10**decades)

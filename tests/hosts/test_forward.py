@@ -28,6 +28,7 @@ from support.models.live_models import (
     trained,
 )
 from support.models.pipelines import make_pipeline
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore:.*are DoRAs, of which:devec.DevecWarning"
@@ -171,6 +172,7 @@ def test_pipelines_of_peft_models():
     assert apart(got["transformer"], want["transformer"]) < 1e-5
 
 
+@needs("peft", "0.20", "a model holds one adapter with target_parameters")
 def test_experts_in_peft_models(tmp_path):
     host = peft_host(tmp_path, "experts")
     before = outputs(host, "experts")

@@ -10,6 +10,7 @@ import devec
 from devec import DevecWarning
 from support.models.live_models import LLAMA, TOKENS, layers, trained
 from support.models.pipelines import make_pipeline
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -146,6 +147,7 @@ def test_weights_that_could_be_an_alpha_are_named(tmp_path):
     assert {delta.scaling for delta in got.modules.values()} == {1.0}
 
 
+@needs("transformers", "5", "its models cannot hotswap adapters")
 def test_a_model_of_transformers_is_read_as_it_runs(tmp_path):
     save(tmp_path / "a", 1, 4, 8)
     save(tmp_path / "b", 2, 4, 16)

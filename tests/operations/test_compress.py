@@ -10,6 +10,7 @@ from devec import Adapter, Delta, as_lora, combine, compress, decompose, distanc
 from devec.deltas.base_weight import HeldWeight
 from devec.deltas.gains import Magnitude
 from support.adapters.cases import dense, relative_error
+from support.adapters.dense_doras import apart, low_rank, pool
 
 
 def normal(*shape, seed, dtype=torch.float32):
@@ -62,8 +63,8 @@ def test_how_the_factors_are_scaled_does_not_matter(way, G):
     a = adapter(0)
     scales = torch.tensor([G, 1.0, 1 / G, 1.0])
     skew = a.map(lambda _, d: dataclasses.replace(d, B=d.B * scales, A=d.A / scales[:, None]))
-    for pool in (skew, skew + skew):
-        assert compress(pool, **WAYS[way]).adapter.modules["x"].rank == 4
+    for one in (skew, skew + skew):
+        assert compress(one, **WAYS[way]).adapter.modules["x"].rank == 4
     assert distance(compress(skew, **WAYS[way]).adapter, a) < 1e-5 * a.norm()
 
 
@@ -125,3 +126,38 @@ def test_a_float64_adapter_keeps_its_weak_direction_beside_float32():
     pool = [weak("x", torch.float64), other("y", torch.float32)]
     (split,) = decompose(pool).splits
     assert (split.ranks, split.shared_rank) == ((2, 2), 1)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_compression_is_optimal_for_the_gains_kept(axis, rank):
+    module, (adapter, *_), (truth, *_) = pool((axis,))
+    result = compress(adapter, rank=rank)
+    singular = np.linalg.svd(low_rank(adapter.modules["m"]), compute_uv=False)
+    error = np.linalg.norm(singular[rank:4]) / np.linalg.norm(truth)
+    written = module.written(result.adapter.modules["m"], axis)
+    assert apart(written, truth) == pytest.approx(error, abs=1e-12)
+    assert result.error == result.errors["m"] == pytest.approx(error, abs=1e-12)
+    assert result.adapter.modules["m"].rank == rank
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
+def test_energy_is_that_of_the_whole_delta(energy):
+    module, (adapter, *_), (truth, *_) = pool(("out",))
+    result = compress(adapter, energy=energy)
+    delta = result.adapter.modules["m"]
+    assert apart(module.dense(delta), truth) ** 2 <= 1 - energy + 1e-12
+    if delta.rank:
+        worse = compress(adapter, rank=delta.rank - 1) if delta.rank > 1 else None
+        assert worse is None or worse.error**2 > 1 - energy
+
+
+def test_a_dora_of_rank_zero_keeps_its_gains():
+    module, (adapter, *_), (truth, *_) = pool(("out",))
+    delta = adapter.modules["m"].resolved()
+    gains = Delta(
+        delta.B[:, :0], delta.A[:0], gain=delta.gain.with_factors(delta.B[:, :0], delta.A[:0])
+    )
+    kept = compress(Adapter("g", {"m": gains}), rank=3).adapter.modules["m"]
+    assert kept.rank == 0
+    assert apart(module.written(kept, "out"), truth - low_rank(delta)) < 1e-12

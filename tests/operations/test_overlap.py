@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from devec import Adapter, Delta, DevecError, DevecWarning, cosine, decompose, overlap
+from devec import Adapter, Delta, DevecError, DevecWarning, cosine, decompose, distance, overlap
 from devec.linalg.chance import random_edge
 from support.adapters.cases import dense
+from support.adapters.dense_doras import low_rank, pool
 
 
 def adapter(name, seed, rank=3, module="q"):
@@ -76,3 +77,18 @@ def test_the_cosine_of_nothing_is_nan():
     a = adapter("a", 1)
     assert math.isnan(cosine(a, 0 * a))
     assert math.isnan(cosine(a, a.map(lambda _, d: dataclasses.replace(d, B=math.nan * d.B))))
+
+
+def test_measures_of_doras_are_those_of_the_whole_delta():
+    _, adapters, truths = pool(("out", "lora", "in"))
+    found = overlap(adapters)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        a, b, A, B = adapters[i], adapters[j], truths[i], truths[j]
+        want = (A * B).sum() / np.linalg.norm(A) / np.linalg.norm(B)
+        assert found.cosines[a.name, b.name] == pytest.approx(want, abs=1e-10)
+        assert cosine(a, b) == pytest.approx(want, abs=1e-10)
+        assert distance(a, b) == pytest.approx(np.linalg.norm(A - B), rel=1e-9)
+        Q, R = (np.linalg.svd(low_rank(x.modules["m"]))[0][:, :4] for x in (a, b))
+        squared = np.linalg.svd(Q.T @ R, compute_uv=False) ** 2
+        row = next(r for r in found.modules if r.pair == (a.name, b.name))
+        assert row.squared_cosines.numpy() == pytest.approx(squared, abs=1e-9)

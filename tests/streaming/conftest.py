@@ -6,6 +6,7 @@ import pytest
 
 from support.adapters.cases import make_pool
 from support.pools.golden_pool import golden, sibling
+from support.threads import torch_threads as torch_threads
 
 
 @pytest.fixture(scope="module")

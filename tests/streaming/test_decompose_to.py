@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from devec import Adapter, Delta, DevecError, decompose
 from devec.streaming.decompose_to import decompose_to
@@ -15,11 +16,13 @@ from support.checks.streamed import (
     contents,
     from_files,
     from_files_to_files,
+    stored,
     tree,
     with_report,
 )
 from support.checks.streams import assert_streams_as_in_memory
 from support.pools.golden_pool import golden
+from support.threads import one_and_two_threads
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
@@ -30,6 +33,8 @@ pytestmark = [
 ]
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+UP = ".lora_up.weight"
 
 CONV = "lora_unet_mid_block_resnets_1_conv2"
 
@@ -45,15 +50,6 @@ def dora_pool(tmp_path_factory):
         return [*made, save_lora(root / "c", kind, index=2)][:k]
 
     return make
-
-
-@pytest.fixture
-def one_thread():
-    """What several threads compute together they round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +76,7 @@ SCOPES = {
 }
 
 
+@one_and_two_threads
 @pytest.mark.parametrize("name", SCOPES)
 def test_scopes_methods_and_thresholds(tmp_path, peft_pool, name):
     pool = peft_pool("linear", "plain", 3)
@@ -114,6 +111,14 @@ def test_scopes_methods_and_thresholds(tmp_path, peft_pool, name):
 )
 def test_single_files(tmp_path, golden_pool, name):
     assert len(assert_streams_as_in_memory(tmp_path, golden_pool(name)).written) == 5
+
+
+@one_and_two_threads
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "pairwise"}, {"scope": "iterative", "target": "a"}], ids=str
+)
+def test_stacks_of_several_shapes(tmp_path, golden_pool, options):
+    assert assert_streams_as_in_memory(tmp_path, golden_pool("kohya_sd15"), **options).written
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,7 @@ FORMS = {
 }
 
 
+@one_and_two_threads
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["kohya_sd15", "diffusers_sdxl"])
 def test_forms(tmp_path, golden_pool, name, form):
@@ -176,6 +182,7 @@ def test_a_directory_as_a_file_and_a_file_as_a_directory(tmp_path, golden_pool):
     assert all(path.is_dir() for path in written.written.values())
 
 
+@one_and_two_threads
 @pytest.mark.parametrize("kind", ["linear", "conv1d-gpt2", "conv2d", "embedding"])
 def test_doras_of_peft(tmp_path, dora_pool, kind):
     written = assert_streams_as_in_memory(tmp_path, dora_pool(kind), base=BASES[kind])
@@ -193,7 +200,7 @@ def test_doras_of_peft(tmp_path, dora_pool, kind):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("one_thread")
+@one_and_two_threads
 def test_forms_and_scopes_of_doras_and_a_lora(tmp_path, dora_pool, form, options):
     pool = dora_pool("linear", 3)
     written = assert_streams_as_in_memory(tmp_path, pool, form, BASES["linear"], **options)
@@ -215,10 +222,26 @@ def test_doras_in_single_files(tmp_path, axes, form):
     assert_streams_as_in_memory(tmp_path, pool, form, base("sd15"), threshold=1e-4)
 
 
+@one_and_two_threads
 def test_a_dora_without_its_base_model_is_refused_and_nothing_written(tmp_path, dora_pool):
     with pytest.raises(DevecError, match=r"module 'first.layer'.*--base MODEL"):
         from_files_to_files(tmp_path / "out", dora_pool("linear"))
     assert not list(tmp_path.iterdir())
+
+
+@one_and_two_threads
+def test_an_error_in_a_worker_leaves_nothing_written(tmp_path, golden_pool):
+    """A factor that is not finite is noticed when its stack is split."""
+    pool = {}
+    for name, path in golden_pool("kohya_sd15").items():
+        tensors, strings = stored(path)
+        last = max(key.removesuffix(UP) for key in tensors if key.endswith(UP))
+        tensors[last + UP].fill_(float("nan"))
+        pool[name] = tmp_path / f"{name}.safetensors"
+        save_file(tensors, pool[name], strings)
+    with pytest.raises(DevecError, match=last):
+        from_files_to_files(tmp_path / "out", pool)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
 def test_adapters_in_memory_are_written_the_same(tmp_path, peft_pool):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from devec.arguments import inverse, number
 from devec.deltas.base_weight import BaseWeight
+from devec.deltas.biases import bias_inner, sum_of_biases
 from devec.deltas.gain_sums import gain_inner, sum_of_gains
 from devec.deltas.gains import (
     AXES,
@@ -25,7 +26,7 @@ from devec.deltas.gains import (
 )
 from devec.deltas.matrix import DeltaMatrix
 from devec.errors import IncompatibleError
-from devec.linalg.dtypes import CANCELLATION, basis_dtype, working_dtype
+from devec.linalg.dtypes import CANCELLATION, working_dtype
 from devec.linalg.factors import ColumnSpace, column_space, norm, product_inner, product_norm
 from devec.linalg.precision import full_precision
 
@@ -62,6 +63,8 @@ class Delta:
         Delta(3×2, rank 2)
         >>> (one - one).norm() < 1e-12
         True
+        >>> one.to("cpu").same_as(one), one.each(torch.Tensor.double).dtype
+        (True, torch.float64)
     """
 
     B: Float[Tensor, "out rank"]
@@ -169,6 +172,15 @@ class Delta:
         Cost: O(out·in·rank) and one pass over the base weight for a DoRA.
 
         Reference: Liu et al. 2024, arXiv 2402.09353, Eq. 5.
+
+        Example:
+            >>> from devec.deltas.base_weight import HeldWeight
+            >>> gain = Magnitude(torch.full((4,), 2.0), "out", HeldWeight(torch.eye(4)))
+            >>> delta = Delta(torch.zeros(4, 1), torch.zeros(1, 4), gain=gain).resolved()
+            >>> delta.gain.axes["out"].values.tolist(), delta.change().norm()
+            ([1.0, 1.0, 1.0, 1.0], 2.0)
+            >>> delta.on(HeldWeight(3 * torch.eye(4))).change().norm()
+            6.0
         """
         if not isinstance(self.gain, Magnitude):
             return self
@@ -207,7 +219,7 @@ class Delta:
         return Delta(
             B=torch.cat([left.B.to(dtype), right.B.to(dtype)], dim=1),
             A=torch.cat([left.A.to(dtype), right.A.to(dtype)], dim=0),
-            bias=_sum_of_biases(left.bias, right.bias),
+            bias=sum_of_biases(left.bias, right.bias),
             gain=sum_of_gains(left, right),
         )
 
@@ -237,7 +249,8 @@ class Delta:
         self._require_same_shape(other)
         left, right = self.resolved(), other.resolved()
         low = product_inner(left.B, left.A, right.B, right.A)
-        total = left.scaling * (right.scaling * low + _bias_inner(left, right))
+        bias = bias_inner(left.bias, right.bias)
+        total = left.scaling * (right.scaling * low + right.scaling * bias)
         return total + gain_inner(left, right)
 
     @full_precision
@@ -250,8 +263,11 @@ class Delta:
         Cost: O((out + in)·rank²); a DoRA reads its base weight if terms cancel.
 
         Example:
-            >>> round(Delta(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0).norm(), 4)
-            4.899
+            >>> delta = Delta(torch.ones(3, 1), torch.ones(1, 2), 2.0, torch.ones(3))
+            >>> round(delta.norm(), 4), round(delta.weight_norm(), 4), round(delta.bias_norm(), 4)
+            (6.0, 4.899, 3.4641)
+            >>> round((delta - delta).factor_norm(), 4)
+            9.798
         """
         delta = self.resolved()
         return math.hypot(delta.weight_norm(), delta.bias_norm())
@@ -329,8 +345,9 @@ class Delta:
         Reference: arXiv 2512.22511, Eq. 12.
 
         Example:
-            >>> Delta(torch.ones(3, 1), torch.ones(1, 2)).projected(torch.eye(3, 1)).B.tolist()
-            [[1.0], [0.0], [0.0]]
+            >>> delta, Z = Delta(torch.ones(3, 1), torch.ones(1, 2)), torch.eye(3, 1)
+            >>> delta.projected(Z).B.tolist(), delta.coordinates(Z)
+            ([[1.0], [0.0], [0.0]], tensor([[1., 1.]]))
         """
         delta = self.resolved()
         Z = Z.to(delta.dtype)
@@ -372,7 +389,7 @@ class Delta:
         """
         if self.gain is not None:
             return self - part
-        bias = _sum_of_biases(self.bias, None if part.bias is None else -part.bias)
+        bias = sum_of_biases(self.bias, None if part.bias is None else -part.bias)
         return dataclasses.replace(self, B=self.B.to(part.dtype) - part.B, bias=bias)
 
     def _require_same_shape(self, other: Delta) -> None:
@@ -380,18 +397,3 @@ class Delta:
             raise IncompatibleError(
                 f"deltas of one module need one shape, got {self.shape} and {other.shape}"
             )
-
-
-def _bias_inner(left: Delta, right: Delta) -> float:
-    """⟨b1, b2⟩ times the scaling of the second."""
-    if left.bias is None or right.bias is None:
-        return 0.0
-    dtype = basis_dtype(left.B.device)
-    return right.scaling * float(left.bias.to(dtype) @ right.bias.to(dtype))
-
-
-def _sum_of_biases(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Sum of two bias changes; None stands for zero."""
-    if left is None or right is None:
-        return left if right is None else right
-    return left + right

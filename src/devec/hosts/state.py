@@ -173,7 +173,9 @@ def _locations(modules: NamedModules, name: str) -> dict[str, _Location]:
     for module, layer in modules:
         key = PREFIX + module.removeprefix(PREFIX)
         if isinstance(layer, LoraLayer):
-            containers = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
+            # PEFT 0.19 lists the magnitudes of linear layers only
+            kinds = (*layer.adapter_layer_names, MAGNITUDE_VECTOR.removeprefix("."))
+            containers = {kind: getattr(layer, kind) for kind in kinds}
             for kind, container in containers.items():
                 if name in container and isinstance(container, nn.ParameterDict):
                     locations[f"{key}.{kind}"] = _Location(container, name, layer)

@@ -54,7 +54,7 @@ def assert_loads(kind, path, want):
     before = run(truth)
     add_deltas(truth, want)
     expected = run(truth)
-    pipeline.load_lora_weights(path, adapter_name="a")
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="a")
     got = run(pipeline)
     changed = [n for n in got if (expected[n] - before[n]).norm() >= 100 * RTOL * before[n].norm()]
     assert changed

@@ -155,7 +155,7 @@ def loaded(files):
         pipeline = make_pipeline(KINDS[name])
         for adapter, part in PARTS.items():
             path = readable(files(name)[part], name)
-            pipeline.load_lora_weights(path, adapter_name=adapter)
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter)
         return pipeline
 
     return load
@@ -198,7 +198,7 @@ def test_compact_parts_in_diffusers(files, tmp_path, name):
 def assert_loads(path, name, of=None):
     """Diffusers does with a file what it says, or what the file does that it is made `of`."""
     pipeline = make_pipeline(KINDS[name])
-    pipeline.load_lora_weights(path, adapter_name="first")
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="first")
     want, modules = truth(name, of or path)
     assert_adapted(pipeline, "first", modules)
     assert_output(pipeline, KINDS[name], want, modules)

@@ -1,5 +1,7 @@
 """Tiny pipelines of diffusers with the structure of the real ones, and random weights."""
 
+from contextlib import contextmanager
+
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -193,11 +195,23 @@ def run(pipeline):
     tokens = torch.arange(TOKENS)[None] + 3
     tokens[:, -1] = VOCABULARY - 1
     for name in models.keys() - outputs.keys():
-        found = models[name](tokens)
+        with _default_dtype(models[name].dtype):
+            found = models[name](tokens)
         outputs[name] = found.last_hidden_state
         if getattr(found, "text_embeds", None) is not None:
             outputs[f"{name}.text_embeds"] = found.text_embeds
     return dict(sorted(outputs.items()))
+
+
+@contextmanager
+def _default_dtype(dtype):
+    """With another default dtype of torch, in which transformers 4 builds masks of attention."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _denoise(model, draw):

@@ -1,6 +1,6 @@
 """Random pools of adapters: all that is computed of them is the dense truth.
 
-The long form, by hand: ``DEVEC_RANDOM_POOLS=1000 pytest tests/contracts/test_random_pools.py``.
+The long form, by hand, in this folder: ``DEVEC_RANDOM_POOLS=1000 pytest test_random_pools.py``.
 Each test has the seed of its pool for a parameter; a failure tells how the pool was drawn.
 """
 

@@ -2,7 +2,7 @@
 
 A change that is meant is recorded, in the folder tests, by:
 
-    python contracts/test_public_api.py
+    python contracts/code/test_public_api.py
 """
 
 import inspect
