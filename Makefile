@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo        decompose a small pool of adapters and measure the parts"
 	@echo "make test        run the tests, notebooks included"
-	@echo "make test-fast   run the fast tests"
+	@echo "make test-fast   run the quick tests"
 	@echo "make test-oldest run the tests of the library with the oldest Python and packages"
 	@echo "make check       format, lint, types, import directions, schemas, the built wheel"
 	@echo "make format      format and fix what can be fixed"

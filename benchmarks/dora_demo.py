@@ -317,7 +317,7 @@ def error_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
     for (what, weights), same in lines.items():
         spans = (span([row[key] for row in same]) for key in ("weights", "logits"))
         changed = [100 * row["changed"] for row in same]
-        yield [what, weights, *spans, f"{min(changed):.1f} to {max(changed):.1f} %"]
+        yield [what, weights, *spans, f"{_range(changed, '.1f')} %"]
 
 
 def mean_negations(rows: Sequence[Row]) -> Iterator[Row]:
@@ -340,10 +340,15 @@ def share(value: float | None) -> str:
 
 def span(values: Sequence[float]) -> str:
     """The range of some errors as text, in percent unless they are of the size of rounding."""
-    low, high = min(values), max(values)
-    if high < 1e-4:
-        return f"{low:.0e} to {high:.0e}"
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    if max(values) < 1e-4:
+        return _range(values, ".0e")
+    return f"{_range([100 * value for value in values], '.1f')} %"
+
+
+def _range(values: Sequence[float], digits: str) -> str:
+    """The smallest and the largest value as text, or one where they read the same."""
+    ends = dict.fromkeys(format(value, digits) for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterator[list[str]]) -> None:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from docutils.nodes import Element, SkipNode
+from docutils.nodes import Element, SkipNode, image
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
@@ -145,6 +145,13 @@ def public(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element
     return domain.resolve_xref(env, page, app.builder, "obj", f"devec.{name}", node, text)
 
 
+def linked_pictures(app: Sphinx, page: Element) -> None:
+    """Give pictures of pages a width, so that Sphinx links them to their full size."""
+    if not app.env.docname.startswith("notebooks/"):
+        for picture in page.findall(image):
+            picture["width"] = "100%"
+
+
 copied_notebooks()
 
 
@@ -155,3 +162,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", marked_examples, priority=400)
     app.connect("autodoc-process-signature", readable)
     app.connect("missing-reference", public)
+    app.connect("doctree-read", linked_pictures)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import devec
@@ -15,8 +16,9 @@ from support.pages import (
     FURNITURE,
     PAGES,
     ROOT,
-    blocks,
+    every_block,
     generate,
+    in_order,
     pool,
     prose,
     read,
@@ -24,9 +26,7 @@ from support.pages import (
 )
 
 GENERATED = [page for page, path in PAGES.items() if list(generate.blocks(path))]
-# The examples of these two need adapters of their own: test_docs_live.py.
-ELSEWHERE = {"README.md", "docs/guides/live-models.md", "docs/guides/dora.md"}
-EXAMPLES = [page for page in PAGES if page not in ELSEWHERE and blocks(page, "python", "sh")]
+GUIDES = [page for page in PAGES if page.startswith("docs/guides/")]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
 
@@ -81,17 +81,37 @@ def run_command(line):
         assert words[:1] in ([], ["pip"], ["cd"])
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("page", EXAMPLES)
-def test_examples_run(page):
+def follow(page):
+    """Run all blocks of a page, in order."""
     names = {}
-    for language, text in blocks(page, "python", "sh"):
+    for language, text in every_block(page):
         if language == "python":
             exec(compile(text, page, "exec"), names)
-        else:
+        elif language == "sh":
             for line in text.splitlines():
                 run_command(line)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_all_pages_can_be_followed_one_after_the_other_in_one_directory():
+    """No output is overwritten, so the pages must not share names of outputs."""
+    pages = in_order()
+    assert {*pages, "docs/index.md"} == set(PAGES)
+    for page in pages:
+        follow(page)
+    assert Image.open("two-styles/seven.png").size == (24, 24)
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_a_guide_says_where_its_adapters_come_from(page):
+    assert "`python docs/pool.py pool`" in read(page).partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", *GUIDES])
+def test_what_needs_diffusers_says_so(page):
+    if "from diffusers import" in read(page):
+        assert re.search(r"'\.\[diffusers\]'", read(page).partition("from diffusers import")[0])
 
 
 @pytest.mark.slow

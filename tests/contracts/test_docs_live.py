@@ -1,4 +1,4 @@
-"""The examples of live models and of DoRA run, and give what the arithmetic says."""
+"""The examples of live models and of DoRA give what the arithmetic says."""
 
 import json
 import re
@@ -7,70 +7,121 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import devec
-from support.adapters.llama_doras import apart, expected, loaded, logits, save_adapter, save_models
-from support.pages import blocks, execute, written_by_hand
+from support.pages import execute, pool, read
+from support.truth.reference import dora_truth
 
 LIVE, DORA = "docs/guides/live-models.md", "docs/guides/dora.md"
+BASE = "behaviours-llama"
+TOKENS = torch.arange(24).reshape(2, 12)
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "default::devec.DevecWarning"),
+]
 
 
-@pytest.mark.slow
-def test_the_example_of_doras_runs(tmp_path, monkeypatch):
-    save_models(tmp_path)
+@pytest.fixture(autouse=True)
+def _in_the_pool(tmp_path, monkeypatch):
+    pool.collect(tmp_path)
     monkeypatch.chdir(tmp_path)
+
+
+def doubles(file):
+    return {key: tensor.double().numpy() for key, tensor in load_file(file).items()}
+
+
+def alpha_of(module, config):
+    patterns = config["alpha_pattern"].items()
+    own = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+    return (own or [config["lora_alpha"]])[0]
+
+
+def truths(name):
+    """Module → ΔW of an adapter on disk, dense and naive."""
+    weights = doubles(f"{BASE}/model.safetensors")
+    config = json.loads(Path(name, "adapter_config.json").read_text(encoding="utf-8"))
+    stored = doubles(f"{name}/adapter_model.safetensors")
+    deltas = {}
+    for key in [key for key in stored if key.endswith(".lora_A.weight")]:
+        layer = key.removesuffix(".lora_A.weight")
+        module = layer.removeprefix("base_model.model.")
+        A, B = stored[key], stored[f"{layer}.lora_B.weight"]
+        scaling = alpha_of(module, config) / len(A)
+        m = stored.get(
+            f"{layer}.lora_magnitude_vector"
+        )  # PEFT's name; devec's loads in transformers
+        m = stored.get(f"{layer}.lora_magnitude_vector.weight", m)
+        W = weights[f"{module}.weight"]
+        deltas[module] = scaling * B @ A if m is None else dora_truth(W, B, A, scaling, m, "out")
+    return deltas
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits.double()
+
+
+def expected(coefficients):
+    """Logits of the model whose weights are W0 + Σ w_i ΔW_i."""
+    model = AutoModelForCausalLM.from_pretrained(BASE).double()
+    for name, weight in coefficients.items():
+        for module, delta in truths(name).items():
+            model.get_submodule(module).weight.data += weight * torch.from_numpy(delta)
+    return logits(model)
+
+
+def loaded(name):
+    """Logits with an adapter that PEFT loaded."""
+    base = AutoModelForCausalLM.from_pretrained(BASE).float()
+    return logits(PeftModel.from_pretrained(base, name))
+
+
+def apart(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", pool.DORAS)
+def test_the_doras_of_the_pool_change_the_base_unlike_their_loras(name):
+    lora, dora = truths(name), truths(f"{name}-dora")
+    assert lora.keys() == dora.keys()
+    for module, delta in lora.items():
+        assert 1e-3 < np.linalg.norm(dora[module] - delta) / np.linalg.norm(delta) < 1
+
+
+def test_the_examples_of_doras_are_what_peft_loads():
     execute(DORA, "base=base")
-    (command,) = re.findall(r"^devec (combine toxic .*)$", written_by_hand(DORA), re.MULTILINE)
+    (command,) = re.findall(r"^devec (combine .*)$", read(DORA), re.MULTILINE)
     subprocess.run([sys.executable, "-m", "devec", *shlex.split(command)], check=True)
-    for out, coefficients in (("detox", {}), ("mixed", {"toxic": 1, "polite": -0.5})):
-        config = json.loads((tmp_path / "out" / out / "adapter_config.json").read_text())
-        assert config["use_dora"]
-        if coefficients:
-            assert apart(loaded(tmp_path, f"out/{out}"), expected(tmp_path, coefficients)) < 1e-6
+    for output in ("dora/detox", "dora/mixed"):
+        assert json.loads(Path(output, "adapter_config.json").read_text())["use_dora"]
+        assert apart(loaded(output), expected({output: 1})) < 1e-5
+    want = expected({"unwanted-dora": 1, "copy-dora": -0.5})
+    assert apart(loaded("dora/mixed"), want) < 1e-5
 
 
-def test_live_examples_have_five_lines():
-    assert [len(text.splitlines()) for _, text in blocks(LIVE, "python")] == [5, 5, 5]
+def test_the_example_of_diffusers_activates_the_parts():
+    names = execute(LIVE, "from diffusers import")
+    assert names["image"].size == (24, 24)
+    assert names["pipe"].get_active_adapters() == ["pixel_unique", "stripes_unique", "common"]
 
 
-def test_the_example_of_diffusers_runs(tmp_path, monkeypatch):
-    from diffusers import FluxPipeline
-    from examples.flux_style_mixing import make_tiny
-
-    model, loras = make_tiny(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name, file in loras:
-        Path(file).rename(f"{name}.safetensors")
-    pipe = FluxPipeline.from_pretrained(model)
-    pipe.default_sample_size = 16  # of latents; a thousand pixels a side would take minutes
-    pipe.set_progress_bar_config(disable=True)
-    image = execute(LIVE, "# diffusers", devec=devec, pipe=pipe)["image"]
-    assert image.size == (32, 32)
-    assert pipe.get_active_adapters() == ["anime_unique", "pixel_unique"]
-
-
-def test_the_example_of_peft_runs(tmp_path, monkeypatch):
-    save_models(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    base = LlamaForCausalLM.from_pretrained("llama")
-    model = execute(LIVE, "# PEFT", devec=devec, base=base, PeftModel=PeftModel)["model"]
+def test_the_example_of_peft_activates_the_negated_unique_part():
+    model = execute(LIVE, "from peft import")["model"]
     assert model.active_adapters == ["detox"]
-    (-0.5 * devec.extract_adapter(model, "toxic_unique")).save_pretrained("want")
-    assert apart(logits(model), loaded(tmp_path, "want")) < 1e-6
+    (-0.5 * devec.extract_adapter(model, "unwanted_unique")).save_pretrained("want")
+    assert apart(logits(model), loaded("want")) < 1e-6
 
 
-def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
-    save_models(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    save_adapter(tmp_path, "french")
-    save_adapter(tmp_path, "legal")
-    model = LlamaForCausalLM.from_pretrained("llama")
-    execute(LIVE, "# transformers", devec=devec, model=model)
-    want = expected(tmp_path, {"french": 1.0, "legal": -0.4})
-    assert apart(logits(model), want) < 1e-6
-    assert apart(loaded(tmp_path, "out/mix"), want) < 1e-6
+def test_the_example_of_transformers_activates_and_saves_the_sum():
+    model = execute(LIVE, '"sort"')["model"]
+    want = expected({"sort": 1.0, "reverse": -0.4})
+    assert apart(logits(model), want) < 1e-5
+    assert apart(loaded("live/mix"), want) < 1e-5

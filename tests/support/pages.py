@@ -31,6 +31,17 @@ def blocks(page, *languages):
     return [(language, text) for language, text in found if language in languages]
 
 
+def every_block(page):
+    """Language and text of all blocks of code, generated ones as well, in order."""
+    return [(language, text) for language, text in FENCE.findall(read(page)) if language != "text"]
+
+
+def in_order():
+    """README.md, then the pages in the order of the index."""
+    listed = re.findall(r"^[\w/-]+$", read("docs/index.md"), re.MULTILINE)
+    return ["README.md", *(page for name in listed if (page := f"docs/{name}.md") in PAGES)]
+
+
 def prose(text):
     """The lines of a page that are neither code nor tables nor comments."""
     lines = re.sub(r"<!--.*?-->", "", FENCE.sub("", text), flags=re.DOTALL).splitlines()
