@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "error::devec.DevecWarning"),
 ]
 
-ELSEWHERE = ("decompose-files",)  # in processes of their own
+ELSEWHERE = ("decompose-files", "ablation")  # in processes of their own
 HERE = (
     "decompose-gpu",  # on the CPU where there is no GPU
     "decompose-dense",
