@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from devec.linalg.dtypes import basis_dtype
+from devec.linalg.precision import full_precision
 
 
+@full_precision
 def bias_inner(left: Tensor | None, right: Tensor | None) -> float:
     """⟨b1, b2⟩, computed in the basis precision."""
     if left is None or right is None:
