@@ -96,7 +96,7 @@ def listed(names: list[str], limit: int = 5) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a `DevecWarning` that names the user's line, the one that called into devec."""
+    """Issue a `DevecWarning` that names the user's line, which called devec."""
     if _OF_THREAD.collected is not None:
         _OF_THREAD.collected.append(message)
     else:

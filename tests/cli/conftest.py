@@ -13,8 +13,7 @@ from torch import nn
 
 from devec.cli import main
 from support.adapters.cases import Variant, WithHead, make_pool, save_adapter
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from support.checks.command_line import CONFIG, WEIGHTS
 
 
 @dataclass

@@ -8,16 +8,12 @@ from support.checks.command_line import (
     COMBINE,
     COMPRESS,
     DECOMPOSE,
+    WARNINGS_ARE_LINES,
+    WEIGHTS,
     snapshot,
 )
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
-
-WEIGHTS = "adapter_model.safetensors"
+pytestmark = WARNINGS_ARE_LINES
 
 
 @pytest.mark.parametrize(

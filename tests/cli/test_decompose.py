@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 
 import devec
 from support.checks.command_line import (
+    CONFIG,
     PARTS,
+    WARNINGS_ARE_LINES,
+    WEIGHTS,
     WRITING,
     names,
     ranks,
@@ -20,15 +23,7 @@ from support.checks.command_line import (
     table,
 )
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
-
-WEIGHTS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
+pytestmark = WARNINGS_ARE_LINES
 
 NOTHING_SHARED = ("--threshold", "1")
 

@@ -19,11 +19,9 @@ from support.adapters.llama_doras import (
     save_models,
     truths,
 )
+from support.checks.command_line import WARNINGS_ARE_LINES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
+pytestmark = WARNINGS_ARE_LINES
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,9 @@
 
 import pytest
 
-from support.checks.command_line import read, strict_json, table
+from support.checks.command_line import WARNINGS_ARE_LINES, read, strict_json, table
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
+pytestmark = WARNINGS_ARE_LINES
 
 
 def test_inspect_says_what_is_in_an_adapter(run):

@@ -13,14 +13,17 @@ from typer.testing import CliRunner
 import devec
 from devec.cli import app
 from devec.cli.shared.tables import module_type
-from support.checks.command_line import COMBINE, COMPRESS, DECOMPOSE, names, snapshot
+from support.checks.command_line import (
+    COMBINE,
+    COMPRESS,
+    DECOMPOSE,
+    WARNINGS_ARE_LINES,
+    names,
+    snapshot,
+)
 from support.patience import patience
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
+pytestmark = WARNINGS_ARE_LINES
 
 OPTIONS = {
     "decompose": "out threshold method scope target base compact dtype device json overwrite",

@@ -5,13 +5,9 @@ from itertools import combinations
 import pytest
 
 import devec
-from support.checks.command_line import read, strict_json, table
+from support.checks.command_line import WARNINGS_ARE_LINES, read, strict_json, table
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
+pytestmark = WARNINGS_ARE_LINES
 
 
 def test_overlap_prints_and_reports_every_pair(run):

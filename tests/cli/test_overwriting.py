@@ -7,17 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.checks.command_line import DECOMPOSE, PARTS, WRITING, snapshot, strict_json
+from support.checks.command_line import (
+    CONFIG,
+    DECOMPOSE,
+    PARTS,
+    WARNINGS_ARE_LINES,
+    WEIGHTS,
+    WRITING,
+    snapshot,
+    strict_json,
+)
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
-
-WEIGHTS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
+pytestmark = WARNINGS_ARE_LINES
 
 REPORTING = {
     "decompose": ["decompose", "a", "b", "--out", "out"],

@@ -7,19 +7,15 @@ import pytest
 from support.checks.command_line import (
     DECOMPOSE,
     PARTS,
+    WARNINGS_ARE_LINES,
+    WEIGHTS,
     names,
     read,
     snapshot,
     table,
 )
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
-
-WEIGHTS = "adapter_model.safetensors"
+pytestmark = WARNINGS_ARE_LINES
 
 
 @pytest.mark.parametrize(

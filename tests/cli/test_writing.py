@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 
 import devec
 from support.checks.command_line import (
+    CONFIG,
+    WARNINGS_ARE_LINES,
+    WEIGHTS,
     WRITING,
     ranks,
     read,
@@ -17,15 +20,7 @@ from support.checks.command_line import (
     table,
 )
 
-# The command line turns warnings into lines of its own, so here none may become an exception.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("always::devec.DevecWarning"),
-]
-
-WEIGHTS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
+pytestmark = WARNINGS_ARE_LINES
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from support.models.live_models import (
     model_host,
     outputs,
     pipeline_host,
+    tensors_of,
     through_pipeline,
     trained,
 )
@@ -31,15 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 PAIR = NAMES[:2]
-
-
-def tensors(model, name):
-    """Name without that of the adapter → tensor."""
-    return {
-        key.replace(f".{name}.", "."): parameter.detach()
-        for key, parameter in model.named_parameters()
-        if f".{name}." in key
-    }
 
 
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -54,7 +46,7 @@ def test_parts_have_the_type_of_their_adapter(dtype, model_dtype):
     devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
     parts = devec.decompose(list(originals.values()), threshold=THRESHOLD)
     for name in PAIR:
-        held = tensors(model, f"{name}_unique")
+        held = tensors_of(model, f"{name}_unique")
         assert {tensor.dtype for tensor in held.values()} == {dtype}
         want = parts.unique[name]
         for module, layer in layers(model).items():
@@ -67,7 +59,7 @@ def test_parts_have_the_type_of_their_adapter(dtype, model_dtype):
 def test_magnitudes_are_not_narrowed_by_a_half_precision_model():
     model = model_host("llama", PAIR, use_dora=True).to(torch.bfloat16)
     devec.combine_adapters(model, PAIR, [1, -0.5], "mix")
-    held = tensors(model, "mix")
+    held = tensors_of(model, "mix")
     kinds = {key.split(".lora_")[1].partition(".")[0]: t.dtype for key, t in held.items()}
     assert kinds == {"A": torch.bfloat16, "B": torch.bfloat16, "magnitude_vector": torch.float32}
 
@@ -78,11 +70,11 @@ def test_parts_and_values_share_no_memory_with_adapters():
     values = [*parts.unique.values(), *parts.shared.values(), parts.common]
     values += [devec.extract_adapter(model, "anime"), devec.negate_adapter(model, "pixel")]
     norms = [value.norm() for value in values]
-    before = {key: tensor.clone() for key, tensor in tensors(model, "anime_unique").items()}
+    before = {key: tensor.clone() for key, tensor in tensors_of(model, "anime_unique").items()}
     for name in PAIR:
-        for tensor in tensors(model, name).values():
+        for tensor in tensors_of(model, name).values():
             tensor.zero_()
-    after = tensors(model, "anime_unique")
+    after = tensors_of(model, "anime_unique")
     assert all(torch.equal(after[key], before[key]) for key in before)
     for tensor in after.values():
         tensor.zero_()
@@ -166,7 +158,7 @@ def test_offloaded_models(method):
     devec.decompose_adapters(model, PAIR, threshold=THRESHOLD)
     devec.decompose_adapters(want, PAIR, threshold=THRESHOLD)
     for name in ("anime_unique", "pixel_shared", "common"):
-        held, meant = tensors(model, name), tensors(want, name)
+        held, meant = tensors_of(model, name), tensors_of(want, name)
         assert held.keys() == meant.keys()
         assert all(torch.equal(held[key], meant[key]) for key in meant)
     if method == "dora":
@@ -279,7 +271,7 @@ def test_quantised_bases(method, quantised):
         assert torch.equal(host(x), original)
         host.base_model.set_adapter(["anime_unique", "anime_shared"])
         assert apart(host(x), original.double()) < 1e-5
-    assert {p.dtype for p in tensors(host, "anime_unique").values()} == {torch.float32}
+    assert {p.dtype for p in tensors_of(host, "anime_unique").values()} == {torch.float32}
 
 
 def test_models_with_weights_of_eight_bits():
@@ -287,7 +279,7 @@ def test_models_with_weights_of_eight_bits():
     adapter = devec.extract_adapter(pipeline_host("flux", ("anime",)).transformer, "anime")
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     devec.add_adapter(pipe, adapter, "anime")
-    assert {t.dtype for t in tensors(pipe.transformer, "anime").values()} == {torch.float32}
+    assert {t.dtype for t in tensors_of(pipe.transformer, "anime").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("second", ["transformer_2", "controlnet"])

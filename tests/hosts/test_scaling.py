@@ -226,14 +226,20 @@ def test_weights_by_block_do_not_count():
 SAME = {"weight_name": "b.safetensors", "adapter_name": "slot"}
 
 
+def saved_pair(folder, rank, alpha):
+    """Save adapters "a" and "b" of a transformer, the second of a rank and alpha; return it."""
+    made = make_pipeline("flux").transformer
+    for index, (name, r, own) in enumerate((("a", 4, 4), ("b", rank, alpha))):
+        made.add_adapter(LoraConfig(r=r, lora_alpha=own, target_modules=["to_q"]), name)
+        trained(made, name, index)
+        devec.extract_adapter(made, name).save_pretrained(folder / name)
+    return made
+
+
 @pytest.mark.parametrize("rank", [4, 6])
 def test_hotswapped_alphas_in_pipelines(rank, tmp_path):
     """Without preparation, which diffusers asks for if alphas differ."""
-    made = make_pipeline("flux").transformer
-    for index, (name, r, alpha) in enumerate((("a", 4, 4), ("b", rank, 16))):
-        made.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=["to_q"]), name)
-        trained(made, name, index)
-        devec.extract_adapter(made, name).save_pretrained(tmp_path / name)
+    made = saved_pair(tmp_path, rank, 16)
     want = devec.extract_adapter(made, "b")
     pipe = make_pipeline("flux")
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="slot")
@@ -250,11 +256,7 @@ def test_hotswapped_alphas_in_pipelines(rank, tmp_path):
 
 @pytest.mark.parametrize("rank", [4, 6])
 def test_hotswapped_alphas_in_prepared_pipelines(rank, tmp_path):
-    made = make_pipeline("flux").transformer
-    for index, (name, r, alpha) in enumerate((("a", 4, 4), ("b", rank, 9))):
-        made.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=["to_q"]), name)
-        trained(made, name, index)
-        devec.extract_adapter(made, name).save_pretrained(tmp_path / name)
+    made = saved_pair(tmp_path, rank, 9)
     pipe = make_pipeline("flux")
     pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="slot")

@@ -17,6 +17,7 @@ from support.models.live_models import (
     make_model,
     outputs,
     pipeline_host,
+    tensors_of,
     trained,
 )
 from support.models.pipelines import make_pipeline
@@ -26,15 +27,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 PAIR = NAMES[:2]
-
-
-def tensors(model, name):
-    """Name without that of the adapter → tensor."""
-    return {
-        key.replace(f".{name}.", "."): parameter.detach()
-        for key, parameter in model.named_parameters()
-        if f".{name}." in key
-    }
 
 
 def test_whole_modules_stay_with_unique_parts(tmp_path):
@@ -147,8 +139,8 @@ def test_a_peft_model_of_diffusers_is_stored_as_peft_stores_it(tmp_path):
     host = get_peft_model(base, config, "anime")
     path = devec.extract_adapter(host, "anime").save_pretrained(tmp_path / "anime")
     again = PeftModel.from_pretrained(make_pipeline("flux").transformer, path)
-    for key, tensor in tensors(again, "default").items():
-        assert torch.equal(tensors(host, "anime")[key], tensor)
+    for key, tensor in tensors_of(again, "default").items():
+        assert torch.equal(tensors_of(host, "anime")[key], tensor)
 
 
 @pytest.mark.slow

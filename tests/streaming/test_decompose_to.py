@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from devec import Adapter, Delta, DevecError, decompose
 from devec.streaming.decompose_to import decompose_to
 from devec.streaming.output_options import OutputOptions
-from support.adapters.doras import base, dora_file
+from support.adapters.doras import CONV, LINEAR, base, dora_file
 from support.adapters.peft_doras import BASES, save_dora, save_lora
 from support.checks.streamed import (
     contents,
@@ -32,11 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*name different base models:devec.DevecWarning"),
 ]
 
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
 UP = ".lora_up.weight"
-
-CONV = "lora_unet_mid_block_resnets_1_conv2"
 
 
 @pytest.fixture(scope="module")

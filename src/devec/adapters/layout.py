@@ -49,7 +49,7 @@ class Contents:
         modules: Module → delta.
         carried: Key → whole trained tensor.
         provenance: The record of the operation that made the adapter, if any.
-        unchanged: Whether the adapter is exactly the one that was read from a file.
+        unchanged: Whether the adapter is unchanged since it was read from a file.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Plan(Protocol):
         """The pieces that the modules are stored in."""
 
     def open(self, path: Path, *, create: bool = True) -> Output:
-        """Open an output: create it, or open the one that another process has created."""
+        """Open an output that this or another process creates."""
 
     def write(self, path: Path) -> None:
         """Write all of the output."""

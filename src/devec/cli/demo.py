@@ -28,7 +28,7 @@ def demo_command(
     """Decompose a small pool of adapters and measure it.
 
     The pool is part of devec: adapters of a vision transformer, five for the same digits in
-    different visual domains and one for an unrelated task. Takes about half a minute.
+    different visual domains and one for an unrelated task.
     """
     from devec.demo.run import run
 

@@ -60,7 +60,7 @@ class FilePlan:
         return piece.stored({name: known[name].outline for name in piece.modules if name in known})
 
     def open(self, path: Path, *, create: bool = True) -> FileOutput:
-        """Open the output: create it, or open the one that another process has created."""
+        """Open the output that this or another process creates."""
         return FileOutput(self, path, create=create)
 
     def write(self, path: Path) -> None:

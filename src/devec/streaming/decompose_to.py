@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -94,5 +95,4 @@ def decompose_to(
             progress=progress,
             team=team,
         )
-    assert written is not None  # this process is the first
-    return written
+    return cast("WrittenDecomposition", written)  # None is for processes beside the first

@@ -14,8 +14,6 @@ from transformers import (
     HubertConfig,
     HubertForSequenceClassification,
     LlamaConfig,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from devec import Adapter, combine
@@ -32,6 +30,7 @@ from support.adapters.peft_doras import (
     save_dora,
     weighted,
 )
+from support.models.small_vit import vit
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,19 +74,7 @@ MODELS = {
         {"input_ids": torch.arange(12)[None]},
     ),
     "vit": (
-        partial(
-            seeded,
-            ViTForImageClassification,
-            ViTConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                image_size=16,
-                patch_size=4,
-                num_labels=3,
-            ),
-        ),
+        vit,
         {"target_modules": ["projection", "query", "dense"]},
         {"pixel_values": torch.randn(2, 3, 16, 16)},
     ),

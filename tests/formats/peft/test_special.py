@@ -14,8 +14,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from devec import Adapter, DevecError, DevecWarning, combine, decompose, save_adapters
@@ -30,6 +28,7 @@ from support.adapters.cases import (
     relative_error,
     save_adapter,
 )
+from support.models.small_vit import vit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -230,21 +229,6 @@ def test_multihead_attention_is_linear_in_its_parts(tmp_path):
         changes.append(PeftModel.from_pretrained(base, str(tmp_path / name))(x) - before)
     assert relative_error(changes[0].detach(), 0 * changes[0].detach()) > 1e-3
     assert relative_error(changes[1].detach(), changes[0].detach()) < 1e-5
-
-
-def vit():
-    torch.manual_seed(0)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            image_size=16,
-            patch_size=4,
-            num_labels=3,
-        )
-    ).eval()
 
 
 def gpt2():

@@ -12,7 +12,16 @@ from devec import Adapter, DevecError, as_lora, combine, compress, convert, deco
 from devec.deltas.gains import Magnitude
 from devec.errors import IncompatibleError, UnsupportedError
 from support.adapters.cases import relative_error
-from support.adapters.doras import dense_change, dora_file, effects, tensors_of, weight
+from support.adapters.doras import (
+    CONV,
+    LINEAR,
+    WIDE,
+    dense_change,
+    dora_file,
+    effects,
+    tensors_of,
+    weight,
+)
 from support.checks.dora_files import (
     PROJ,
     QKV,
@@ -25,12 +34,6 @@ from support.pools.golden_pool import DORA, assert_close_deltas, command, golden
 from support.truth.golden_truth import carried, dense_truth, magnitudes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning")
-
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-CONV = "lora_unet_mid_block_resnets_1_conv2"
-
-WIDE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
 
 NEEDS_BASE = r"--base MODEL"
 

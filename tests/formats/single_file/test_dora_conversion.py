@@ -10,19 +10,22 @@ from safetensors.torch import load_file, save_file
 from devec import combine, convert
 from devec.errors import IncompatibleError, UnsupportedError
 from support.adapters.cases import relative_error
-from support.adapters.doras import base, dense_change, dora_file, effects, tensors_of
+from support.adapters.doras import (
+    CONV,
+    LINEAR,
+    WIDE,
+    base,
+    dense_change,
+    dora_file,
+    effects,
+    tensors_of,
+)
 from support.checks.dora_files import FUSED, PROJ, QKV, SPLIT, UNET, read, weighted
 from support.models.module_names import find_modules
 from support.pools.golden_pool import assert_close_deltas, summed
 from support.truth.golden_truth import dense_truth, magnitudes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning")
-
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-CONV = "lora_unet_mid_block_resnets_1_conv2"
-
-WIDE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
 
 NEEDS_BASE = r"--base MODEL"
 

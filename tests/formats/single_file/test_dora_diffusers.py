@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from devec import add_adapter, combine, convert
 from devec.errors import IncompatibleError
-from support.adapters.doras import dora_file, effects
+from support.adapters.doras import LINEAR, WIDE, dora_file, effects
 from support.checks.dora_files import (
     FUSED,
     SPLIT,
@@ -22,10 +22,6 @@ from support.pools.golden_pool import stored
 from support.truth.golden_truth import dense_truth, magnitudes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning")
-
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-WIDE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
 
 NEEDS_BASE = r"--base MODEL"
 

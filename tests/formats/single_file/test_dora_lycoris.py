@@ -9,17 +9,20 @@ from torch import nn
 from devec import combine
 from devec.errors import DevecWarning
 from support.adapters.cases import relative_error
-from support.adapters.doras import dense_change, dora_file, effects, tensors_of, weight
+from support.adapters.doras import (
+    CONV,
+    LINEAR,
+    WIDE,
+    dense_change,
+    dora_file,
+    effects,
+    tensors_of,
+    weight,
+)
 from support.checks.dora_files import ROUNDING, read, weighted
 from support.pools.golden_pool import assert_close_deltas, golden
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning")
-
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-CONV = "lora_unet_mid_block_resnets_1_conv2"
-
-WIDE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
 
 
 def layer(module, dtype):

@@ -9,7 +9,15 @@ from safetensors.torch import save_file
 from devec import Adapter, DevecError, combine
 from devec.errors import DevecWarning, FormatError, UnsupportedError
 from support.adapters.cases import relative_error
-from support.adapters.doras import dense_change, dora_file, effects, tensors_of, weight
+from support.adapters.doras import (
+    CONV,
+    LINEAR,
+    dense_change,
+    dora_file,
+    effects,
+    tensors_of,
+    weight,
+)
 from support.checks.dora_files import (
     SPLIT,
     read,
@@ -17,10 +25,6 @@ from support.checks.dora_files import (
 from support.models.pipelines import make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no module in common:devec.DevecWarning")
-
-LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-CONV = "lora_unet_mid_block_resnets_1_conv2"
 
 
 def refused(tmp_path, message, error=FormatError, **parts):

@@ -11,6 +11,11 @@ from support.models.module_names import find_modules
 from support.models.pipelines import make_pipeline
 from support.truth.golden_truth import dora_truth
 
+# Modules of the pipelines, as kohya names them.
+LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_mid_block_resnets_1_conv2"
+WIDE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
+
 SUFFIXES = {  # down, up, magnitudes
     "kohya": (".lora_down.weight", ".lora_up.weight", ".dora_scale"),
     "diffusers": (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"),

@@ -77,3 +77,12 @@ def effect(delta):
 def targets(path):
     """What a written configuration targets."""
     return json.loads((path / "adapter_config.json").read_text())["target_modules"]
+
+
+def require_exact_results(make, folder, results):
+    """Write adapters by name, load each with PEFT in both ways, and compare its layers."""
+    for name, adapter in results.items():
+        path = folder / f"{name}-out"
+        adapter.save_pretrained(path)
+        for low in (False, True):
+            require_exact(make, path, adapter, low=low)

@@ -4,7 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from devec import Adapter
+
+# The command line turns warnings into lines of its own, so none may become an exception.
+WARNINGS_ARE_LINES = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("always::devec.DevecWarning"),
+]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 PARTS = ["a-shared", "a-unique", "b-shared", "b-unique", "common"]
 

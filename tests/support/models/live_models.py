@@ -214,3 +214,12 @@ def through_pipeline(pipe):
 
 
 KINDS = [kind for kind in HOSTS if kind != "experts"]
+
+
+def tensors_of(model, name):
+    """Name without that of the adapter → tensor."""
+    return {
+        key.replace(f".{name}.", "."): parameter.detach()
+        for key, parameter in model.named_parameters()
+        if f".{name}." in key
+    }
